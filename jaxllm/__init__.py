@@ -1,0 +1,30 @@
+"""jaxllm: sharded LLM inference on JAX/XLA for CPU, GPU and TPU. Importing it loads no JAX."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxllm.config import EngineConfig, ModelConfig
+    from jaxllm.engine.llm import LLM
+    from jaxllm.engine.outputs import CompletionOutput, RequestOutput
+    from jaxllm.engine.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "CompletionOutput", "EngineConfig", "ModelConfig", "RequestOutput", "SamplingParams"]
+
+_HOMES = {
+    "LLM": "jaxllm.engine.llm",
+    "SamplingParams": "jaxllm.engine.sampling_params",
+    "RequestOutput": "jaxllm.engine.outputs",
+    "CompletionOutput": "jaxllm.engine.outputs",
+    "EngineConfig": "jaxllm.config",
+    "ModelConfig": "jaxllm.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'jaxllm' has no attribute {name!r}")

@@ -1,0 +1,38 @@
+"""KV pages: one array per layer, `[P, C, 2K, H]`, page-major, keys at even and values at odd head indices.
+
+Allocate and write. Page 0 belongs to nobody: padding rows write there.
+
+Dimension letters: P pages, C tokens per page, K key/value heads, H head width, T tokens.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.config import ModelConfig
+from jaxllm.sharding.mesh import Placement
+
+PAGE_DIMS = (None, None, "heads", "head_dim")
+
+
+def page_shape(cfg: ModelConfig, num_pages: int, page_size: int, kv_copies: int) -> tuple[int, int, int, int]:
+    """Shape of one layer's array."""
+    return (num_pages, page_size, 2 * cfg.num_kv_heads * kv_copies, cfg.head_dim)
+
+
+def allocate_pages(
+    cfg: ModelConfig, num_pages: int, page_size: int, kv_copies: int, dtype: jnp.dtype, placement: Placement
+) -> list[jax.Array]:
+    """One zeroed array per layer, cut by heads as the rules say."""
+    shape = page_shape(cfg, num_pages, page_size, kv_copies)
+    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=placement.sharding(*PAGE_DIMS))
+    return [zeros() for _ in range(cfg.num_layers)]
+
+
+def write_pages(pages_PC2KH: jax.Array, kv_TK2H: jax.Array, slots_T: jax.Array) -> jax.Array:
+    """Write each token's keys and values at its slot (`page * C + offset`), in place when the array is donated."""
+    num_pages, page_size, heads, width = pages_PC2KH.shape
+    rows = kv_TK2H.reshape(-1, heads, width).astype(pages_PC2KH.dtype)
+    flat = pages_PC2KH.reshape(num_pages * page_size, heads, width)
+    return flat.at[slots_T].set(rows, mode="promise_in_bounds").reshape(pages_PC2KH.shape)

@@ -1,0 +1,160 @@
+"""From an `EngineConfig` to a running engine: resolve, check, load, allocate.
+
+The one place where names, files, devices and sizes meet. Everything a user can get wrong is refused here or
+when a request is added, in one line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxllm.config import EngineConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from jaxllm.engine.engine import Engine
+    from jaxllm.engine.runner import RunnerShapes
+    from jaxllm.models.loader import AbstractModel
+    from jaxllm.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+_CPU_CACHE_BYTES = 512 << 20  # enough for one long request of a small model; a server sets its own
+_TEMPORARY_BYTES = 1 << 30  # left free on an accelerator for activations and logits
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine and what its faces need beside it."""
+
+    engine: Engine
+    tokenizer: Tokenizer | None
+    model_config: ModelConfig
+    chat_defaults: dict
+
+
+def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
+    """Load a model and start an engine. Raises ValueError with one line that says what to do."""
+    from jaxllm.checkpoints import open_checkpoint, resolve_model
+    from jaxllm.sharding.rules import load_rules, parse_mesh
+
+    parse_mesh(config.mesh)
+    rules = load_rules(config.sharding_rules)
+    path = resolve_model(config.model, progress=progress)
+    checkpoint = open_checkpoint(path)
+    model_config = ModelConfig.from_hf(checkpoint.config)
+    with ThreadPoolExecutor(1) as pool:  # the tokenizer is built while the weights are read
+        tokenizer: Future[Tokenizer | None] = pool.submit(_tokenizer, config, path)
+
+        from jaxllm.engine.engine import Engine
+        from jaxllm.engine.runner import ModelRunner
+        from jaxllm.models.loader import load_parameters
+        from jaxllm.sharding.mesh import Placement, make_mesh
+
+        use_compilation_cache()
+        model = make_model(config, model_config, Placement(make_mesh(config.mesh), rules))
+        params = load_parameters(model, checkpoint)
+        shapes = runner_shapes(config, model)
+        text = tokenizer.result()
+    generation = checkpoint.generation_config
+    engine = Engine(
+        ModelRunner(model, params, shapes),
+        eos_token_ids=_eos_token_ids(checkpoint.config, generation, text),
+        enable_prefix_caching=config.enable_prefix_caching,
+        seed=config.seed,
+        namespace=f"{path} {config.sharding_rules} {config.dtype}",
+    )
+    return BuiltEngine(engine, text, model_config, generation)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk between processes, unless the user chose a place or none."""
+    import jax
+
+    from jaxllm.checkpoints import cache_home
+
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def make_model(config: EngineConfig, model_config: ModelConfig, placement) -> AbstractModel:
+    """The abstract decoder in the dtype asked for; bfloat16 unless told otherwise."""
+    import jax.numpy as jnp
+
+    from jaxllm.models.loader import abstract_model
+
+    name = "bfloat16" if config.dtype == "auto" else config.dtype
+    return abstract_model(model_config, placement, jnp.dtype(name))
+
+
+def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
+    """Fix every static size. Raises ValueError where the cache cannot hold one request of `max_model_len`."""
+    import jax.numpy as jnp
+
+    from jaxllm.engine.runner import RunnerShapes
+
+    on_cpu = model.placement.mesh.devices.flat[0].platform == "cpu"
+    weights = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
+    # XLA's CPU backend converts a whole bfloat16 cache to write one row; float32 is written in place.
+    kv_dtype = jnp.dtype(jnp.float32) if on_cpu else weights
+    if config.kv_dtype != "auto":
+        kv_dtype = jnp.dtype(config.kv_dtype)
+    token_bytes = model.cfg.kv_bytes_per_token(kv_dtype.itemsize) * model.kv_copies
+    num_pages = _cache_bytes(config, model) // (token_bytes * config.page_size)
+    capacity = (num_pages - 1) * config.page_size
+    longest = model.cfg.max_position_embeddings
+    max_model_len = config.max_model_len or min(longest, max(capacity, 0))
+    if max_model_len > longest:
+        raise ValueError(f"max_model_len={max_model_len} exceeds the {longest} positions of the model; lower it")
+    if capacity < max_model_len or capacity < 1:
+        raise ValueError(
+            f"the KV cache holds {max(capacity, 0)} tokens, fewer than max_model_len={max_model_len}; raise "
+            f"kv_cache_memory_bytes to {token_bytes * (max_model_len + 2 * config.page_size)} or lower max_model_len"
+        )
+    return RunnerShapes(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        max_decode_steps=config.max_decode_steps,
+        kv_dtype=kv_dtype,
+        residual_dtype=jnp.dtype(jnp.float32) if on_cpu else weights,
+    )
+
+
+def _cache_bytes(config: EngineConfig, model: AbstractModel) -> int:
+    """Bytes for pages over all devices that share them."""
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    mesh = model.placement.mesh
+    stats = mesh.devices.flat[0].memory_stats()
+    if not stats or mesh.devices.flat[0].platform == "cpu":
+        return _CPU_CACHE_BYTES
+    free = int(stats["bytes_limit"] * config.gpu_memory_utilization) - stats["bytes_in_use"] - _TEMPORARY_BYTES
+    axis = model.placement.heads_axis()
+    return max(free, 0) * (mesh.shape[axis] if axis else 1)
+
+
+def _tokenizer(config: EngineConfig, path: Path) -> Tokenizer | None:
+    if config.skip_tokenizer_init:
+        return None
+    from jaxllm.checkpoints import resolve_model
+    from jaxllm.tokenizer import load_tokenizer
+
+    return load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else path)
+
+
+def _eos_token_ids(hf: dict, generation: dict, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+    """Every id that ends an answer: the generation config's, the model's and the tokenizer's."""
+    ids: list[int] = list(tokenizer.eos_token_ids) if tokenizer else []
+    for source in (generation, hf):
+        value = source.get("eos_token_id")
+        ids += value if isinstance(value, list) else [] if value is None else [value]
+    return tuple(dict.fromkeys(ids))[:8]

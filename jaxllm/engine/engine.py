@@ -1,0 +1,171 @@
+"""The engine: scheduler and runner in one loop. Requests in, tokens out; knows nothing of text.
+
+The host is never waited for: iteration `t + 1` is planned and dispatched before the tokens of `t` are read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxllm.engine.page_pool import PagePool
+from jaxllm.engine.request import Request
+from jaxllm.engine.runner import InFlight, ModelRunner
+from jaxllm.engine.sampling import Sampled
+from jaxllm.engine.sampling_params import SamplingParams
+from jaxllm.engine.scheduler import IterationPlan, Scheduler
+
+log = logging.getLogger(__name__)
+_PIPELINE_DEPTH = 2  # iterations on the device queue before the oldest is read
+
+
+@dataclass(frozen=True, slots=True)
+class IterationRecord:
+    """What one dispatched plan did; `num_tokens` is per iteration, `seconds` from dispatch until read."""
+
+    num_tokens: int
+    num_decodes: int
+    num_steps: int
+    request_ids: tuple[str, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """Tokens of one request that have just been read, with logprobs where it asked for them."""
+
+    request: Request
+    tokens: list[int]
+    sampled: Sampled
+
+
+class Engine:
+    """Continuous batching over one model on one mesh.
+
+    Args:
+        runner: the device side.
+        eos_token_ids: tokens that end a request unless it ignores them.
+        seed: from which requests without a seed of their own get one.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        *,
+        eos_token_ids: Sequence[int] = (),
+        enable_prefix_caching: bool = True,
+        seed: int = 0,
+        namespace: str = "",
+    ):
+        shapes = runner.shapes
+        self.runner = runner
+        self.pool = PagePool(
+            shapes.num_pages, shapes.page_size, enable_prefix_caching=enable_prefix_caching, namespace=namespace
+        )
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs=shapes.max_num_seqs,
+            max_num_batched_tokens=shapes.max_num_batched_tokens,
+            max_decode_steps=shapes.max_decode_steps,
+        )
+        self.records: deque[IterationRecord] = deque(maxlen=4096)
+        self._eos = tuple(eos_token_ids)
+        self._seed = seed
+        self._counter = itertools.count()
+        self._in_flight: deque[InFlight] = deque()
+        self._requests: dict[str, Request] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished or any work still on the device."""
+        return self.scheduler.has_work or bool(self._in_flight)
+
+    def add_request(
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None,
+        priority: int = 0, cache_salt: str = "",
+    ) -> Request:  # fmt: skip
+        """Queue one prompt (`params.n` is the caller's business). Raises ValueError that says what to change."""
+        number = next(self._counter)
+        request_id = request_id or f"request-{number}"
+        if request_id in self._requests:
+            raise ValueError(f"request_id={request_id!r} is already in use; give every request its own")
+        self._check_prompt(prompt_token_ids, params)
+        max_len = self.runner.shapes.max_model_len
+        most = max_len if params.max_tokens is None else len(prompt_token_ids) + params.max_tokens
+        stops = (*(params.stop_token_ids or ()), *(() if params.ignore_eos else self._eos))
+        request = Request(
+            request_id=request_id,
+            token_ids=list(prompt_token_ids),
+            params=params,
+            limit=min(most, max_len),
+            stop_ids=frozenset(stops),
+            seed=hash((self._seed, number)) if params.seed is None else params.seed,
+            priority=priority,
+            cache_salt=cache_salt,
+        )
+        self.scheduler.add(request)
+        self._requests[request_id] = request
+        return request
+
+    def _check_prompt(self, ids: Sequence[int], params: SamplingParams) -> None:
+        max_len, vocab = self.runner.shapes.max_model_len, self.runner.model.cfg.vocab_size
+        if not len(ids):
+            raise ValueError("the prompt is empty; give at least one token")
+        if len(ids) >= max_len:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens and max_model_len is {max_len}, which leaves no room for an answer; "
+                "shorten the prompt or raise max_model_len"
+            )
+        bad = [i for i in ids if not isinstance(i, int) or not 0 <= i < vocab]
+        bad += [i for i in (*(params.stop_token_ids or ()), *(params.logit_bias or ())) if i >= vocab]
+        if bad:
+            raise ValueError(f"token id {bad[0]!r} is outside the vocabulary; ids must be in 0..{vocab - 1}")
+
+    def step(self) -> list[NewTokens]:
+        """Dispatch the next iteration, if any, and read the oldest one that is due."""
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self._in_flight.append(self.runner.dispatch(plan))
+        if self._in_flight and (plan is None or len(self._in_flight) >= _PIPELINE_DEPTH):
+            return self._collect(self._in_flight.popleft())
+        return []
+
+    def _collect(self, work: InFlight) -> list[NewTokens]:
+        results = []
+        for chunk, sampled in work.read():
+            request = chunk.request
+            if request.finished:
+                continue  # it ended while this iteration was in flight
+            tokens = sampled.tokens.tolist()
+            self.scheduler.append_tokens(request, tokens, chunk.num_samples)
+            self._finish_if_done(request)
+            results.append(NewTokens(request, tokens, sampled))
+        self._record(work.plan, time.perf_counter() - work.dispatched)
+        return results
+
+    def _finish_if_done(self, request: Request) -> None:
+        last = request.token_ids[-1]
+        if last in request.stop_ids and len(request.token_ids) > request.num_prompt:
+            user_stop = last in (request.params.stop_token_ids or ())
+            self.finish(request, "stop", last if user_stop else None)
+        elif len(request.token_ids) >= request.limit:
+            self.finish(request, "length")
+
+    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
+        """End a request now; tokens of it that are still on the device are dropped."""
+        self.scheduler.finish(request, reason, stop_reason)
+        self._requests.pop(request.request_id, None)
+
+    def abort(self, request_id: str) -> None:
+        """End a request by name; unknown names (it may just have finished) are ignored."""
+        if (request := self._requests.get(request_id)) is not None:
+            self.finish(request, "abort")
+
+    def _record(self, plan: IterationPlan, seconds: float) -> None:
+        decodes = sum(chunk.count == 1 for chunk in plan.chunks)
+        names = tuple(chunk.request.request_id for chunk in plan.chunks)
+        self.records.append(IterationRecord(plan.num_tokens, decodes, plan.num_steps, names, seconds))

@@ -1,0 +1,240 @@
+"""The model runner: owns the device arrays and the compiled programs, and turns plans into dispatched work.
+
+`IterationPlan` -> `InFlight` at once (nothing is waited for) -> tokens when read. Knows nothing of text, users or
+scheduling policy.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.cache.pages import PAGE_DIMS, allocate_pages, page_shape
+from jaxllm.engine import batch as batches
+from jaxllm.engine.sampling import Sampled
+from jaxllm.engine.scheduler import Chunk, IterationPlan
+from jaxllm.engine.step import Programs, SlotState
+from jaxllm.models.loader import AbstractModel
+
+log = logging.getLogger(__name__)
+Key = tuple[str, int, bool]  # program, bucket, plainly greedy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunnerShapes:
+    """Every static size of the compiled programs."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    num_pages: int
+    page_size: int
+    max_decode_steps: int
+    kv_dtype: jnp.dtype
+    residual_dtype: jnp.dtype
+
+    @property
+    def pages_per_row(self) -> int:
+        """Width of the page table."""
+        return -(-self.max_model_len // self.page_size)
+
+    @property
+    def token_buckets(self) -> tuple[int, ...]:
+        """Sizes of the ragged step."""
+        return batches.make_buckets(min(16, self.max_num_batched_tokens), self.max_num_batched_tokens, 4)
+
+    @property
+    def row_buckets(self) -> tuple[int, ...]:
+        """Sizes of the sampling step and the decode loop: 4 rows cost what 1 costs (see docs/performance.md)."""
+        return batches.make_buckets(4, max(4, self.max_num_seqs), 2)
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """Work on its way: the chunks that sample and the arrays that will hold what they sampled."""
+
+    plan: IterationPlan
+    sampling: Sequence[Chunk]
+    sampled: Sampled | None
+    dispatched: float
+
+    def read(self) -> list[tuple[Chunk, Sampled]]:
+        """Wait, and return each sampling chunk's tokens (and logprobs) with idle steps dropped."""
+        if self.sampled is None:
+            return []
+        arrays = jax.tree.map(np.asarray, self.sampled)
+        if not self.plan.is_decode_loop:
+            arrays = jax.tree.map(lambda a: a[None], arrays)
+        results = []
+        for row, chunk in enumerate(self.sampling):
+            count = int((arrays.tokens[: chunk.num_samples, row] >= 0).sum())
+            results.append((chunk, jax.tree.map(lambda a: a[:count, row], arrays)))
+        return results
+
+
+class ModelRunner:
+    """Parameters, pages and slot state on the mesh, and one compiled program per bucket."""
+
+    def __init__(self, model: AbstractModel, params: Any, shapes: RunnerShapes):
+        self.model = model
+        self.shapes = shapes
+        self.programs = make_programs(model, shapes)
+        self._params = params
+        self._pages = allocate_pages(
+            model.cfg, shapes.num_pages, shapes.page_size, model.kv_copies, shapes.kv_dtype, model.placement
+        )
+        self._state = _empty_state(shapes, model)
+        self._compiled: dict[Key, Any] = {}
+        self._lock = threading.Lock()
+        self._warm = False
+        self.num_compilations = 0
+        self.num_compilations_after_warmup = 0
+
+    def dispatch(self, plan: IterationPlan) -> InFlight:
+        """Put one plan's work on the device queue."""
+        started = time.perf_counter()
+        for request in plan.admitted:
+            row = np.zeros(self.shapes.max_model_len, np.int32)
+            row[: len(request.token_ids)] = request.token_ids
+            self._state = self._program("admit", 0, True)(self._state, np.int32(request.slot), row)
+        sampling = [chunk for chunk in plan.chunks if chunk.num_samples]
+        sampled = self._decode(plan) if plan.is_decode_loop else self._ragged(plan, sampling)
+        if sampled is not None:
+            for array in jax.tree.leaves(sampled):
+                array.copy_to_host_async()
+        return InFlight(plan, sampling, sampled, started)
+
+    def _ragged(self, plan: IterationPlan, sampling: Sequence[Chunk]) -> Sampled | None:
+        bucket = batches.bucket_for(plan.num_tokens, self.shapes.token_buckets)
+        batch = batches.ragged_batch(plan, bucket, self.shapes.max_num_seqs, self.shapes.pages_per_row)
+        step = self._program("ragged", bucket, True)
+        hidden_RD, self._pages = step(self._params, self._pages, self._state, batch)
+        if not sampling:
+            return None
+        rows = self._rows(sampling)
+        sample = self._program("sample", len(rows.slot), rows.sampling is None)
+        sampled, self._state = sample(self._params, hidden_RD, self._state, rows)
+        return sampled
+
+    def _decode(self, plan: IterationPlan) -> Sampled:
+        rows = self._rows(plan.chunks)
+        requests = [chunk.request for chunk in plan.chunks]
+        table = batches.page_table(requests, len(rows.slot), self.shapes.pages_per_row)
+        loop = self._program("decode", len(rows.slot), rows.sampling is None)
+        sampled, self._pages, self._state = loop(
+            self._params, self._pages, self._state, rows, table, np.int32(plan.num_steps)
+        )
+        return sampled
+
+    def _rows(self, chunks: Sequence[Chunk]) -> batches.RowBatch:
+        bucket = batches.bucket_for(len(chunks), self.shapes.row_buckets)
+        return batches.row_batch(chunks, bucket, self.shapes.max_num_seqs, self.model.cfg.vocab_size)
+
+    def _program(self, name: str, bucket: int, greedy: bool) -> Any:
+        key = (name, bucket, greedy)
+        if (program := self._compiled.get(key)) is None:
+            with self._lock:
+                program = self._compiled.get(key) or self._compile(key)
+        return program
+
+    def _compile(self, key: Key) -> Any:
+        started = time.perf_counter()
+        lowered = lower(self.programs, self.shapes, self.model, key, self._params, self._pages, self._state)
+        program = self._compiled[key] = lowered.compile()
+        self.num_compilations += 1
+        if self._warm:
+            self.num_compilations_after_warmup += 1
+            log.warning("compiled %s after warm-up in %.2f s: a defect, please report", key, time.perf_counter() - started)
+        return program
+
+    def warm_up(self, *, sampling: bool = True) -> None:
+        """Compile every program there is, in threads; afterwards a compilation is a defect.
+
+        Args:
+            sampling: also the programs of requests that are not plainly greedy.
+        """
+        keys: list[Key] = [("admit", 0, True), *(("ragged", t, True) for t in self.shapes.token_buckets)]
+        for greedy in (True, False) if sampling else (True,):
+            keys += [(name, r, greedy) for r in self.shapes.row_buckets for name in ("sample", "decode")]
+        missing = [key for key in keys if key not in self._compiled]
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            list(pool.map(self._compile, missing))
+        self._warm = True
+
+    def block_until_ready(self) -> None:
+        """Wait for everything dispatched so far."""
+        jax.block_until_ready((self._pages, self._state))
+
+
+def make_programs(model: AbstractModel, shapes: RunnerShapes) -> Programs:
+    """The step functions of one model."""
+    return Programs(
+        graph=model.graph,
+        placement=model.placement,
+        residual_dtype=shapes.residual_dtype,
+        scale=model.cfg.head_dim**-0.5,
+        max_steps=shapes.max_decode_steps,
+    )
+
+
+def lower(
+    programs: Programs, shapes: RunnerShapes, model: AbstractModel, key: Key, params: Any, pages: Any, state: Any
+) -> Any:
+    """Lower one program; `params`, `pages` and `state` may be arrays or shapes with shardings."""
+    name, bucket, greedy = key
+    whole = model.placement.replicated
+    paged = [model.placement.sharding(*PAGE_DIMS)] * model.cfg.num_layers
+    rows = batches.row_batch([], bucket, shapes.max_num_seqs, model.cfg.vocab_size)
+    if not greedy:
+        rows = batches.RowBatch(
+            rows.slot, rows.length, rows.limit, rows.stop_ids, batches.sampling_rows([], bucket, model.cfg.vocab_size)
+        )
+    if name == "admit":
+        jitted = jax.jit(programs.admit, donate_argnums=0, out_shardings=whole)
+        return jitted.lower(state, np.int32(0), np.zeros(shapes.max_model_len, np.int32))
+    if name == "ragged":
+        jitted = jax.jit(programs.ragged_step, donate_argnums=1, out_shardings=(whole, paged))
+        empty = batches.ragged_batch(IterationPlan([]), bucket, shapes.max_num_seqs, shapes.pages_per_row)
+        return jitted.lower(params, pages, state, empty)
+    if name == "sample":
+        jitted = jax.jit(programs.sample_step, donate_argnums=2, out_shardings=whole)
+        width = model.cfg.hidden_size
+        hidden = jax.ShapeDtypeStruct((shapes.max_num_seqs, width), shapes.residual_dtype, sharding=whole)
+        return jitted.lower(params, hidden, state, rows)
+    assert name == "decode", name
+    jitted = jax.jit(programs.decode_loop, donate_argnums=(1, 2), out_shardings=(whole, paged, whole))
+    table = np.zeros((bucket, shapes.pages_per_row), np.int32)
+    return jitted.lower(params, pages, state, rows, table, np.int32(1))
+
+
+def abstract_arrays(model: AbstractModel, shapes: RunnerShapes) -> tuple[Any, Any, Any]:
+    """Parameters, pages and state as shapes with shardings: enough to compile without any weights."""
+
+    def shaped(variable: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
+
+    params = jax.tree.map(shaped, model.state, model.shardings())
+    shape = page_shape(model.cfg, shapes.num_pages, shapes.page_size, model.kv_copies)
+    page = jax.ShapeDtypeStruct(shape, shapes.kv_dtype, sharding=model.placement.sharding(*PAGE_DIMS))
+    state = jax.eval_shape(functools.partial(_zero_state, shapes))
+    whole = model.placement.replicated
+    return params, [page] * model.cfg.num_layers, jax.tree.map(lambda s: shaped(s, whole), state)
+
+
+def _zero_state(shapes: RunnerShapes) -> SlotState:
+    slots = shapes.max_num_seqs + 1
+    return SlotState(jnp.zeros((slots, shapes.max_model_len), jnp.int32), jnp.zeros(slots, jnp.bool))
+
+
+def _empty_state(shapes: RunnerShapes, model: AbstractModel) -> SlotState:
+    return jax.jit(functools.partial(_zero_state, shapes), out_shardings=model.placement.replicated)()

@@ -1,0 +1,131 @@
+"""What a user asks of the sampler, validated once. Plain Python; names and meanings as in vLLM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300
+MAX_STOP_STRINGS = 16
+MAX_STOP_TOKEN_IDS = 16
+MAX_N = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """Decoding controls of one request.
+
+    Attributes:
+        n: completions per prompt.
+        temperature: 0 is greedy.
+        top_p, top_k, min_p: filters; 1.0, 0 (or -1) and 0.0 switch them off.
+        presence_penalty, frequency_penalty: subtracted from logits of generated tokens (once / per occurrence).
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output.
+        seed: makes the request's random stream a function of (seed, position) alone.
+        stop, stop_token_ids: end generation; the stop string is cut off unless `include_stop_str_in_output`.
+        ignore_eos: keep going past end-of-sequence tokens.
+        max_tokens, min_tokens: bounds on generated tokens.
+        logprobs: number of alternatives to report per token (0 = only the sampled one), None = none.
+        logit_bias: token id -> value added to its logit.
+        detokenize: False leaves text empty.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    ignore_eos: bool = False
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    logprobs: int | None = None
+    logit_bias: dict[int, float] | None = None
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low, high in _RANGES:
+            _check_range(name, getattr(self, name), low, high)
+        for name, low, high in _INTEGERS:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ValueError(f"{name}={value!r}; it must be a whole number")
+            if value is not None:
+                _check_range(name, value, low, high)
+        object.__setattr__(self, "stop", self._stop_strings())
+        self._check_token_lists()
+
+    def _stop_strings(self) -> tuple[str, ...]:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if len(stop) > MAX_STOP_STRINGS or any(not isinstance(s, str) or not s for s in stop):
+            raise ValueError(f"stop={self.stop!r}; it must be at most {MAX_STOP_STRINGS} non-empty strings")
+        return stop
+
+    def _check_token_lists(self) -> None:
+        ids = tuple(self.stop_token_ids or ())
+        if len(ids) > MAX_STOP_TOKEN_IDS or any(not isinstance(i, int) or i < 0 for i in ids):
+            raise ValueError(f"stop_token_ids={self.stop_token_ids!r}; it must be at most {MAX_STOP_TOKEN_IDS} token ids")
+        object.__setattr__(self, "stop_token_ids", ids)
+        bias = self.logit_bias or {}
+        if len(bias) > MAX_LOGIT_BIAS:
+            raise ValueError(f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS} are allowed")
+        for token, value in bias.items():
+            if not isinstance(token, int) or token < 0:
+                raise ValueError(f"logit_bias has key {token!r}; keys must be token ids")
+            _check_range(f"logit_bias[{token}]", value, -100.0, 100.0)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temperature == 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the sampler must look at the request's history."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0.0, 0.0, 1.0)
+
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether an argmax over the raw logits is all that is asked."""
+        return (
+            self.greedy
+            and not self.has_penalties
+            and not self.logit_bias
+            and self.logprobs is None
+            and self.min_tokens == 0
+        )
+
+
+_HUGE = 2**31 - 1
+_RANGES = (
+    ("temperature", 0.0, 100.0),
+    ("top_p", 1e-9, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("repetition_penalty", 1e-2, 100.0),
+)
+_INTEGERS = (
+    ("n", 1, MAX_N),
+    ("top_k", -1, _HUGE),
+    ("max_tokens", 1, _HUGE),
+    ("min_tokens", 0, _HUGE),
+    ("seed", -(2**63), 2**64 - 1),
+    ("logprobs", 0, MAX_LOGPROBS),
+)
+
+
+def _check_range(name: str, value: object, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r}; it must be a finite number")
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value!r}; it must be between {low:g} and {high:g}")

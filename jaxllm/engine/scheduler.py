@@ -1,0 +1,256 @@
+"""The scheduler: before every iteration, decides which requests take part with how many tokens.
+
+Requests and a page pool -> one `IterationPlan` at a time. ORCA's iteration-level scheduling (Yu et al. 2022) with
+chunked prefill under a token budget (Sarathi-Serve, Agrawal et al. 2024). Plain Python: it knows nothing of
+arrays, devices or text. It may run ahead of the device: a plan can be made while the tokens of the one before
+are still unread.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from jaxllm.engine.page_pool import PagePool
+from jaxllm.engine.request import Request, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One request's share of an iteration: tokens `[start, start + count)` go through the model.
+
+    `num_samples` is how many tokens it samples: 0 in mid-prompt, 1 at the end of its known tokens, up to the
+    plan's number of steps in a decode loop. Every step of a loop but the first computes a token sampled by the
+    step before; `count` is 1 there.
+    """
+
+    request: Request
+    start: int
+    count: int
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class IterationPlan:
+    """What the device does next: one ragged step, or (`is_decode_loop`) `num_steps` decode iterations.
+
+    Chunks of one token come first; `admitted` lists requests that are new to their slot.
+    """
+
+    chunks: list[Chunk]
+    admitted: list[Request] = field(default_factory=list)
+    is_decode_loop: bool = False
+    num_steps: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that one iteration of this plan processes."""
+        return sum(chunk.count for chunk in self.chunks)
+
+
+class Scheduler:
+    """First come, first served by priority, under a token budget, a request limit and a page pool."""
+
+    def __init__(self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, max_decode_steps: int = 1):
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_decode_steps = max_decode_steps
+        self.running: list[Request] = []  # by rank: the first is the last to be preempted
+        self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self.num_waiting = 0  # the heap may hold finished requests beside these
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.running or self.num_waiting)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError if it could not finish even alone."""
+        needed = self.pool.pages_for(request.limit)
+        if needed > self.pool.num_usable:
+            raise ValueError(
+                f"the request may grow to {request.limit} tokens = {needed} pages but the cache has "
+                f"{self.pool.num_usable}; lower max_tokens or raise kv_cache_memory_bytes"
+            )
+        self._wait(request)
+
+    def _wait(self, request: Request) -> None:
+        heapq.heappush(self._waiting, (request.rank, request))
+        self.num_waiting += 1
+
+    def schedule(self) -> IterationPlan | None:
+        """Plan the next iteration, or None when nothing can run before results in flight are read."""
+        if steps := self._loop_steps():
+            return IterationPlan(self._decode_chunks(steps), is_decode_loop=True, num_steps=steps)
+        chunks = self._decode_chunks(1)
+        budget = self.max_num_batched_tokens - len(chunks)
+        budget -= self._continue_prefills(chunks, budget)
+        admitted = self._admit(chunks, budget)
+        if not chunks:
+            return None
+        chunks.sort(key=lambda chunk: chunk.count > 1)  # stable: single queries first
+        only_decodes = not admitted and all(c.count == 1 and c.num_samples == 1 for c in chunks)
+        return IterationPlan(chunks, admitted, is_decode_loop=only_decodes)
+
+    # Rule 1: every running decode takes one token per iteration.
+
+    def _loop_steps(self) -> int:
+        """Iterations that may run without looking up: more than one only if nothing waits and pages suffice."""
+        active = [r for r in self.running if not r.exhausted]
+        if not active or self.num_waiting or any(r.num_left != 1 for r in active):
+            return 0
+        steps = min(self.max_decode_steps, max(r.limit - r.num_tokens for r in active))
+        growth = sum(self._missing_pages(r, r.num_computed + _granted(r, steps)) for r in active)
+        return steps if steps > 1 and growth <= self.pool.num_free else 0
+
+    def _decode_chunks(self, steps: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for request in list(self.running):
+            if request.status is not Status.RUNNING or request.num_left != 1 or request.exhausted:
+                continue
+            granted = _granted(request, steps)
+            if self._make_room(request, request.num_computed + granted, chunks):
+                chunks.append(self._take(request, 1, granted))
+        return chunks
+
+    # Rule 2: running prefills take what the budget leaves.
+
+    def _continue_prefills(self, chunks: list[Chunk], budget: int) -> int:
+        used = 0
+        for request in list(self.running):
+            if request.status is not Status.RUNNING or request.num_left <= 1 or used >= budget:
+                continue
+            count = min(request.num_left, budget - used)
+            if self._make_room(request, request.num_computed + count, chunks):
+                chunks.append(self._take(request, count, int(count == request.num_left)))
+                used += count
+        return used
+
+    # Rule 3: waiting requests are admitted in order while pages, slots and budget allow.
+
+    def _admit(self, chunks: list[Chunk], budget: int) -> list[Request]:
+        admitted: list[Request] = []
+        while self._waiting and budget > 0 and self._free_slots:
+            request = self._waiting[0][1]
+            if request.finished:
+                heapq.heappop(self._waiting)
+                continue
+            if request.num_pending or not self._place(request):
+                break
+            heapq.heappop(self._waiting)
+            self.num_waiting -= 1
+            admitted.append(request)
+            count = min(request.num_left, budget)
+            chunks.append(self._take(request, count, int(count == request.num_left)))
+            budget -= count
+        return admitted
+
+    def _place(self, request: Request) -> bool:
+        """Give a waiting request a slot and pages for all it has, reusing cached prefixes.
+
+        Some pages are left for the decodes that run already, so that it does not push one out at once.
+        """
+        pool = self.pool
+        if pool.enable_prefix_caching:
+            request.page_hashes = pool.hashes(request.token_ids, request.cache_salt, request.page_hashes)
+        hits = pool.match(request.page_hashes, request.num_tokens)
+        missing = pool.pages_for(request.num_tokens) - len(hits)
+        spare = len(self.running)
+        fresh = pool.allocate(missing) if missing + spare <= pool.num_free else None
+        if fresh is None:
+            pool.free(hits)
+            return False
+        request.pages = hits + fresh
+        request.num_published = len(hits)
+        request.num_computed = len(hits) * pool.page_size
+        if request.num_cached is None:
+            request.num_cached = request.num_computed
+            pool.count_query(request.num_tokens, request.num_computed)
+        request.slot = self._free_slots.pop()
+        request.status = Status.RUNNING
+        self.running.append(request)
+        self.running.sort(key=lambda r: r.rank)
+        return True
+
+    # Bookkeeping that the rules share.
+
+    def _take(self, request: Request, count: int, num_samples: int) -> Chunk:
+        """Count tokens as computed: later plans build on it before the device is done."""
+        chunk = Chunk(request, request.num_computed, count, num_samples)
+        request.num_computed += count + max(0, num_samples - 1)
+        request.num_pending += num_samples
+        self._publish(request, len(request.token_ids))
+        return chunk
+
+    def _publish(self, request: Request, num_known: int) -> None:
+        """Make full pages findable whose tokens are known and computed (or about to be, in the order of iterations)."""
+        full = min(request.num_computed, num_known) // self.pool.page_size
+        if not self.pool.enable_prefix_caching or full <= request.num_published:
+            return
+        if full > len(request.page_hashes):
+            known = request.token_ids[: full * self.pool.page_size]
+            request.page_hashes = self.pool.hashes(known, request.cache_salt, request.page_hashes)
+        for i in range(request.num_published, full):
+            self.pool.publish(request.pages[i], request.page_hashes[i])
+        request.num_published = full
+
+    def _missing_pages(self, request: Request, num_tokens: int) -> int:
+        return max(0, self.pool.pages_for(num_tokens) - len(request.pages))
+
+    def _make_room(self, request: Request, num_tokens: int, chunks: Sequence[Chunk]) -> bool:
+        """Get pages up to `num_tokens`, preempting lower ranks. False: this request sits this iteration out."""
+        while (fresh := self.pool.allocate(self._missing_pages(request, num_tokens))) is None:
+            taken = {id(chunk.request) for chunk in chunks}
+            victims = [r for r in self.running if r.rank > request.rank and not r.exhausted and id(r) not in taken]
+            if victims:
+                self._preempt(victims[-1])
+            elif chunks or any(r.exhausted for r in self.running):
+                return False  # somebody will finish and free pages
+            else:
+                self._preempt(request)
+                return False
+        request.pages += fresh
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Take everything away; it will be recomputed (from cached pages, where they survive)."""
+        self._release(request)
+        request.num_computed = 0
+        request.num_preemptions += 1
+        request.status = Status.WAITING
+        self.num_preemptions += 1
+        self._wait(request)
+
+    def _release(self, request: Request) -> None:
+        self.pool.free(request.pages)
+        request.pages = []
+        self._free_slots.append(request.slot)
+        request.slot = -1
+        self.running.remove(request)
+
+    def append_tokens(self, request: Request, tokens: Sequence[int], num_samples: int) -> None:
+        """Hand over what an iteration sampled: of `num_samples` planned, these came before a stop."""
+        request.num_pending -= num_samples
+        request.token_ids.extend(tokens)
+
+    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
+        """Drop a request at once, wherever it stands; its pages are free for the next plan."""
+        if request.finished:
+            return
+        if request.status is Status.RUNNING:
+            self._publish(request, len(request.token_ids) - 1)  # the last token was sampled, not computed
+            self._release(request)
+        else:
+            self.num_waiting -= 1
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+
+
+def _granted(request: Request, steps: int) -> int:
+    """Tokens this request may sample in a loop of `steps` iterations."""
+    return min(steps, request.limit - request.num_tokens)

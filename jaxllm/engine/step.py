@@ -1,0 +1,186 @@
+"""The compiled programs: ragged step, sampling step and decode loop, as pure functions over arrays.
+
+Parameters, pages, per-slot state and one batch -> tokens, and the new pages and state (both donated). Programs
+grow as a sum: the ragged step is compiled per token bucket, sampling and the decode loop per row bucket.
+
+Dimension letters: T tokens, R rows, M pages per row, D model width, V vocabulary, S slots, L positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxllm.cache.pages import PAGE_DIMS, write_pages
+from jaxllm.engine import sampling
+from jaxllm.engine.batch import RaggedBatch, RowBatch
+from jaxllm.models.decoder import Context, Decoder
+from jaxllm.ops.attention import RaggedRows, ragged_paged_attention
+from jaxllm.ops.attention.xla import single_query_attention
+from jaxllm.sharding.mesh import Placement
+
+Pages = Sequence[jax.Array]
+QUERY_DIMS = ("tokens", "heads", "group", "head_dim")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class SlotState:
+    """What the device remembers of every running request; the last slot is spare and belongs to padding.
+
+    Attributes:
+        history: int32 `[S + 1, L]`, the tokens of the sequence: prompt, then samples as they come.
+        done: bool `[S + 1]`, a stop token was sampled: iterations already in flight must leave it alone.
+    """
+
+    history: jax.Array
+    done: jax.Array
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """The functions to compile for one model on one placement."""
+
+    graph: Any
+    placement: Placement
+    residual_dtype: jnp.dtype
+    scale: float
+    max_steps: int
+
+    def ragged_step(
+        self, params: Any, pages: Pages, state: SlotState, batch: RaggedBatch
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """One forward over a flat batch: hidden states of the sampling rows `[R, D]`, and the pages."""
+        position, row = batch.token_position, batch.token_row
+        rows = RaggedRows(batch.q_start, batch.q_len, batch.kv_len, batch.num_single, batch.page_table)
+        valid = jnp.arange(position.shape[0]) < batch.num_tokens
+        targets = _cache_slots(batch.page_table, row, position, valid, pages[0].shape[1])
+
+        def attend(q: jax.Array, layer_pages: jax.Array, rows: RaggedRows) -> jax.Array:
+            return ragged_paged_attention(q, layer_pages, rows, scale=self.scale)
+
+        x_TD, pages = self._forward(params, pages, state.history[batch.slot[row], position], position, targets, attend, rows)
+        return x_TD[batch.sample_at], pages
+
+    def sample_step(
+        self, params: Any, hidden_RD: jax.Array, state: SlotState, batch: RowBatch
+    ) -> tuple[sampling.Sampled, SlotState]:
+        """LM head and sampler on the first rows of `hidden_RD`; the tokens go into the state and out."""
+        num_rows = batch.slot.shape[0]
+        logits_RV = self._model(params).logits(hidden_RD[:num_rows], self.placement.shard)
+        active = batch.slot < state.done.shape[0] - 1
+        return _sample_and_store(logits_RV, state, batch, batch.length, active)
+
+    def decode_loop(
+        self, params: Any, pages: Pages, state: SlotState, batch: RowBatch, table_RM: jax.Array, num_steps: jax.Array
+    ) -> tuple[sampling.Sampled, list[jax.Array], SlotState]:
+        """Up to `num_steps` iterations of one token per row; rows that stop stay idle, all idle ends the loop.
+
+        Returns samples with a leading step dim `[max_steps, R]`; tokens are -1 where a row was idle.
+        """
+        num_rows = batch.slot.shape[0]
+        row = jnp.arange(num_rows)
+
+        def is_active(state: SlotState, length: jax.Array) -> jax.Array:
+            return ~state.done[batch.slot] & (length < batch.limit)
+
+        def attend(q: jax.Array, layer_pages: jax.Array, lengths: tuple[jax.Array, jax.Array]) -> jax.Array:
+            return single_query_attention(q, layer_pages, *lengths, scale=self.scale)
+
+        def one_step(carry):
+            i, length, pages, state, out = carry
+            active = is_active(state, length)
+            position = length - 1
+            targets = _cache_slots(table_RM, row, position, active, pages[0].shape[1])
+            kv_len = jnp.where(active, length, 0)
+            tokens = state.history[batch.slot, position]
+            x_RD, pages = self._forward(params, pages, tokens, position, targets, attend, (kv_len, table_RM))
+            logits_RV = self._model(params).logits(x_RD, self.placement.shard)
+            sampled, state = _sample_and_store(logits_RV, state, batch, length, active)
+            out = jax.tree.map(lambda all_steps, step: all_steps.at[i].set(step), out, sampled)
+            return i + 1, length + 1, pages, state, out
+
+        def more(carry) -> jax.Array:
+            i, length, _, state, _ = carry
+            return (i < num_steps) & jnp.any(is_active(state, length))
+
+        out = _empty_samples(self.max_steps, num_rows, with_logprobs=batch.sampling is not None)
+        carry = (jnp.int32(0), jnp.asarray(batch.length), list(pages), state, out)
+        _, _, pages, state, out = jax.lax.while_loop(more, one_step, carry)
+        return out, pages, state
+
+    def admit(self, state: SlotState, slot: jax.Array, tokens_L: jax.Array) -> SlotState:
+        """Give a slot to a new request: its known tokens become the slot's history."""
+        return SlotState(state.history.at[slot].set(tokens_L), state.done.at[slot].set(False))
+
+    def _model(self, params: Any) -> Decoder:
+        return nnx.merge(self.graph, params)
+
+    def _forward(
+        self, params: Any, pages: Pages, tokens, position, targets, attend: Callable, metadata: Any
+    ) -> tuple[jax.Array, list[jax.Array]]:
+        """The decoder over the cache. Each layer writes its rows before it attends, so rows may share pages."""
+        updated = list(pages)
+        write_and_attend = self._over_heads(attend, metadata)
+
+        def attend_layer(layer: int, q_TKGH: jax.Array, kv_TK2H: jax.Array) -> jax.Array:
+            out, updated[layer] = write_and_attend(q_TKGH, kv_TK2H, updated[layer], targets, metadata)
+            return out
+
+        context = Context(attend_layer, self.placement.shard, self.residual_dtype)
+        return self._model(params)(tokens, position, context), updated
+
+    def _over_heads(self, attend: Callable, metadata: Any) -> Callable:
+        """Cache write and attention, on each device for the heads it holds: no collective can arise inside."""
+
+        def local(q, kv, layer_pages, targets, metadata):
+            layer_pages = write_pages(layer_pages, kv, targets)
+            return attend(q, layer_pages, metadata), layer_pages
+
+        if self.placement.mesh.size == 1:
+            return local
+        spec, pages_spec = self.placement.spec(QUERY_DIMS), self.placement.spec(PAGE_DIMS)
+        whole = jax.tree.map(lambda _: PartitionSpec(), metadata)
+        return jax.shard_map(
+            local,
+            mesh=self.placement.mesh,
+            in_specs=(spec, spec, pages_spec, PartitionSpec(), whole),
+            out_specs=(spec, pages_spec),
+            check_vma=False,
+        )
+
+
+def _cache_slots(table: jax.Array, row, position, valid: jax.Array, page_size: int) -> jax.Array:
+    """Where each token's keys and values go; what is not valid goes to page 0."""
+    return jnp.where(valid, table[row, position // page_size] * page_size + position % page_size, 0)
+
+
+def _sample_and_store(
+    logits_RV: jax.Array, state: SlotState, batch: RowBatch, length: jax.Array, active: jax.Array
+) -> tuple[sampling.Sampled, SlotState]:
+    if batch.sampling is None:
+        sampled = sampling.sample_greedy(logits_RV)
+    else:
+        sampled = sampling.sample(logits_RV, batch.sampling, state.history[batch.slot], length, batch.stop_ids)
+    tokens = sampled.tokens
+    stopped = active & jnp.any(tokens[:, None] == batch.stop_ids, axis=1)
+    slot = jnp.where(active, batch.slot, state.done.shape[0] - 1)
+    state = SlotState(state.history.at[slot, length].set(tokens), state.done.at[slot].max(stopped))
+    sampled = sampling.Sampled(
+        jnp.where(active, tokens, -1), sampled.logprobs, sampled.top_ids, sampled.top_logprobs
+    )  # fmt: skip
+    return sampled, state
+
+
+def _empty_samples(steps: int, rows: int, *, with_logprobs: bool) -> sampling.Sampled:
+    tokens = jnp.full((steps, rows), -1, jnp.int32)
+    if not with_logprobs:
+        return sampling.Sampled(tokens)
+    top = (steps, rows, sampling.MAX_LOGPROBS)
+    return sampling.Sampled(tokens, jnp.zeros((steps, rows)), jnp.zeros(top, jnp.int32), jnp.zeros(top))

@@ -1,0 +1,1 @@
+"""The decoder and what turns a checkpoint of each family into it."""

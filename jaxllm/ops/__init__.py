@@ -1,0 +1,1 @@
+"""Pure functions over arrays: the mathematics that the decoder's modules call."""
