@@ -35,4 +35,4 @@ def write_pages(pages_PC2KH: jax.Array, kv_TK2H: jax.Array, slots_T: jax.Array) 
     num_pages, page_size, heads, width = pages_PC2KH.shape
     rows = kv_TK2H.reshape(-1, heads, width).astype(pages_PC2KH.dtype)
     flat = pages_PC2KH.reshape(num_pages * page_size, heads, width)
-    return flat.at[slots_T].set(rows, mode="promise_in_bounds").reshape(pages_PC2KH.shape)
+    return flat.at[slots_T].set(rows, mode="promise_in_bounds", wrap_negative_indices=False).reshape(pages_PC2KH.shape)

@@ -84,9 +84,7 @@ def _config(family: Family, header: GGUFHeader, data: np.ndarray) -> dict[str, A
         config["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
     if factors := header.tensors.get(_ROPE_FACTORS):
         if factors.type != "F32" or family.model_type != "llama" or "rope_scaling" in config:
-            raise CheckpointError(
-                f"tensor {_ROPE_FACTORS!r} is not supported in this {family.model_type} model"
-            )
+            raise CheckpointError(f"tensor {_ROPE_FACTORS!r} is not supported in this {family.model_type} model")
         config["rope_scaling"] = llama3_rope_scaling(_read(data, factors, None, ()), config)
     return config
 
@@ -128,9 +126,7 @@ def _row_order(source: _Source) -> np.ndarray | None:
     return rows.swapaxes(1, 2).reshape(-1)
 
 
-def _read(
-    data: np.ndarray, tensor: GGUFTensor, order: np.ndarray | None, index: tuple[slice, ...]
-) -> np.ndarray:
+def _read(data: np.ndarray, tensor: GGUFTensor, order: np.ndarray | None, index: tuple[slice, ...]) -> np.ndarray:
     raw = data[tensor.offset : tensor.offset + tensor.nbytes]
     if tensor.type in _PLAIN:
         whole = raw.view(_PLAIN[tensor.type]).reshape(tensor.shape)
@@ -150,7 +146,5 @@ def _dequantize(rows: np.ndarray, type_name: str) -> np.ndarray:
     if not rows.size:
         block_elements, block_bytes = gguf.GGML_QUANT_SIZES[kind]
         return np.empty((*rows.shape[:-1], rows.shape[-1] // block_bytes * block_elements), np.float32)
-    with np.errstate(
-        all="ignore"
-    ):  # a scale that is not finite gives weights that are not, as it would in F32
+    with np.errstate(all="ignore"):  # a scale that is not finite gives weights that are not, as it would in F32
         return gguf.quants.dequantize(rows, kind)

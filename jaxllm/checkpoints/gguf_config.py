@@ -110,9 +110,7 @@ def llama3_rope_scaling(factors: np.ndarray, config: Mapping[str, Any]) -> dict[
     smooth = np.clip((8192 / wavelengths - 1.0) / (4.0 - 1.0), 0.0, 1.0)
     expected = 1 / ((1 - smooth) / scaling["factor"] + smooth)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
-        raise CheckpointError(
-            "tensor 'rope_freqs.weight' is not Llama 3 rope scaling; use the safetensors files"
-        )
+        raise CheckpointError("tensor 'rope_freqs.weight' is not Llama 3 rope scaling; use the safetensors files")
     return scaling
 
 
@@ -158,19 +156,13 @@ def _special_tokens(metadata: Mapping[str, Any], vocab_size: int) -> dict[str, i
 def _check_rest(values: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     for key, word in _REPEATED.items():
         if key in values and values[key] != config[word]:
-            raise CheckpointError(
-                f"{key}={str(values[key])[:40]} differs from {word}={config[word]}: not supported"
-            )
+            raise CheckpointError(f"{key}={str(values[key])[:40]} differs from {word}={config[word]}: not supported")
     for key in values.keys() - _READ:
         if key not in _NEUTRAL or values[key] != _NEUTRAL[key]:
-            raise CheckpointError(
-                f"{key}={str(values[key])[:40]} changes the model in a way not supported here"
-            )
+            raise CheckpointError(f"{key}={str(values[key])[:40]} changes the model in a way not supported here")
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     if heads % kv_heads or config["head_dim"] % 2 or not config["head_dim"]:
-        raise CheckpointError(
-            f"{heads} heads, {kv_heads} KV heads, head_dim={config['head_dim']} do not fit together"
-        )
+        raise CheckpointError(f"{heads} heads, {kv_heads} KV heads, head_dim={config['head_dim']} do not fit together")
 
 
 def _rope_scaling(values: Mapping[str, Any]) -> dict[str, Any]:

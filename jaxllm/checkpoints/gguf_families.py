@@ -74,9 +74,7 @@ def family_of(metadata: Mapping[str, Any]) -> Family:
     name = metadata.get("general.architecture")
     if not isinstance(name, str) or name not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
-        raise CheckpointError(
-            f"general.architecture={name!r} is not supported as GGUF; expected one of: {known}"
-        )
+        raise CheckpointError(f"general.architecture={name!r} is not supported as GGUF; expected one of: {known}")
     if metadata.get("split.count", 0) not in (0, 1):
         raise CheckpointError("it is one part of a split GGUF; merge the parts (llama-gguf-split --merge)")
     return FAMILIES[name]

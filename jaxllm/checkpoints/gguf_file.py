@@ -38,9 +38,7 @@ _STRING, _ARRAY = 8, 9
 _DEFAULT_ALIGNMENT = 32
 _MAX_ALIGNMENT = 1 << 20
 _MAX_DIMS = 4
-_MAX_ARRAY = (
-    1 << 24
-)  # a vocabulary has under a million entries; keeps a damaged length from filling the memory
+_MAX_ARRAY = 1 << 24  # a vocabulary has under a million entries; keeps a damaged length from filling the memory
 _MAX_NESTING = 4
 
 
@@ -197,15 +195,9 @@ class _Cursor:
         if kind == _STRING:
             return self.string(what)
         if kind != _ARRAY or depth == _MAX_NESTING:
-            self.fail(
-                f"{what!r} has the unknown value type {kind}"
-                if kind != _ARRAY
-                else f"{what!r} nests too deep"
-            )
+            self.fail(f"{what!r} has the unknown value type {kind}" if kind != _ARRAY else f"{what!r} nests too deep")
         inner = self.number("<u4", what)
-        item_bytes = (
-            np.dtype(_SCALARS[inner]).itemsize if inner in _SCALARS else 8 if inner == _STRING else 12
-        )
+        item_bytes = np.dtype(_SCALARS[inner]).itemsize if inner in _SCALARS else 8 if inner == _STRING else 12
         count = self.count(what, item_bytes)
         if count > _MAX_ARRAY:
             self.fail(f"{what!r} has {count} items; expected at most {_MAX_ARRAY}")

@@ -58,8 +58,7 @@ def _local(path: Path) -> Path:
     if path.suffix in PICKLE_SUFFIXES:
         raise refuse_pickle(path)
     raise CheckpointError(
-        f"{path}: not a checkpoint; pass a .gguf file, or the folder that holds config.json and the "
-        ".safetensors files"
+        f"{path}: not a checkpoint; pass a .gguf file, or the folder that holds config.json and the .safetensors files"
     )
 
 

@@ -58,9 +58,7 @@ class SafetensorsFile:
         """
         try:
             if path.stat().st_size < 8:
-                raise CheckpointError(
-                    f"{path}: not a safetensors file: shorter than its 8-byte header length"
-                )
+                raise CheckpointError(f"{path}: not a safetensors file: shorter than its 8-byte header length")
             data = np.memmap(path, np.uint8, "r").view(np.ndarray)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be opened: {error.strerror or error}") from error
@@ -124,9 +122,7 @@ def _entry(name: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     if not isinstance(word, str) or word not in _DTYPES:
         _damaged(f"tensor {name!r} has dtype {word!r}, expected one of {', '.join(_DTYPES)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        _damaged(
-            f"tensor {name!r} has shape {shape!r} and offsets {offsets!r}, expected whole numbers from 0 up"
-        )
+        _damaged(f"tensor {name!r} has shape {shape!r} and offsets {offsets!r}, expected whole numbers from 0 up")
     dtype = np.dtype(_DTYPES[word])
     num_bytes = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != num_bytes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from jaxllm.engine.sampling import SamplingRows
 from jaxllm.engine.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxllm.engine.scheduler import Chunk, IterationPlan
 
+Array = Any  # NumPy on the host, traced inside a compiled program
 MAX_STOP_IDS = MAX_STOP_TOKEN_IDS + 8  # the user's and the model's own
 
 
@@ -35,16 +37,16 @@ class RaggedBatch:
         sample_at: `[R]`, flat index of each sampling row's last token, in the order of the sampling rows.
     """
 
-    token_row: np.ndarray
-    token_position: np.ndarray
-    num_tokens: np.ndarray
-    slot: np.ndarray
-    q_start: np.ndarray
-    q_len: np.ndarray
-    kv_len: np.ndarray
-    num_single: np.ndarray
-    page_table: np.ndarray
-    sample_at: np.ndarray
+    token_row: Array
+    token_position: Array
+    num_tokens: Array
+    slot: Array
+    q_start: Array
+    q_len: Array
+    kv_len: Array
+    num_single: Array
+    page_table: Array
+    sample_at: Array
 
 
 @jax.tree_util.register_dataclass
@@ -60,10 +62,10 @@ class RowBatch:
         sampling: parameters, or None where every row is plainly greedy.
     """
 
-    slot: np.ndarray
-    length: np.ndarray
-    limit: np.ndarray
-    stop_ids: np.ndarray
+    slot: Array
+    length: Array
+    limit: Array
+    stop_ids: Array
     sampling: SamplingRows | None
 
 
@@ -103,12 +105,12 @@ def ragged_batch(plan: IterationPlan, num_tokens: int, num_rows: int, width: int
     return RaggedBatch(
         token_row=_pad(token_row, num_tokens),
         token_position=_pad(position, num_tokens),
-        num_tokens=np.int32(total),  # type: ignore[arg-type]
+        num_tokens=np.int32(total),
         slot=_pad([chunk.request.slot for chunk in plan.chunks], num_rows),
         q_start=_pad(offsets, num_rows),
         q_len=_pad(counts, num_rows),
         kv_len=_pad(starts + counts, num_rows),
-        num_single=np.int32((counts == 1).sum()),  # type: ignore[arg-type]
+        num_single=np.int32((counts == 1).sum()),
         page_table=page_table([chunk.request for chunk in plan.chunks], num_rows, width),
         sample_at=_pad(ends, num_rows),
     )
@@ -158,7 +160,7 @@ def sampling_rows(requests: Sequence[Request], num_rows: int, vocab_size: int) -
         num_logprobs=_pad([-1 if p.logprobs is None else p.logprobs for p in params], num_rows, -1),
         bias_ids=bias_ids,
         bias_values=bias_values,
-    )  # type: ignore[arg-type]
+    )
 
 
 def _pad(values: Sequence | np.ndarray, size: int, fill: float = 0, dtype: type = np.int32) -> np.ndarray:

@@ -75,11 +75,12 @@ class InFlight:
         arrays = jax.tree.map(np.asarray, self.sampled)
         if not self.plan.is_decode_loop:
             arrays = jax.tree.map(lambda a: a[None], arrays)
-        results = []
-        for row, chunk in enumerate(self.sampling):
-            count = int((arrays.tokens[: chunk.num_samples, row] >= 0).sum())
-            results.append((chunk, jax.tree.map(lambda a: a[:count, row], arrays)))
-        return results
+        return [(chunk, _row(arrays, row, chunk.num_samples)) for row, chunk in enumerate(self.sampling)]
+
+
+def _row(arrays: Sampled, row: int, num_samples: int) -> Sampled:
+    count = int((arrays.tokens[:num_samples, row] >= 0).sum())
+    return jax.tree.map(lambda a: a[:count, row], arrays)
 
 
 class ModelRunner:
@@ -154,7 +155,9 @@ class ModelRunner:
         self.num_compilations += 1
         if self._warm:
             self.num_compilations_after_warmup += 1
-            log.warning("compiled %s after warm-up in %.2f s: a defect, please report", key, time.perf_counter() - started)
+            log.warning(
+                "compiled %s after warm-up in %.2f s: a defect, please report", key, time.perf_counter() - started
+            )
         return program
 
     def warm_up(self, *, sampling: bool = True) -> None:

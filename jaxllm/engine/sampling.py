@@ -10,6 +10,7 @@ Dimension letters: R rows, V vocabulary, L positions of the token history.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,19 +29,19 @@ class SamplingRows:
     be sampled. Unused bias entries have an id beyond the vocabulary.
     """
 
-    temperature: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    presence: jax.Array
-    frequency: jax.Array
-    repetition: jax.Array
-    top_k: jax.Array
-    seed: jax.Array
-    prompt_len: jax.Array
-    min_len: jax.Array
-    num_logprobs: jax.Array
-    bias_ids: jax.Array
-    bias_values: jax.Array
+    temperature: Any
+    top_p: Any
+    min_p: Any
+    presence: Any
+    frequency: Any
+    repetition: Any
+    top_k: Any
+    seed: Any
+    prompt_len: Any
+    min_len: Any
+    num_logprobs: Any
+    bias_ids: Any
+    bias_values: Any
 
 
 @jax.tree_util.register_dataclass

@@ -73,7 +73,9 @@ class SamplingParams:
     def _check_token_lists(self) -> None:
         ids = tuple(self.stop_token_ids or ())
         if len(ids) > MAX_STOP_TOKEN_IDS or any(not isinstance(i, int) or i < 0 for i in ids):
-            raise ValueError(f"stop_token_ids={self.stop_token_ids!r}; it must be at most {MAX_STOP_TOKEN_IDS} token ids")
+            raise ValueError(
+                f"stop_token_ids={self.stop_token_ids!r}; it must be at most {MAX_STOP_TOKEN_IDS} token ids"
+            )
         object.__setattr__(self, "stop_token_ids", ids)
         bias = self.logit_bias or {}
         if len(bias) > MAX_LOGIT_BIAS:

@@ -65,7 +65,9 @@ class Programs:
         def attend(q: jax.Array, layer_pages: jax.Array, rows: RaggedRows) -> jax.Array:
             return ragged_paged_attention(q, layer_pages, rows, scale=self.scale)
 
-        x_TD, pages = self._forward(params, pages, state.history[batch.slot[row], position], position, targets, attend, rows)
+        x_TD, pages = self._forward(
+            params, pages, state.history[batch.slot[row], position], position, targets, attend, rows
+        )
         return x_TD[batch.sample_at], pages
 
     def sample_step(
@@ -144,16 +146,17 @@ class Programs:
             return attend(q, layer_pages, metadata), layer_pages
 
         if self.placement.mesh.size == 1:
-            return local
+            return jax.jit(local)  # traced once, not once per layer
         spec, pages_spec = self.placement.spec(QUERY_DIMS), self.placement.spec(PAGE_DIMS)
         whole = jax.tree.map(lambda _: PartitionSpec(), metadata)
-        return jax.shard_map(
+        over_heads = jax.shard_map(
             local,
             mesh=self.placement.mesh,
             in_specs=(spec, spec, pages_spec, PartitionSpec(), whole),
             out_specs=(spec, pages_spec),
             check_vma=False,
         )
+        return jax.jit(over_heads)
 
 
 def _cache_slots(table: jax.Array, row, position, valid: jax.Array, page_size: int) -> jax.Array:

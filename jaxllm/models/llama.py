@@ -19,7 +19,7 @@ _IGNORED = frozenset(
     "eos_token_id pad_token_id unk_token_id attention_dropout hidden_dropout _name_or_path is_llama_config "
     "transformers.js_config task_specific_params id2label label2id problem_type return_dict output_attentions "
     "output_hidden_states chunk_size_feed_forward _attn_implementation _attn_implementation_autoset "
-    "is_encoder_decoder quantization_version name".split()
+    "is_encoder_decoder".split()
 )
 _REQUIRED = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads rms_norm_eps "
@@ -38,7 +38,7 @@ _FIXED = {
     "quantization_config": None,
 }
 _OPTIONAL = frozenset(
-    "num_key_value_heads head_dim rope_theta rope_scaling rope_parameters tie_word_embeddings".split()
+    ("num_key_value_heads", "head_dim", "rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings")
 )
 
 
@@ -51,7 +51,9 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         if key in _FIXED and value not in (_FIXED[key], None):
             raise ValueError(f"config.json has {key}={value!r}; this family supports only {_FIXED[key]!r}")
         if key not in _FIXED and key not in _IGNORED and key not in _OPTIONAL and key not in _REQUIRED:
-            raise ValueError(f"config.json has an unknown field {key}={value!r} that may change the mathematics; refused")
+            raise ValueError(
+                f"config.json has an unknown field {key}={value!r} that may change the mathematics; refused"
+            )
     rope = _rope_parameters(hf)
     return ModelConfig(
         vocab_size=hf["vocab_size"],

@@ -6,31 +6,21 @@ make each. Missing, unexpected or misshapen tensors are refused by name before a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxllm.checkpoints import Checkpoint
 from jaxllm.config import ModelConfig
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.families import Family, Path, Source, family_of
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import check_divides, kv_copies, vocab_padding
-
-
-class TensorSource(Protocol):
-    """What the loader needs of a checkpoint; see `jaxllm.checkpoints`."""
-
-    config: dict[str, Any]
-
-    @property
-    def tensors(self) -> Mapping[str, Any]: ...
-
-    def read(self, name: str) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +34,10 @@ class AbstractModel:
     kv_copies: int
     vocab_padding: int
 
-    def parameters(self) -> Iterator[tuple[Path, nnx.Param]]:
-        """Every parameter with its path."""
-        yield from nnx.to_flat_state(self.state)
-
     def shardings(self) -> Any:
         """NamedShardings in the shape of the state; refuses sizes that do not divide."""
 
-        def place(path: Path, variable: nnx.Param) -> nnx.Param:
+        def place(path: Any, variable: Any) -> Any:
             dims, shape = variable.get_metadata("dims"), variable.get_value().shape
             sharding = self.placement.sharding(*dims, parameter=True)
             name = ".".join(map(str, path))
@@ -70,14 +56,14 @@ def abstract_model(cfg: ModelConfig, placement: Placement, dtype: jnp.dtype) -> 
     return AbstractModel(cfg, graph, state, placement, copies, padding)
 
 
-def load_parameters(model: AbstractModel, checkpoint: TensorSource) -> Any:
+def load_parameters(model: AbstractModel, checkpoint: Checkpoint) -> Any:
     """Read every parameter into its sharding. Raises ValueError naming a tensor that is missing or wrong."""
     family = family_of(checkpoint.config)
     sources = family.weight_map(model.cfg)
     _check_tensors(sources, checkpoint, family)
     shardings = dict(nnx.to_flat_state(model.shardings()))
 
-    def load(path: Path, variable: nnx.Param) -> nnx.Param:
+    def load(path: Any, variable: Any) -> Any:
         source, want = sources[path], variable.get_value()
         value = source.assemble(*(checkpoint.read(name) for name in source.names))
         value = _fit(value, variable.get_metadata("dims"), model)
@@ -87,8 +73,10 @@ def load_parameters(model: AbstractModel, checkpoint: TensorSource) -> Any:
     return nnx.map_state(load, model.state)
 
 
-def _check_tensors(sources: Mapping[Path, Source], checkpoint: TensorSource, family: Family) -> None:
-    expected = {name: shape for source in sources.values() for name, shape in zip(source.names, source.shapes, strict=True)}
+def _check_tensors(sources: Mapping[Path, Source], checkpoint: Checkpoint, family: Family) -> None:
+    expected = {
+        name: shape for source in sources.values() for name, shape in zip(source.names, source.shapes, strict=True)
+    }
     for name, shape in expected.items():
         info = checkpoint.tensors.get(name)
         if info is None:
@@ -115,7 +103,7 @@ def _fit(value: np.ndarray, dims: tuple[str, ...], model: AbstractModel) -> np.n
 
 
 def _place(value: np.ndarray, dtype: jnp.dtype, sharding: jax.sharding.NamedSharding) -> jax.Array:
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         return np.ascontiguousarray(value[index]).astype(dtype, copy=False)
 
     return jax.make_array_from_callback(value.shape, sharding, shard)

@@ -14,11 +14,11 @@ from pathlib import Path
 from jaxllm.config import ModelConfig
 
 MESH_AXES = ("dp", "tp")
-DIMS = frozenset(
-    "tokens rows model model_in model_out heads heads_in qkv group head_dim gate_up ffn ffn_in vocab".split()
+CUTTABLE_DIMS = frozenset(
+    ("tokens", "rows", "model", "model_in", "model_out", "heads", "heads_in", "ffn", "ffn_in", "vocab")
 )
-# A cut inside a head makes QK^T a partial sum before its softmax: never legal. The rest are stacked kinds, not features.
-_UNCUTTABLE = frozenset(("qkv", "group", "head_dim", "gate_up"))
+# A cut inside a head would make QK^T a partial sum before its softmax; the others stack kinds, not features.
+UNCUTTABLE_DIMS = frozenset(("head_dim", "qkv", "group", "gate_up"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,9 @@ def load_rules(name_or_path: str) -> ShardingRules:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"sharding rules {path} are not valid TOML: {error}") from None
     if unknown := set(data) - {"parameters", "activations"}:
-        raise ValueError(f"sharding rules {path} have an unknown table {min(unknown)!r}; use parameters and activations")
+        raise ValueError(
+            f"sharding rules {path} have an unknown table {min(unknown)!r}; use parameters and activations"
+        )
     tables = {kind: _checked_table(path, kind, data.get(kind, {})) for kind in ("parameters", "activations")}
     return ShardingRules(path.stem, **tables)
 
@@ -70,11 +72,15 @@ def _checked_table(path: Path, kind: str, table: object) -> dict[str, str]:
     if not isinstance(table, dict):
         raise ValueError(f"sharding rules {path}: {kind} must be a table of dim = axis")
     for dim, axis in table.items():
-        if dim not in DIMS or dim in _UNCUTTABLE:
-            legal = ", ".join(sorted(DIMS - _UNCUTTABLE))
-            raise ValueError(f"sharding rules {path}: dim {dim!r} cannot be cut; dims that can: {legal}")
+        if dim not in CUTTABLE_DIMS:
+            what = "cannot be cut" if dim in UNCUTTABLE_DIMS else "is unknown"
+            raise ValueError(
+                f"sharding rules {path}: dim {dim!r} {what}; use one of {', '.join(sorted(CUTTABLE_DIMS))}"
+            )
         if axis not in MESH_AXES:
-            raise ValueError(f"sharding rules {path}: {dim} = {axis!r} is no mesh axis; axes are {', '.join(MESH_AXES)}")
+            raise ValueError(
+                f"sharding rules {path}: {dim} = {axis!r} is no mesh axis; axes are {', '.join(MESH_AXES)}"
+            )
     return dict(table)
 
 
@@ -84,8 +90,10 @@ def parse_mesh(text: str) -> dict[str, int]:
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
         if axis not in MESH_AXES or not size.isdigit() or int(size) < 1:
-            raise ValueError(f"mesh {text!r} is not understood at {part!r}; write axis=size pairs like 'tp=4' "
-                             f"with axes {', '.join(MESH_AXES)}")
+            raise ValueError(
+                f"mesh {text!r} is not understood at {part!r}; write axis=size pairs like 'tp=4' "
+                f"with axes {', '.join(MESH_AXES)}"
+            )
         if axis in sizes:
             raise ValueError(f"mesh {text!r} names axis {axis!r} twice; name each axis once")
         sizes[axis] = int(size)

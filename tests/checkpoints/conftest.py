@@ -39,9 +39,7 @@ TYPES = [Quant.F32, Quant.F16, Quant.Q8_0, Quant.Q4_1, Quant.BF16]
 def tiny_weights() -> dict[str, np.ndarray]:
     """Random float32 weights by GGUF name."""
     rng = np.random.default_rng(0)
-    return {
-        f"{name}.weight": rng.standard_normal(shape, dtype=np.float32) for name, shape in GGUF_SHAPES.items()
-    }
+    return {f"{name}.weight": rng.standard_normal(shape, dtype=np.float32) for name, shape in GGUF_SHAPES.items()}
 
 
 def write_gguf(

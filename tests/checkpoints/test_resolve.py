@@ -36,9 +36,7 @@ def test_folder_with_one_gguf_is_that_file(tmp_path: Path) -> None:
         resolve_model(str(tmp_path))
 
 
-def test_short_name_is_pulled_unless_a_local_model_has_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_name_is_pulled_unless_a_local_model_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(resolve_module, "pull", lambda name, progress: Path("pulled") / name)
     assert resolve_model(DEFAULT_MODEL) == Path("pulled") / DEFAULT_MODEL
@@ -48,9 +46,7 @@ def test_short_name_is_pulled_unless_a_local_model_has_it(
     assert resolve_model(DEFAULT_MODEL) == Path(DEFAULT_MODEL)
 
 
-def test_repository_id_fetches_weights_and_tokenizer_only(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_repository_id_fetches_weights_and_tokenizer_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.utils import filter_repo_objects
 
     folder, asked = model_folder(tmp_path / "snapshot"), {}
@@ -107,9 +103,7 @@ def test_repository_without_config_is_refused(tmp_path: Path, monkeypatch: pytes
         ("org/missing.gguf", "no such file or folder"),
     ],
 )
-def test_unknown_name_is_one_line(
-    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_name_is_one_line(name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError) as caught:
         resolve_model(name)

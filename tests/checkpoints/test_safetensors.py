@@ -141,9 +141,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED)
-def test_damaged_file_is_refused_in_one_line_that_names_it(
-    tmp_path: Path, content: bytes, message: str
-) -> None:
+def test_damaged_file_is_refused_in_one_line_that_names_it(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError) as caught:

@@ -6,12 +6,11 @@ rounded up to blocks, never the batch times the longest row. Partial results mer
 (online softmax: Milakov & Gimelshein 2018; splitting keys over workers: FlashDecoding, Dao et al. 2023).
 
 Dimension letters: T tokens, R rows, Q queries of a tile, S keys of a block, K key/value heads, G query heads per
-key/value head, H head width, P pages, C tokens per page, M pages per row, W items of the work list.
+key/value head, H head width, P pages, C tokens per page, M pages per row, W items worked on together.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import jax
@@ -19,7 +18,8 @@ import jax.numpy as jnp
 
 from jaxllm.ops.attention.metadata import RaggedRows
 
-_MASKED = -1e30  # finite: an empty row must give 0, not NaN
+_MASKED = -1e30  # finite: differences of two masked scores must not be NaN
+_GROUP = 16  # work items of single-query rows attended together
 Partial = tuple[jax.Array, jax.Array, jax.Array]  # running maximum, sum of exponentials, weighted sum of values
 
 
@@ -45,29 +45,34 @@ def ragged_paged_attention(
     Returns:
         `[T, K, G, H]` in the queries' dtype.
     """
+    num_tokens, k, g, h = q_TKGH.shape
+    num_rows = min(rows.q_len.shape[0], num_tokens)
     blocks = _Blocks.of(pages_PC2KH, rows.page_table, scale, key_block)
-    num_rows = min(rows.q_len.shape[0], q_TKGH.shape[0])
     is_single = jnp.arange(num_rows) < rows.num_single
     kv_len = jnp.where(is_single, rows.kv_len[:num_rows], 0)
-    singles = functools.partial(_singles, blocks, q_TKGH[:num_rows], kv_len)
-    empty = functools.partial(jnp.zeros, q_TKGH[:num_rows].shape, q_TKGH.dtype)
-    out_R = jax.lax.cond(rows.num_single > 0, singles, empty)
-    if q_TKGH.shape[0] == 1:
-        return out_R
-    return _tiles(blocks, q_TKGH, out_R, rows, min(query_tile, q_TKGH.shape[0]))
+    state = _walk(blocks, q_TKGH[:num_rows], kv_len, 0, _nothing((num_rows, k, g), h))
+    singles_RKGH = _finish(state, kv_len[:, None, None] > 0).astype(q_TKGH.dtype)
+    return _tiles(blocks, q_TKGH, singles_RKGH, rows, min(query_tile, num_tokens))
 
 
 def single_query_attention(
     q_RKGH: jax.Array, pages_PC2KH: jax.Array, kv_len_R: jax.Array, table_RM: jax.Array, *, scale: float,
     key_block: int = 128,
 ) -> jax.Array:  # fmt: skip
-    """The case of the decode loop: row `r` has the one query `r`; `kv_len = 0` marks an idle row (gives zeros)."""
-    return _singles(_Blocks.of(pages_PC2KH, table_RM, scale, key_block), q_RKGH, kv_len_R)
+    """The case of the decode loop: row `r` has the one query `r`; `kv_len = 0` marks an idle row (gives zeros).
+
+    The first block of every row is attended straight, so that a batch of short rows pays for no loop.
+    """
+    blocks = _Blocks.of(pages_PC2KH, table_RM, scale, key_block)
+    state = _drop_q(_attend(blocks, q_RKGH[:, None], blocks.table[:, 0], kv_len_R[:, None]))
+    if blocks.table.shape[1] > 1:
+        state = _walk(blocks, q_RKGH, kv_len_R, 1, state)
+    return _finish(state, kv_len_R[:, None, None] > 0).astype(q_RKGH.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class _Blocks:
-    """The cache of one layer seen as blocks of `span` keys: block `j` of row `r` is `table[r, j]` `[B]` pages."""
+    """The cache of one layer seen as blocks of `span` keys: block `j` of row `r` is pages `table[r, j]`."""
 
     pages_PC2KH: jax.Array
     table: jax.Array
@@ -87,70 +92,69 @@ def _attend(blocks: _Blocks, q: jax.Array, page_ids: jax.Array, visible: jax.Arr
 
     q `[W, Q, K, G, H]`, page_ids `[W, B]`, visible `[W, Q]` = keys of this block that each query sees (may be
     negative or beyond the block). Returns maximum and sum `[W, K, G, Q]`, values `[W, K, G, Q, H]`, float32.
+    A query that sees nothing has maximum `_MASKED`: whatever its sum and values are, merging drops them.
     """
     w, _, k, _, h = q.shape
-    kv = blocks.pages_PC2KH[page_ids].reshape(w, -1, k, 2, h)
+    kv = _take(blocks.pages_PC2KH, page_ids).reshape(w, -1, k, 2, h)
     q = (q * blocks.scale).astype(kv.dtype)
     s_WKGQS = jnp.einsum("WQKGH,WSKH->WKGQS", q, kv[:, :, :, 0], preferred_element_type=jnp.float32)
-    seen = jnp.arange(kv.shape[1]) < visible[:, :, None]
-    s_WKGQS = jnp.where(seen[:, None, None], s_WKGQS, _MASKED)
+    seen = jnp.arange(kv.shape[1]) < visible[:, None, None, :, None]
+    s_WKGQS = jnp.where(seen, s_WKGQS, _MASKED)
     top = jnp.max(s_WKGQS, axis=-1)
-    p = jnp.where(seen[:, None, None], jnp.exp(s_WKGQS - top[..., None]), 0.0)
+    p = jnp.exp(s_WKGQS - top[..., None])
     out = jnp.einsum("WKGQS,WSKH->WKGQH", p.astype(kv.dtype), kv[:, :, :, 1], preferred_element_type=jnp.float32)
     return top, jnp.sum(p, axis=-1), out
 
 
-def _singles(blocks: _Blocks, q_RKGH: jax.Array, kv_len: jax.Array) -> jax.Array:
-    """One query per row. The first block of every row runs straight; what longer rows need is a work list."""
+def _walk(blocks: _Blocks, q_RKGH: jax.Array, kv_len: jax.Array, first: int, state: Partial) -> Partial:
+    """Attend rows of one query to their blocks from number `first` on, `_GROUP` (row, block) pairs at a time."""
     num_rows, num_blocks = q_RKGH.shape[0], blocks.table.shape[1]
-    table, span = blocks.table[:num_rows], blocks.span
-    state = _without_q(_attend(blocks, q_RKGH[:, None], table[:, 0], kv_len[:, None]))
-    if num_blocks > 1:
-        more = jnp.maximum(-(-kv_len // span) - 1, 0)
-        ends = jnp.cumsum(more)
-        group = min(num_rows, 16)
+    count = jnp.maximum(-(-kv_len // blocks.span) - first, 0)
+    ends = jnp.cumsum(count)
+    facts = jnp.stack([kv_len, ends - count], axis=1)
 
-        def attend_group(i: jax.Array, state: Partial) -> Partial:
-            item = i * group + jnp.arange(group)
-            row = jnp.minimum(jnp.searchsorted(ends, item, side="right"), num_rows - 1)
-            j = jnp.clip(item - (ends[row] - more[row]) + 1, 0, num_blocks - 1)
-            visible = jnp.where(item < ends[-1], kv_len[row] - j * span, 0)
-            part = _without_q(_attend(blocks, q_RKGH[row][:, None], table[row, j], visible[:, None]))
-            return _merge_items(state, part, row)
+    def attend_group(i: jax.Array, state: Partial) -> Partial:
+        item = i * _GROUP + jnp.arange(_GROUP)
+        row = jnp.minimum(jnp.sum(ends <= item[:, None], axis=1), num_rows - 1)
+        length, begin = jnp.split(_take(facts, row), 2, axis=1)
+        j = jnp.minimum(item[:, None] - begin + first, num_blocks - 1)
+        visible = jnp.where(item[:, None] < ends[-1], length - j * blocks.span, 0)
+        page_ids = _take(blocks.table.reshape(-1, blocks.table.shape[2]), row * num_blocks + j[:, 0])
+        part = _drop_q(_attend(blocks, _take(q_RKGH, row)[:, None], page_ids, visible))
+        return _merge_items(state, part, row)
 
-        state = jax.lax.fori_loop(0, -(-ends[-1] // group), attend_group, state)
-    return _finish(state).astype(q_RKGH.dtype)
+    return jax.lax.fori_loop(0, -(-ends[-1] // _GROUP), attend_group, state)
 
 
-def _tiles(blocks: _Blocks, q_TKGH: jax.Array, out_R: jax.Array, rows: RaggedRows, tile: int) -> jax.Array:
+def _tiles(blocks: _Blocks, q_TKGH: jax.Array, singles_RKGH: jax.Array, rows: RaggedRows, tile: int) -> jax.Array:
     """Rows with many queries: one tile of queries after the other, its blocks of keys in an inner loop.
 
-    A tile that runs past its row's end writes rubbish into the next row's place, which that row's own tiles,
+    A tile that runs past its row's end writes zeros into the next row's place, which that row's own tiles,
     later in the order, overwrite; past the last row lies padding that is cut off.
     """
     num_tokens, k, g, h = q_TKGH.shape
-    span = blocks.span
-    index = jnp.arange(rows.q_len.shape[0])
-    tiles = jnp.where(index < rows.num_single, 0, -(-rows.q_len // tile))
+    tiles = jnp.where(jnp.arange(rows.q_len.shape[0]) < rows.num_single, 0, -(-rows.q_len // tile))
     ends = jnp.cumsum(tiles)
+    facts = jnp.stack([rows.q_start, rows.q_len, rows.kv_len, ends - tiles], axis=1)
     q_pad = jnp.pad(q_TKGH, ((0, tile), (0, 0), (0, 0), (0, 0)))
-    out = jnp.zeros_like(q_pad).at[: out_R.shape[0]].set(out_R)
+    out = jnp.pad(singles_RKGH, ((0, q_pad.shape[0] - singles_RKGH.shape[0]), (0, 0), (0, 0), (0, 0)))
 
     def attend_tile(i: jax.Array, out: jax.Array) -> jax.Array:
-        row = jnp.searchsorted(ends, i, side="right")
-        offset = (i - (ends[row] - tiles[row])) * tile
-        start = rows.q_start[row] + offset
+        row = jnp.sum(ends <= i)
+        q_start, q_len, kv_len, begin = _take(facts, row)
+        offset = (i - begin) * tile
+        start = q_start + offset
         q = jax.lax.dynamic_slice_in_dim(q_pad, start, tile)[None]
-        positions = rows.kv_len[row] - rows.q_len[row] + offset + jnp.arange(tile)
-        last = jnp.minimum(rows.kv_len[row], positions[-1] + 1)
-        row_table = blocks.table[row]
+        sees = (kv_len - q_len + offset + 1 + jnp.arange(tile))[None]  # keys each query sees: its own and before
+        last = jnp.minimum(kv_len, kv_len - q_len + offset + tile)
+        page_ids = _take(blocks.table, row)
 
         def attend_block(j: jax.Array, state: Partial) -> Partial:
-            return _merge(state, _attend(blocks, q, row_table[j][None], (positions + 1 - j * span)[None]))
+            return _merge(state, _attend(blocks, q, _take(page_ids, j)[None], sees - j * blocks.span))
 
-        state = jax.lax.fori_loop(0, -(-last // span), attend_block, _nothing((1, k, g, tile), h))
-        values = _finish(state)[0].transpose(2, 0, 1, 3).astype(out.dtype)
-        values = jnp.where((jnp.arange(tile) < rows.q_len[row] - offset)[:, None, None, None], values, 0)
+        state = jax.lax.fori_loop(0, -(-last // blocks.span), attend_block, _nothing((1, k, g, tile), h))
+        is_mine = jnp.arange(tile) < q_len - offset
+        values = _finish(state, is_mine)[0].transpose(2, 0, 1, 3).astype(out.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, values, start, axis=0)
 
     return jax.lax.fori_loop(0, ends[-1], attend_tile, out)[:num_tokens]
@@ -172,22 +176,26 @@ def _merge_items(state: Partial, part: Partial, row_W: jax.Array) -> Partial:
     top = jnp.max(jnp.where(onehot_RW[:, :, None, None], part[0], _MASKED), axis=1)
     top = jnp.maximum(state[0], top)
     keep, weight = jnp.exp(state[0] - top), onehot_RW.astype(jnp.float32)
-    factor = jnp.exp(part[0] - top[row_W])
-    total = jnp.einsum("RW,WKG->RKG", weight, part[1] * factor, precision="highest")
-    values = jnp.einsum("RW,WKGH->RKGH", weight, part[2] * factor[..., None], precision="highest")
-    return top, state[1] * keep + total, state[2] * keep[..., None] + values
+    factor = jnp.exp(part[0] - _take(top, row_W))
+    values_and_sum = jnp.concatenate([part[2], part[1][..., None]], axis=-1) * factor[..., None]
+    total = jnp.einsum("RW,WKGX->RKGX", weight, values_and_sum, precision="highest")
+    return top, state[1] * keep + total[..., -1], state[2] * keep[..., None] + total[..., :-1]
 
 
-def _finish(state: Partial) -> jax.Array:
-    """Normalise; a row that saw no key gives 0."""
-    return state[2] / jnp.maximum(state[1], 1e-30)[..., None]
+def _finish(state: Partial, is_real: jax.Array) -> jax.Array:
+    """Normalise; what saw no key gives 0."""
+    return jnp.where(is_real[..., None], state[2] / jnp.maximum(state[1], 1e-30)[..., None], 0.0)
 
 
 def _nothing(shape: tuple[int, ...], width: int) -> Partial:
     return jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, width))
 
 
-def _without_q(state: Partial) -> Partial:
+def _drop_q(state: Partial) -> Partial:
     """Drop the query dim of single-query tiles."""
     return state[0][..., 0], state[1][..., 0], state[2][..., 0, :]
 
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """`x[index]` for an index that is known to be in range."""
+    return x.at[index].get(mode="promise_in_bounds", wrap_negative_indices=False)

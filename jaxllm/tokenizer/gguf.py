@@ -1,0 +1,56 @@
+"""Tokenizer of a GGUF file.
+
+Inputs: the header's key-value metadata (`tokenizer.ggml.*`). Output: a `Tokenizer`. It does not read files
+and does not know the model's tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.tokenizer.end_tokens import with_named_end_tokens
+from jaxllm.tokenizer.gguf_bpe import byte_level_backend
+from jaxllm.tokenizer.gguf_sentencepiece import sentencepiece_backend
+from jaxllm.tokenizer.gguf_vocab import GgufVocab, TokenType
+from jaxllm.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_BACKENDS: dict[str, Callable[[GgufVocab], tokenizers.Tokenizer]] = {
+    "gpt2": byte_level_backend,
+    "llama": sentencepiece_backend,
+}
+_ID_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+
+
+def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
+    """Build the tokenizer a GGUF header describes.
+
+    Raises:
+        ValueError: a kind of vocabulary that is not supported, or arrays that contradict each other.
+    """
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind not in _BACKENDS:
+        raise ValueError(
+            f"tokenizer.ggml.model={kind!r} is not supported; use a file with one of: "
+            f"{', '.join(sorted(_BACKENDS))}; or give the folder of the original model as tokenizer"
+        )
+    vocab = GgufVocab.from_metadata(metadata)
+    ids = {name: vocab.named_id(key) for name, key in _ID_KEYS.items()}
+    template = metadata.get("tokenizer.chat_template")
+    return Tokenizer(
+        _BACKENDS[kind](vocab),
+        bos_token_id=ids["bos_token"],
+        eos_token_ids=_eos_token_ids(vocab),
+        chat_template=template if isinstance(template, str) else None,
+        special_tokens={name: vocab.tokens[i] for name, i in ids.items() if i is not None},
+    )
+
+
+def _eos_token_ids(vocab: GgufVocab) -> tuple[int, ...]:
+    listed = [vocab.named_id(key) for key in ("eos", "eot", "eom")]
+    # Only control tokens end an answer: the same text as an ordinary token is something a user may quote.
+    by_text = {vocab.tokens[i]: i for i, kind in enumerate(vocab.types) if kind == TokenType.CONTROL}
+    return with_named_end_tokens((i for i in listed if i is not None), by_text.get)

@@ -1,0 +1,33 @@
+"""Choose the reader for a path.
+
+Inputs: a Hugging Face folder or a `.gguf` file on this machine. Output: a `Tokenizer`. It does not know
+model names (`jaxllm/checkpoints/resolve.py` turns those into paths).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxllm.tokenizer.tokenizer import Tokenizer
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read the tokenizer of a model.
+
+    Args:
+        path: a folder with `tokenizer.json`, or a `.gguf` file.
+
+    Raises:
+        ValueError: nothing readable there; the message says what to do.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from jaxllm.tokenizer.hf_folder import tokenizer_from_folder
+
+        return tokenizer_from_folder(path)
+    if path.suffix == ".gguf" and path.is_file():
+        from jaxllm.checkpoints.gguf_file import read_header
+        from jaxllm.tokenizer.gguf import tokenizer_from_metadata
+
+        return tokenizer_from_metadata(read_header(path).metadata)
+    raise ValueError(f"no tokenizer at {path}: expected a folder with tokenizer.json or a .gguf file")
