@@ -56,7 +56,10 @@ def contract(spec: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
 
 
 def _look_up(table_VD: jax.Array, tokens_T: jax.Array) -> jax.Array:
-    """Rows of the embedding. Gathered as integers: XLA's CPU backend converts a whole bfloat16 table first."""
+    """Rows of the embedding. XLA's CPU backend gathers bfloat16 by converting the table first, and moves that out
+    of a decode loop, where it is no longer fused: hence gather integers, behind a barrier that keeps it inside.
+    """
+    table_VD, tokens_T = jax.lax.optimization_barrier((table_VD, tokens_T))
     bits = jnp.dtype(f"uint{8 * table_VD.dtype.itemsize}")
     return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table_VD, bits)[tokens_T], table_VD.dtype)
 
