@@ -7,13 +7,16 @@ Exit code 0, 1 (failed), 2 (usage), 130 (Ctrl-C). Imports what a command needs w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxllm import __version__
 from jaxllm.config import DTYPES, EngineConfig
@@ -22,21 +25,60 @@ from jaxllm.roofline import cli as roofline_cli
 if TYPE_CHECKING:
     from jaxllm import LLM, RequestOutput, SamplingParams
 
+INTERRUPTED = 130
+_interrupted = threading.Event()
+
+
+def entry() -> NoReturn:
+    """The process: run one command and end. After Ctrl-C nothing is waited for, threads that compile included."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == INTERRUPTED:
+        os._exit(code)
+    sys.exit(code)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        with _counted_interrupts():
+            return args.run(args)
     except ValueError as error:
         print(f"jaxllm: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("jaxllm: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+@contextlib.contextmanager
+def _counted_interrupts() -> Iterator[None]:
+    """Remember Ctrl-C beside raising it: Python drops what is raised in a garbage collection callback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(signum: int, frame: Any) -> None:
+        _interrupted.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _interrupted.clear()
+
+
+def _raise_if_interrupted() -> None:
+    if _interrupted.is_set():
+        _interrupted.clear()
+        raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -70,16 +112,32 @@ def _parser() -> argparse.ArgumentParser:
 
     roofline_cli.add_arguments(command("roofline", roofline_cli.run, "Lower bounds of a model on a chip."))
 
-    bench = command("bench", _bench_usage, "Measure.")
-    benches = bench.add_subparsers(required=True, metavar="BENCH")
-    throughput = benches.add_parser("throughput", help="Offline tokens per second.")
+    bench = command("bench", _bench_throughput, "Measure throughput, latency or start-up.")
+    _add_benches(bench.add_subparsers(required=True, metavar="BENCH"))
+    return parser
+
+
+def _add_benches(benches: Any) -> None:
+    throughput = benches.add_parser("throughput", help="offline tokens per second")
     throughput.set_defaults(run=_bench_throughput)
     throughput.add_argument("--num-prompts", type=int, default=32)
     throughput.add_argument("--input-len", type=int, default=16, help="tokens per prompt")
     throughput.add_argument("--output-len", type=int, default=64, help="tokens generated per prompt")
     throughput.add_argument("--num-iters", type=int, default=3, help="repeats; the median is reported")
-    _add_engine_flags(throughput)
-    return parser
+
+    latency = benches.add_parser("latency", help="one batch that arrives together: TTFT, TPOT, ITL, end to end")
+    latency.set_defaults(run=_bench_latency)
+    latency.add_argument("--batch-size", type=int, default=8)
+    latency.add_argument("--input-len", type=int, default=32)
+    latency.add_argument("--output-len", type=int, default=128)
+    latency.add_argument("--num-iters", type=int, default=30)
+
+    startup = benches.add_parser("startup", help="seconds from a fresh process to ready and to the first token")
+    startup.set_defaults(run=_bench_startup)
+    startup.add_argument("--num-iters", type=int, default=3)
+    startup.add_argument("--cold", action="store_true", help="with an empty compilation cache")
+    for parser in (throughput, latency, startup):
+        _add_engine_flags(parser)
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -129,7 +187,9 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def _llm(args: argparse.Namespace) -> LLM:
     from jaxllm import LLM
 
-    return LLM(**engine_arguments(args))
+    llm = LLM(**engine_arguments(args))
+    llm.after_step = _raise_if_interrupted
+    return llm
 
 
 def _sampling(args: argparse.Namespace, llm: LLM | None = None) -> SamplingParams:
@@ -162,14 +222,19 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = [p for p in args.prompts if p != "-"]
     if args.prompts_file:
         try:
-            prompts += args.prompts_file.read_text(encoding="utf-8").splitlines()
+            prompts += _lines(args.prompts_file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read --prompts-file {args.prompts_file}: {error}") from None
     if "-" in args.prompts or not (prompts or args.prompts_file or sys.stdin.isatty()):
-        prompts += sys.stdin.read().splitlines()
+        prompts += _lines(sys.stdin.read())
     if not prompts:
         raise ValueError("there is no prompt; give one as an argument, with --prompts-file, or on standard input")
     return prompts
+
+
+def _lines(text: str) -> list[str]:
+    """Split at newlines alone; form feeds and Unicode separators belong to a prompt."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def _print_completions(output: RequestOutput, index: int, total: int) -> None:
@@ -188,7 +253,8 @@ def _print_json(args: argparse.Namespace, outputs: Iterable[RequestOutput]) -> N
             entry |= {"finish_reason": completion.finish_reason, "num_cached_tokens": output.num_cached_tokens}
             entries.append(entry | {"index": completion.index, "metrics": output.metrics})
         if output.error:
-            entries.append({"prompt": output.prompt, "error": output.error})
+            entry = {"prompt": output.prompt, "text": "", "token_ids": [], "finish_reason": None}
+            entries.append(entry | {"num_cached_tokens": 0, "error": output.error})
     print(json.dumps({"model": args.model, "outputs": entries, "metrics": metrics}, ensure_ascii=False))
 
 
@@ -242,6 +308,7 @@ def _converse(llm: LLM, history: list[dict[str, Any]], params: SamplingParams) -
             try:
                 messages.append({"role": "assistant", "content": _answer(llm, messages, params)})
             except KeyboardInterrupt:
+                _interrupted.clear()
                 messages.pop()
                 print("\n(stopped)", file=sys.stderr)
             except ValueError as error:  # a conversation that has grown too long, say
@@ -265,26 +332,49 @@ def _collectives(args: argparse.Namespace) -> int:
     return 0
 
 
-def _bench_usage(args: argparse.Namespace) -> int:
-    raise ValueError("name a bench: throughput")
+def _check_counts(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
 
 
 def _bench_throughput(args: argparse.Namespace) -> int:
     from jaxllm.bench.throughput import format_report, measure_throughput
 
-    for name in ("num_prompts", "input_len", "output_len", "num_iters"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    report = measure_throughput(
-        _llm(args),
-        num_prompts=args.num_prompts,
-        input_len=args.input_len,
-        output_len=args.output_len,
-        num_iters=args.num_iters,
-    )
+    _check_counts(args, "num_prompts", "input_len", "output_len", "num_iters")
+    sizes = {name: getattr(args, name) for name in ("num_prompts", "input_len", "output_len", "num_iters")}
+    report = measure_throughput(_llm(args), **sizes)
     print(json.dumps(report) if args.json else format_report(report))
     return 0
 
 
+def _bench_latency(args: argparse.Namespace) -> int:
+    from jaxllm.bench.latency import measure_latency
+
+    _check_counts(args, "batch_size", "input_len", "output_len", "num_iters")
+    sizes = {name: getattr(args, name) for name in ("batch_size", "input_len", "output_len", "num_iters")}
+    report = measure_latency(_llm(args), **sizes)
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
+        row = "  ".join(f"{p} {value:9.2f}" for p, value in report[name].items())
+        print(f"{name:<8} {row}")
+    return 0
+
+
+def _bench_startup(args: argparse.Namespace) -> int:
+    from jaxllm.bench.startup import measure_startup
+
+    _check_counts(args, "num_iters")
+    report = measure_startup(engine_arguments(args), num_iters=args.num_iters, cold=args.cold)
+    text = (
+        f"ready after {report['ready_s']:.2f} s, first token after {report['first_token_s']:.2f} s, "
+        f"{report['compilations']} programs"
+    )
+    print(json.dumps(report) if args.json else text)
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()
