@@ -1,4 +1,4 @@
-"""The command line: `jaxllm generate | chat | pull | bench | collectives`.
+"""The command line: `jaxllm generate | chat | pull | bench | collectives | roofline`.
 
 Arguments in, text or one JSON object (`--json`) on standard output; progress and errors go to standard error.
 Exit code 0, 1 (failed), 2 (usage), 130 (Ctrl-C). Imports what a command needs when it runs.
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxllm import __version__
 from jaxllm.config import DTYPES, EngineConfig
+from jaxllm.roofline import cli as roofline_cli
 
 if TYPE_CHECKING:
     from jaxllm import LLM, RequestOutput, SamplingParams
@@ -108,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
 
     collectives = command("collectives", _collectives, "Count the collectives in the compiled program of a mesh.")
     _add_engine_flags(collectives)
+
+    roofline_cli.add_arguments(command("roofline", roofline_cli.run, "Lower bounds of a model on a chip."))
 
     bench = command("bench", _bench_throughput, "Measure throughput, latency or start-up.")
     _add_benches(bench.add_subparsers(required=True, metavar="BENCH"))

@@ -1,11 +1,13 @@
 """Offline throughput: prompts of one length -> tokens per second of prefill and of decode.
 
 The two phases are timed apart: prefill as a run that generates one token, decode as the full run. Medians over
-repeats, after a warm-up that compiles every program.
+repeats, after a warm-up that compiles every program. MFU and MBU are those of the full runs, against the data sheet
+or, where there is none, against what the device itself reached just before.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import statistics
 import sys
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxllm.engine.ceilings import measured_ceilings
 from jaxllm.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -26,8 +29,12 @@ def measure_throughput(
     """Generate `num_prompts * output_len` tokens `num_iters` times; see `conventions` for the keys of the result."""
     llm.engine.runner.warm_up(sampling=False)
     _run(llm, num_prompts, input_len, 2, seed=0)
+    accounting = llm.engine.accounting
+    accounting.ceilings = accounting.ceilings or measured_ceilings(llm.engine.runner.model)
     prefills = [_run(llm, num_prompts, input_len, 1, seed=1 + i) for i in range(num_iters)]
+    before = dataclasses.replace(accounting.totals)
     totals = [_run(llm, num_prompts, input_len, output_len, seed=1001 + i) for i in range(num_iters)]
+    rates = accounting.totals.since(before).rates(accounting.ceilings)
     prefill_s, elapsed_s = statistics.median(prefills), statistics.median(totals)
     return {
         "model": llm.config.model,
@@ -38,6 +45,9 @@ def measure_throughput(
         "output_tokens_per_s": num_prompts * output_len / elapsed_s,
         "prefill_tokens_per_s": num_prompts * input_len / prefill_s,
         "compilations_after_warmup": llm.engine.runner.num_compilations_after_warmup,
+        "mfu": rates["mfu"],
+        "mbu": rates["mbu"],
+        "ceilings": dataclasses.asdict(accounting.ceilings),
         "peak_memory_bytes": peak_memory_bytes(),
     }
 
@@ -66,10 +76,13 @@ def peak_memory_bytes() -> int:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Two lines for a person."""
+    """Three lines for a person."""
+    ceilings = report["ceilings"]
     return (
         f"prefill {report['prefill_tokens_per_s']:,.0f} tokens/s, output {report['output_tokens_per_s']:,.0f} tokens/s "
         f"({report['num_prompts']} prompts, {report['output_tokens']} tokens in {report['elapsed_s']:.2f} s)\n"
+        f"MFU {report['mfu']:.1%}, MBU {report['mbu']:.1%} of {ceilings['source']}: "
+        f"{ceilings['flops_per_s'] / 1e12:,.3g} TFLOP/s, {ceilings['bytes_per_s'] / 1e9:,.3g} GB/s\n"
         f"compilations after warm-up {report['compilations_after_warmup']}, "
         f"peak memory {report['peak_memory_bytes'] / 2**20:,.0f} MiB"
     )

@@ -12,26 +12,17 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxllm.engine.accounting import Accounting, IterationRecord
+from jaxllm.engine.ceilings import engine_cost, known_ceilings
 from jaxllm.engine.page_pool import PagePool
 from jaxllm.engine.request import Request
 from jaxllm.engine.runner import InFlight, ModelRunner
 from jaxllm.engine.sampling import Sampled
 from jaxllm.engine.sampling_params import SamplingParams
-from jaxllm.engine.scheduler import IterationPlan, Scheduler
+from jaxllm.engine.scheduler import Chunk, Scheduler
 
 log = logging.getLogger(__name__)
 _PIPELINE_DEPTH = 2  # iterations on the device queue before the oldest is read
-
-
-@dataclass(frozen=True, slots=True)
-class IterationRecord:
-    """What one dispatched plan did; `num_tokens` is per iteration, `seconds` from dispatch until read."""
-
-    num_tokens: int
-    num_decodes: int
-    num_steps: int
-    request_ids: tuple[str, ...]
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +64,7 @@ class Engine:
             max_decode_steps=shapes.max_decode_steps,
         )
         self.records: deque[IterationRecord] = deque(maxlen=4096)
+        self.accounting = Accounting(engine_cost(runner.model, shapes.kv_dtype), known_ceilings(runner.model))
         self._eos = tuple(eos_token_ids)
         self._seed = seed
         self._counter = itertools.count()
@@ -136,7 +128,9 @@ class Engine:
 
     def _collect(self, work: InFlight) -> list[NewTokens]:
         results = []
-        for chunk, sampled in work.read():
+        read = work.read()
+        self._record(work, read)
+        for chunk, sampled in read:
             request = chunk.request
             if request.finished:
                 continue  # it ended while this iteration was in flight
@@ -144,7 +138,6 @@ class Engine:
             self.scheduler.append_tokens(request, tokens, chunk.num_samples)
             self._finish_if_done(request)
             results.append(NewTokens(request, tokens, sampled))
-        self._record(work.plan, time.perf_counter() - work.dispatched)
         return results
 
     def _finish_if_done(self, request: Request) -> None:
@@ -165,7 +158,8 @@ class Engine:
         if (request := self._requests.get(request_id)) is not None:
             self.finish(request, "abort")
 
-    def _record(self, plan: IterationPlan, seconds: float) -> None:
-        decodes = sum(chunk.count == 1 for chunk in plan.chunks)
-        names = tuple(chunk.request.request_id for chunk in plan.chunks)
-        self.records.append(IterationRecord(plan.num_tokens, decodes, plan.num_steps, names, seconds))
+    def _record(self, work: InFlight, read: Sequence[tuple[Chunk, Sampled]]) -> None:
+        now, compilations = time.perf_counter(), self.runner.num_compilations
+        self.records.extend(self.accounting.arrived(
+            work.plan, read, dispatched=work.dispatched, now=now, num_compilations=compilations
+        ))  # fmt: skip

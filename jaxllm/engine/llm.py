@@ -13,7 +13,9 @@ from typing import Any
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.build import build_engine
+from jaxllm.engine.ceilings import measured_ceilings
 from jaxllm.engine.engine import NewTokens
+from jaxllm.engine.metrics import engine_metrics
 from jaxllm.engine.outputs import CompletionBuilder, RequestOutput
 from jaxllm.engine.request import Request
 from jaxllm.engine.sampling_params import SamplingParams
@@ -71,6 +73,17 @@ class LLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses when it is given none."""
         return SamplingParams(**self.generation_defaults())
+
+    def get_metrics(self) -> dict[str, Any]:
+        """Queues, cache, totals and recent rates; see `jaxllm.engine.metrics.engine_metrics`.
+
+        Where the devices are in no data sheet (a CPU, say) the first call measures them, in under a second, so
+        that `mfu` and `mbu` mean something.
+        """
+        accounting = self.engine.accounting
+        if accounting.ceilings is None:
+            accounting.ceilings = measured_ceilings(self.engine.runner.model)
+        return engine_metrics(self.engine)
 
     def generate(
         self,

@@ -1,0 +1,180 @@
+"""The books of the engine: what iterations cost, whose time is whose, and the metrics of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.bench.throughput import format_report, measure_throughput
+from jaxllm.engine.accounting import Accounting, Ceilings, summed
+from jaxllm.engine.ceilings import engine_cost
+from jaxllm.engine.request import Request
+from jaxllm.engine.scheduler import Chunk, IterationPlan
+from jaxllm.models.presets import model_config
+from jaxllm.roofline.cost_model import iteration_cost, model_cost
+
+MODEL = model_cost(model_config("llama-2-7b"))
+CEILINGS = Ceilings(1e15, 3e12, "test")
+
+
+def request(num_prompt: int) -> Request:
+    return Request(
+        request_id=f"r{num_prompt}", token_ids=[1] * num_prompt, params=SamplingParams(), limit=num_prompt + 100
+    )
+
+
+def sampled(count: int) -> Any:
+    return SimpleNamespace(tokens=[0] * count)
+
+
+def arrive(books: Accounting, plan: IterationPlan, results: list, dispatched: float, now: float, compiled: int = 0):
+    return books.arrived(plan, results, dispatched=dispatched, now=now, num_compilations=compiled)
+
+
+def test_a_mixed_step_costs_what_the_cost_model_says() -> None:
+    chunks = [Chunk(request(10), 15, 1, 1), Chunk(request(300), 100, 200, 1), Chunk(request(500), 0, 50, 0)]
+    books = Accounting(MODEL, CEILINGS)
+    (record,) = arrive(books, IterationPlan(chunks), [(c, sampled(1)) for c in chunks[:2]], 1.0, 1.5)
+    expected = iteration_cost(MODEL, [(1, 16), (200, 300), (50, 50)], samples=2)
+    assert (record.flops, record.bytes) == (expected.flops, expected.bytes)
+    assert (record.num_tokens, record.num_decodes, record.num_prefill_tokens, record.num_sampled) == (251, 1, 250, 2)
+    assert record.seconds == pytest.approx(0.5)
+    assert record.mfu == pytest.approx(expected.flops / 0.5 / 1e15)
+    assert record.mbu == pytest.approx(expected.bytes / 0.5 / 3e12)
+
+
+def test_a_decode_loop_costs_its_steps_and_idle_rows_nothing() -> None:
+    chunks = [Chunk(request(10), 15, 1, 4), Chunk(request(20), 30, 1, 4)]
+    plan = IterationPlan(chunks, is_decode_loop=True, num_steps=4)
+    books = Accounting(MODEL)
+    (record,) = arrive(books, plan, [(chunks[0], sampled(3)), (chunks[1], sampled(1))], 1.0, 2.0)
+    steps = [[(1, 16), (1, 31)], [(1, 17)], [(1, 18)]]  # the fourth step never ran
+    costs = [iteration_cost(MODEL, rows) for rows in steps]
+    assert record.flops == pytest.approx(sum(c.flops for c in costs))
+    assert record.bytes == pytest.approx(sum(c.bytes for c in costs))
+    assert record.num_sampled == 4
+    assert record.mfu is None, "nothing is known about the device"
+
+
+def test_seconds_are_between_arrivals_and_not_from_dispatch() -> None:
+    chunk = Chunk(request(10), 15, 1, 1)
+    plan, results = IterationPlan([chunk]), [(chunk, sampled(1))]
+    books = Accounting(MODEL, CEILINGS)
+    first = arrive(books, plan, results, 1.0, 2.0)
+    second = arrive(books, plan, results, 1.1, 2.25)  # dispatched while the first ran
+    third = arrive(books, plan, results, 10.0, 10.5)  # after a pause
+    assert [r.seconds for r in (*first, *second, *third)] == pytest.approx([1.0, 0.25, 0.5])
+    assert books.totals.seconds == pytest.approx(1.75)
+
+
+def test_iterations_that_nobody_waits_for_share_the_time_of_the_next() -> None:
+    prompt = request(400)
+    books = Accounting(MODEL, CEILINGS)
+    assert not arrive(books, IterationPlan([Chunk(prompt, 0, 100, 0)]), [], 1.0, 1.001)
+    assert not arrive(books, IterationPlan([Chunk(prompt, 100, 100, 0)]), [], 1.0005, 1.002)
+    last = Chunk(prompt, 200, 200, 1)
+    records = arrive(books, IterationPlan([last]), [(last, sampled(1))], 1.0015, 2.0)
+    assert [r.num_prefill_tokens for r in records] == [100, 100, 200]
+    assert sum(r.seconds or 0 for r in records) == pytest.approx(1.0)
+    assert records[0].mfu == pytest.approx(records[2].mfu)
+    assert records[2].seconds > records[0].seconds
+
+
+def test_what_was_aborted_before_it_was_seen_has_no_time() -> None:
+    prompt, later = request(400), Chunk(request(10), 9, 1, 1)
+    books = Accounting(MODEL, CEILINGS)
+    arrive(books, IterationPlan([Chunk(prompt, 0, 100, 0)]), [], 1.0, 1.001)
+    lost, seen = arrive(books, IterationPlan([later]), [(later, sampled(1))], 60.0, 60.5)
+    assert (lost.seconds, lost.mfu) == (None, None)
+    assert seen.seconds == pytest.approx(0.5)
+
+
+def test_an_iteration_behind_a_compilation_does_not_count_as_slow() -> None:
+    chunk = Chunk(request(10), 15, 1, 1)
+    plan, results = IterationPlan([chunk]), [(chunk, sampled(1))]
+    books = Accounting(MODEL, CEILINGS)
+    (slow,) = arrive(books, plan, results, 0.0, 9.0, compiled=3)
+    (fast,) = arrive(books, plan, results, 8.9, 9.1, compiled=3)
+    assert slow.compiled and slow.mfu is None
+    assert books.recent()["mfu"] == pytest.approx(fast.mfu)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_llama: Path) -> LLM:
+    settings: dict[str, Any] = {
+        "dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 32, "page_size": 8,
+        "kv_cache_memory_bytes": 8 << 20,
+    }  # fmt: skip
+    return LLM(str(tiny_llama), **settings)
+
+
+def test_metrics_of_a_run_add_up(llm: LLM) -> None:
+    lengths = (1, 40, 90, 33)
+    prompts = [{"prompt_token_ids": [i + 1, *range(n - 1)]} for i, n in enumerate(lengths)]
+    before = llm.engine.accounting.totals.num_iterations
+    llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True))
+    metrics = llm.get_metrics()
+    records = list(llm.engine.records)[before:]
+    assert metrics["prefill_tokens_total"] == sum(lengths) == sum(r.num_prefill_tokens for r in records)
+    assert metrics["generation_tokens_total"] == 12 * len(lengths) == sum(r.num_sampled for r in records)
+    for key, name in (("flops_total", "flops"), ("bytes_total", "bytes"), ("device_seconds_total", "seconds")):
+        assert metrics[key] == pytest.approx(sum(getattr(r, name) for r in records))
+    # FLOPs do not depend on how requests met in iterations.
+    model = engine_cost(llm.engine.runner.model, llm.engine.runner.shapes.kv_dtype)
+    steps = [iteration_cost(model, [(n, n)]) for n in lengths]
+    steps += [iteration_cost(model, [(1, n + i)]) for n in lengths for i in range(1, 12)]
+    assert metrics["flops_total"] == pytest.approx(sum(cost.flops for cost in steps))
+    assert 0 < metrics["bytes_total"] < sum(cost.bytes for cost in steps), "requests share the weights"
+    assert (metrics["num_requests_running"], metrics["num_requests_waiting"]) == (0, 0)
+    assert metrics["kv_cache_usage_perc"] == 0
+    assert metrics["prefix_cache_queries_total"] == sum(lengths)
+    assert metrics["compilations_total"] > 0
+    assert metrics["ceilings"]["source"] == "host CPU (measured)"
+
+
+def test_metrics_in_the_middle_of_a_run_show_it(llm: LLM) -> None:
+    prompt = {"prompt_token_ids": [5] * 64}
+    pieces = llm.stream(prompt, SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True))
+    next(pieces)
+    metrics = llm.get_metrics()
+    assert metrics["num_requests_running"] == 1
+    assert 0 < metrics["kv_cache_usage_perc"] < 1
+    list(pieces)
+    llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True))
+    metrics = llm.get_metrics()
+    assert 0 < metrics["prefix_cache_hit_rate"] < 1
+    assert metrics["generation_tokens_per_s"] > 0
+    assert 0 < metrics["mfu"] < 2 and 0 < metrics["mbu"] < 2
+
+
+def test_weights_are_counted_as_they_lie_on_the_mesh(tiny_llama: Path) -> None:
+    from jaxllm.config import EngineConfig
+    from jaxllm.engine.build import build_engine
+
+    def model(**kwargs: Any) -> Any:
+        config = EngineConfig(model=str(tiny_llama), dtype="float32", kv_cache_memory_bytes=8 << 20, **kwargs)
+        return build_engine(config, progress=False).engine.accounting.model
+
+    one, four = model(max_model_len=64), model(max_model_len=64, mesh="tp=4")
+    assert four.kv_bytes == 2 * one.kv_bytes, "two key/value heads on four devices are stored twice"
+    assert one.block_bytes < four.block_bytes < 2 * one.block_bytes, "norms and copied heads"
+    assert four.token_flops == one.token_flops
+    whole = model(max_model_len=64, mesh="tp=2", sharding_rules="replicated")
+    assert whole.block_bytes == 2 * one.block_bytes
+    assert whole.kv_bytes == 2 * one.kv_bytes
+
+
+def test_throughput_reports_utilisation(llm: LLM) -> None:
+    report = measure_throughput(llm, num_prompts=4, input_len=8, output_len=8, num_iters=1)
+    assert 0 < report["mfu"] < 2 and 0 < report["mbu"] < 2
+    assert "MFU" in format_report(report) and "host CPU (measured)" in format_report(report)
+
+
+def test_records_can_be_summed() -> None:
+    assert summed([]).rates(CEILINGS) == {
+        "prefill_tokens_per_s": 0.0, "generation_tokens_per_s": 0.0, "mfu": None, "mbu": None,
+    }  # fmt: skip
