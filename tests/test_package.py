@@ -146,4 +146,4 @@ def test_installed_wheel_finds_its_rules_far_from_the_checkout(wheel, tmp_path):
 def test_installed_script_is_the_command_line(wheel):
     archive = zipfile.ZipFile(wheel)
     (entry_points,) = [name for name in archive.namelist() if name.endswith("/entry_points.txt")]
-    assert "jaxllm = jaxllm.cli:main" in archive.read(entry_points).decode()
+    assert "jaxllm = jaxllm.cli:entry" in archive.read(entry_points).decode()
