@@ -33,7 +33,7 @@ class BuiltEngine:
     engine: Engine
     tokenizer: Tokenizer | None
     model_config: ModelConfig
-    chat_defaults: dict
+    generation_config: dict
 
 
 def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:

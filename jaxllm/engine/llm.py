@@ -51,7 +51,7 @@ class LLM:
         self.config = EngineConfig.from_kwargs(kwargs)
         built = build_engine(self.config, progress=use_tqdm)
         self.engine, self._tokenizer, self.model_config = built.engine, built.tokenizer, built.model_config
-        self._generation_config = built.chat_defaults
+        self._generation_config = built.generation_config
 
     def get_tokenizer(self) -> Any:
         """The tokenizer. Raises ValueError under `skip_tokenizer_init`."""
@@ -59,13 +59,17 @@ class LLM:
             raise ValueError("this engine has no tokenizer (skip_tokenizer_init=True); give prompt_token_ids")
         return self._tokenizer
 
-    def get_default_sampling_params(self) -> SamplingParams:
-        """Sampling parameters from the model's own generation config."""
+    def generation_defaults(self) -> dict[str, Any]:
+        """Sampling values that the model's own generation config asks for."""
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         chosen = {n: v for n in names if (v := self._generation_config.get(n)) is not None}
         if self._generation_config.get("do_sample") is False:
             chosen["temperature"] = 0.0
-        return SamplingParams(**chosen)
+        return chosen
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses when it is given none."""
+        return SamplingParams(**self.generation_defaults())
 
     def generate(
         self,

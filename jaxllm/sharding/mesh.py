@@ -84,7 +84,7 @@ def make_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
 def _emulate_on_cpu(needed: int) -> None:
     """Ask for `needed` CPU devices, where nothing was said about their number and no backend has started."""
     flags = os.environ.get("XLA_FLAGS", "")
-    if needed == 1 or jax.config.read("jax_num_cpu_devices") > 0 or "xla_force_host_platform_device_count" in flags:
+    if needed == 1 or jax.config.values["jax_num_cpu_devices"] > 0 or "xla_force_host_platform_device_count" in flags:
         return
     try:
         jax.config.update("jax_num_cpu_devices", min(needed, 512))

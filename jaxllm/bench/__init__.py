@@ -1,0 +1,1 @@
+"""Benches: each measures one thing and returns one dictionary."""
