@@ -1,8 +1,10 @@
 """KV pages: one array per layer, `[P, C, 2K, H]`, page-major, keys at even and values at odd head indices.
 
+With multi-head latent attention `[P, C, 1, W]`: one row per token, key and value of every head at once.
+
 Allocate and write. Page 0 belongs to nobody: padding rows write there.
 
-Dimension letters: P pages, C tokens per page, K key/value heads, H head width, T tokens.
+Dimension letters: P pages, C tokens per page, K key/value heads, H head width, W latent width, T tokens.
 """
 
 from __future__ import annotations
@@ -13,11 +15,23 @@ import jax.numpy as jnp
 from jaxllm.config import ModelConfig
 from jaxllm.sharding.mesh import Placement
 
-PAGE_DIMS = (None, None, "heads", "head_dim")
+Dims = tuple[str | None, ...]
+
+
+def page_dims(cfg: ModelConfig) -> Dims:
+    """What the dims of one layer's array mean; a latent row belongs to all heads, so nothing cuts it."""
+    return (None, None, None, None) if cfg.latent else (None, None, "heads", "head_dim")
+
+
+def query_dims(cfg: ModelConfig) -> Dims:
+    """The dims of the queries `[T, K, G, H]` that attend to these pages."""
+    return ("tokens", None, "heads", None) if cfg.latent else ("tokens", "heads", "group", "head_dim")
 
 
 def page_shape(cfg: ModelConfig, num_pages: int, page_size: int, kv_copies: int) -> tuple[int, int, int, int]:
     """Shape of one layer's array."""
+    if cfg.latent:
+        return (num_pages, page_size, 1, cfg.latent.cache_width)
     return (num_pages, page_size, 2 * cfg.num_kv_heads * kv_copies, cfg.head_dim)
 
 
@@ -26,7 +40,7 @@ def allocate_pages(
 ) -> list[jax.Array]:
     """One zeroed array per layer, cut by heads as the rules say."""
     shape = page_shape(cfg, num_pages, page_size, kv_copies)
-    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=placement.sharding(*PAGE_DIMS))
+    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=placement.sharding(*page_dims(cfg)))
     return [zeros() for _ in range(cfg.num_layers)]
 
 

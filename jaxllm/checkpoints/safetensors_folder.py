@@ -52,6 +52,9 @@ class SafetensorsCheckpoint:
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         return self._files[name].read(name, index)
 
+    def release(self, name: str) -> None:
+        self._files[name].release(name)
+
 
 def _weight_files(folder: Path) -> dict[str, SafetensorsFile]:
     if (folder / _SINGLE).is_file():
