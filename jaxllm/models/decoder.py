@@ -24,6 +24,15 @@ from jaxllm.ops.rope import Tables, rope_tables
 __all__ = ["Attend", "Block", "Context", "Decoder"]
 
 
+def _look_up(table_VD: jax.Array, tokens_T: jax.Array) -> jax.Array:
+    """Rows of the embedding. XLA's CPU backend gathers bfloat16 by converting the table first, and moves that out
+    of a decode loop, where it is no longer fused: hence gather integers, behind a barrier that keeps it inside.
+    """
+    table_VD, tokens_T = jax.lax.optimization_barrier((table_VD, tokens_T))
+    bits = jnp.dtype(f"uint{8 * table_VD.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table_VD, bits)[tokens_T], table_VD.dtype)
+
+
 class Block(nnx.Module):
     """Attention and feed-forward, each with a residual around it and a norm before it, after it, or both."""
 
@@ -77,7 +86,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens_T: jax.Array, positions_T: jax.Array, ctx: Context) -> jax.Array:
         """Hidden states before the final norm, `[T, D]`."""
-        x_TD = self.embedding[tokens_T].astype(ctx.residual_dtype)
+        x_TD = _look_up(self.embedding[...], tokens_T).astype(ctx.residual_dtype)
         if self.cfg.embedding_scale != 1.0:
             x_TD = x_TD * jnp.asarray(self.cfg.embedding_scale, x_TD.dtype)
         if self.cfg.learned_positions:
