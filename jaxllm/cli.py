@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm import __version__
-from jaxllm.config import DTYPES, EngineConfig
+from jaxllm.config import DTYPES, LOAD_FORMATS, EngineConfig
 
 if TYPE_CHECKING:
     from jaxllm import LLM, RequestOutput, SamplingParams
@@ -84,6 +84,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--model", default=default.model, help="short name, folder, .gguf file or Hugging Face id")
     group.add_argument("--tokenizer", help="take the tokenizer from this model instead")
+    group.add_argument("--load-format", choices=LOAD_FORMATS, default=default.load_format, help="dummy: random weights")
     group.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="of the weights")
     group.add_argument("--kv-dtype", choices=DTYPES, default=default.kv_dtype, help="of the KV cache")
     group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and output of one request")

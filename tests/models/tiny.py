@@ -73,7 +73,8 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "mistral": Tiny("MistralConfig", {"sliding_window": 11, "head_dim": 32}),
     "qwen2": Tiny(
-        "Qwen2Config", {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1, "tie_word_embeddings": True}
+        "Qwen2Config", {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1,
+                        "tie_word_embeddings": True}
     ),
     "qwen3": Tiny("Qwen3Config", {"head_dim": 32}, mesh="tp=2"),
     "gemma2": Tiny(
@@ -83,7 +84,8 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "gemma3": Tiny(
         "Gemma3TextConfig",
-        {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 20, "tie_word_embeddings": True, "num_hidden_layers": 4,
+        {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 20, "tie_word_embeddings": True,
+             "num_hidden_layers": 4,
              "sliding_window_pattern": 3,
              "rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
                                   "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
@@ -101,8 +103,8 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "qwen3_moe": Tiny(
         "Qwen3MoeConfig",
-        {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "norm_topk_prob": True,
-             "num_hidden_layers": 3, "mlp_only_layers": [1]},
+        {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
+             "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]},
         mesh="ep=4,tp=2",
     ),
     "deepseek_v2": Tiny(
