@@ -1,4 +1,4 @@
-"""The command line: `jaxllm generate | chat | pull | bench | collectives`.
+"""The command line: `jaxllm generate | chat | pull | convert | bench | collectives`.
 
 Arguments in, text or one JSON object (`--json`) on standard output; progress and errors go to standard error.
 Exit code 0, 1 (failed), 2 (usage), 130 (Ctrl-C). Imports what a command needs when it runs.
@@ -63,6 +63,15 @@ def _parser() -> argparse.ArgumentParser:
     pull = command("pull", _pull, "Fetch a model by its short name, for offline use.")
     pull.add_argument("name", nargs="?", default=EngineConfig().model)
     pull.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+
+    convert = command("convert", _convert, "Write a checkpoint in another format.")
+    convert.add_argument("source", metavar="SRC", help="short name, folder, .gguf file or Hugging Face id")
+    convert.add_argument("target", metavar="DST", type=Path, help="a new folder")
+    convert.add_argument("--to", required=True, choices=("orbax", "safetensors"))
+    convert.add_argument("--dtype", choices=DTYPES, default="auto", help="of the matrices")
+    convert.add_argument("--mesh", default="tp=1", help="devices that hold the parameters while they are written")
+    convert.add_argument("--sharding-rules", default="megatron", help="shipped name or a .toml file")
+    convert.add_argument("--json", action="store_true", help="print one JSON object on standard output")
 
     collectives = command("collectives", _collectives, "Count the collectives in the compiled program of a mesh.")
     _add_engine_flags(collectives)
@@ -252,6 +261,16 @@ def _pull(args: argparse.Namespace) -> int:
 
     path = resolve_model(args.name)
     print(json.dumps({"model": args.name, "path": str(path)}) if args.json else path)
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from jaxllm.checkpoints.convert import convert
+
+    path = convert(
+        args.source, args.target, to=args.to, dtype=args.dtype, mesh=args.mesh, sharding_rules=args.sharding_rules
+    )
+    print(json.dumps({"model": args.source, "path": str(path), "format": args.to}) if args.json else path)
     return 0
 
 

@@ -62,6 +62,8 @@ def _weight_files(folder: Path) -> dict[str, SafetensorsFile]:
         return dict.fromkeys(file.tensors, file)
     if (folder / _INDEX).is_file():
         return _sharded(folder)
+    if (folder / "parameters").is_dir():  # Orbax: jaxllm.models.orbax reads it, there is no tensor here
+        return {}
     if any(file.suffix in PICKLE_SUFFIXES for file in folder.iterdir()):
         raise refuse_pickle(folder)
     raise CheckpointError(f"{folder}: has neither {_SINGLE} nor {_INDEX}")

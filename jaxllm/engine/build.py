@@ -11,7 +11,7 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.config import EngineConfig, ModelConfig
 
@@ -50,15 +50,11 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
 
         from jaxllm.engine.engine import Engine
         from jaxllm.engine.runner import ModelRunner
-        from jaxllm.models.loader import load_parameters, random_parameters
         from jaxllm.sharding.mesh import Placement, make_mesh
 
         use_compilation_cache()
         model = make_model(config, model_config, Placement(make_mesh(config.mesh), rules))
-        if source.checkpoint is None:
-            params = random_parameters(model, config.seed)
-        else:
-            params = load_parameters(model, source.checkpoint)
+        params = _parameters(config, source, model)
         shapes = runner_shapes(config, model)
         text = tokenizer.result()
     generation = source.checkpoint.generation_config if source.checkpoint else {}
@@ -93,6 +89,17 @@ def _weights(config: EngineConfig, progress: bool) -> _Model:
     path = resolve_model(config.model, progress=progress)
     checkpoint = open_checkpoint(path)
     return _Model(checkpoint.config, path, checkpoint)
+
+
+def _parameters(config: EngineConfig, source: _Model, model: AbstractModel) -> Any:
+    from jaxllm.models.loader import load_parameters, random_parameters
+    from jaxllm.models.orbax import is_orbax, restore_parameters
+
+    if source.checkpoint is None:
+        return random_parameters(model, config.seed)
+    if is_orbax(source.checkpoint.path):
+        return restore_parameters(model, source.checkpoint.path)
+    return load_parameters(model, source.checkpoint)
 
 
 def _dummy(config: EngineConfig, progress: bool) -> _Model:

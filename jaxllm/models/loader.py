@@ -50,10 +50,15 @@ class AbstractModel:
         return nnx.map_state(place, self.state)
 
 
-def abstract_model(cfg: ModelConfig, placement: Placement, dtype: jnp.dtype) -> AbstractModel:
-    """Shapes of the decoder for this mesh: key/value heads repeated and vocabulary padded where the cut asks for it."""
-    copies = kv_copies(cfg, placement.rules, placement.sizes)
-    padding = vocab_padding(cfg, placement.rules, placement.sizes)
+def abstract_model(
+    cfg: ModelConfig, placement: Placement, dtype: jnp.dtype, *, canonical: bool = False
+) -> AbstractModel:
+    """Shapes of the decoder for this mesh: key/value heads repeated and vocabulary padded where the cut asks for it.
+
+    `canonical` leaves both out: the shapes that do not depend on the mesh.
+    """
+    copies = 1 if canonical else kv_copies(cfg, placement.rules, placement.sizes)
+    padding = 0 if canonical else vocab_padding(cfg, placement.rules, placement.sizes)
     model = nnx.eval_shape(lambda: Decoder(cfg, kv_copies=copies, vocab_padding=padding, dtype=dtype))
     graph, state = nnx.split(model)
     return AbstractModel(cfg, graph, state, placement, copies, padding)
