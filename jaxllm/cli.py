@@ -85,6 +85,13 @@ def _parser() -> argparse.ArgumentParser:
     throughput.add_argument("--output-len", type=int, default=64, help="tokens generated per prompt")
     throughput.add_argument("--num-iters", type=int, default=3, help="repeats; the median is reported")
     _add_engine_flags(throughput)
+    load = benches.add_parser("load", help="Loading a folder of dummy weights: speed and peak memory.")
+    load.set_defaults(run=_bench_load)
+    load.add_argument("--gigabytes", type=float, default=2.0, help="size of the folder that is made for it")
+    load.add_argument("--num-files", type=int, default=4)
+    load.add_argument("--num-iters", type=int, default=3, help="repeats; the fastest is reported")
+    load.add_argument("--mesh", default="tp=1", help="devices to load onto")
+    load.add_argument("--json", action="store_true", help="print one JSON object on standard output")
     return parser
 
 
@@ -283,7 +290,7 @@ def _collectives(args: argparse.Namespace) -> int:
 
 
 def _bench_usage(args: argparse.Namespace) -> int:
-    raise ValueError("name a bench: throughput")
+    raise ValueError("name a bench: throughput or load")
 
 
 def _bench_throughput(args: argparse.Namespace) -> int:
@@ -298,6 +305,19 @@ def _bench_throughput(args: argparse.Namespace) -> int:
         input_len=args.input_len,
         output_len=args.output_len,
         num_iters=args.num_iters,
+    )
+    print(json.dumps(report) if args.json else format_report(report))
+    return 0
+
+
+def _bench_load(args: argparse.Namespace) -> int:
+    from jaxllm.bench.load import format_report, measure_load
+
+    for name in ("gigabytes", "num_files", "num_iters"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
+    report = measure_load(
+        num_bytes=int(args.gigabytes * 1e9), num_files=args.num_files, mesh=args.mesh, num_iters=args.num_iters
     )
     print(json.dumps(report) if args.json else format_report(report))
     return 0

@@ -8,7 +8,9 @@ read, and every device's shard is read straight from the slices that it is made 
 from __future__ import annotations
 
 import functools
+import math
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +23,13 @@ from jaxllm.checkpoints import Checkpoint
 from jaxllm.config import ModelConfig
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.families import Family, family_of
-from jaxllm.models.weights import Source, WeightMap, checkpoint_tensors
+from jaxllm.models.weights import Box, Source, WeightMap, checkpoint_tensors
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import check_divides, kv_copies, vocab_padding
+
+_THREADS = 2  # parameters read at the same time; more only adds to the peak of memory
+_PIECE_ELEMENTS = 1 << 20  # of a tensor handled at a time: what is read fits the processor's cache
+_ALIGNMENT = 64  # bytes; what the CPU backend needs to take a host array over without a copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +80,13 @@ def load_parameters(model: AbstractModel, checkpoint: Checkpoint) -> Any:
     _check_tensors(sources, checkpoint, family, model.cfg)
     shardings = dict(nnx.to_flat_state(model.shardings()))
 
-    def load(path: Any, variable: Any) -> Any:
-        want, source = variable.get_value(), sources[path]
-        array = _load_array(source, want, shardings[path].get_value(), checkpoint)
-        for part in source.parts:
-            checkpoint.release(part.name)
-        return variable.replace(array)
+    def load(item: Any) -> Any:
+        path, variable = item
+        array = _load_array(sources[path], variable.get_value(), shardings[path].get_value(), checkpoint)
+        return path, variable.replace(array)
 
-    return nnx.map_state(load, model.state)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return nnx.from_flat_state(list(pool.map(load, nnx.to_flat_state(model.state))))
 
 
 def random_parameters(model: AbstractModel, seed: int = 0) -> Any:
@@ -123,16 +128,32 @@ def _check_tensors(sources: WeightMap, checkpoint: Checkpoint, family: Family, c
 
 
 def _load_array(source: Source, want: Any, sharding: jax.sharding.NamedSharding, checkpoint: Checkpoint) -> jax.Array:
-    """One parameter. Devices that hold the same shard share one copy on the host; it is read once."""
+    """One parameter, shard by shard; a shard that several devices hold is read once."""
     shards: dict[Any, np.ndarray] = {}
-
-    def shard(index: Any) -> np.ndarray:
-        box = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, want.shape, strict=True))
+    arrays = []
+    for device, index in sharding.addressable_devices_indices_map(want.shape).items():
+        box = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index or (), want.shape, strict=True))
         key = tuple((part.start, part.stop) for part in box)
         if key not in shards:
-            # Zeros, because rows that pad the vocabulary come from no tensor.
-            shards[key] = np.zeros([stop - start for start, stop in key], want.dtype)
-            source.fill(shards[key], box, checkpoint.read)
-        return shards[key]
+            shards[key] = _read_shard(source, box, want.dtype, checkpoint)
+        # On the CPU this host array becomes the device's own where its alignment allows; nobody writes to it again.
+        arrays.append(jax.device_put(shards[key], device, may_alias=True))
+    return jax.make_array_from_single_device_arrays(want.shape, sharding, arrays)
 
-    return jax.make_array_from_callback(want.shape, sharding, shard)
+
+def _read_shard(source: Source, box: Box, dtype: jnp.dtype, checkpoint: Checkpoint) -> np.ndarray:
+    """A box of a parameter. Each piece's pages are let go of at once: the file never counts as memory."""
+    shape = [part.stop - part.start for part in box]
+    num_bytes = math.prod(shape) * dtype.itemsize
+    buffer = np.zeros(num_bytes + _ALIGNMENT, np.uint8)  # zeros: rows that pad the vocabulary come from no tensor
+    first = -buffer.ctypes.data % _ALIGNMENT
+    out = buffer[first : first + num_bytes].view(dtype).reshape(shape)
+    for name, target, value in source.pieces(box, checkpoint.read, _PIECE_ELEMENTS):
+        out[target] = value if value.flags.c_contiguous else _transposed(value)
+        checkpoint.release(name)
+    return out
+
+
+def _transposed(value: np.ndarray) -> np.ndarray:
+    """A contiguous copy. The runtime's transpose works in tiles and is many times faster than NumPy's."""
+    return np.asarray(jax.device_put(value, jax.local_devices(backend="cpu")[0]))

@@ -67,6 +67,17 @@ class Part:
             value = np.repeat(value, times, axis=dim)[(*(slice(None),) * dim, trim)]
         return value
 
+    def split(self, box: Box, max_elements: int) -> Iterator[Box]:
+        """Cut `box` along the dim that the tensor's rows make, so that each piece is a run of the file."""
+        end = _group_end(self.view, 0, self._tensor_rows()[0])
+        lead = next((axis for axis in range(end) if self.view[axis] > 1), 0)
+        dim = self.order.index(lead)
+        start, stop = box[dim].start, box[dim].stop
+        per_row = math.prod(s.stop - s.start for s in box) // max(1, stop - start)
+        step = max(1, max_elements // max(1, per_row))
+        for low in range(start, stop, step):
+            yield (*box[:dim], slice(low, min(low + step, stop)), *box[dim + 1 :])
+
     def _read_view(self, read: Read, wanted: list[slice]) -> np.ndarray:
         """Read the smallest box of the tensor that covers `wanted` of the view, and cut it down to that."""
         index, view, cut, axis = [], [], [], 0
@@ -113,17 +124,22 @@ class Source:
     parts: tuple[Part, ...]
     offset: float = 0.0
 
-    def fill(self, out: np.ndarray, box: Box, read: Read) -> None:
-        """Write the box of the parameter into `out`, reading only what overlaps it."""
+    def pieces(self, box: Box, read: Read, max_elements: int) -> Iterator[tuple[str, Box, np.ndarray]]:
+        """The box of the parameter in pieces of bounded size: tensor, place in the box, values (a view).
+
+        Only what overlaps the box is read.
+        """
         for part in self.parts:
             bounds = [
                 (max(b.start, s), min(b.stop, s + n)) for b, s, n in zip(box, part.start, part.box_shape, strict=True)
             ]
             if all(low < high for low, high in bounds):
                 inside = tuple(slice(low - s, high - s) for (low, high), s in zip(bounds, part.start, strict=True))
-                target = tuple(slice(low - b.start, high - b.start) for (low, high), b in zip(bounds, box, strict=True))
-                value = part.read(read, inside)
-                out[target] = value if not self.offset else value.astype(np.float32) + self.offset
+                shift = [s - b.start for s, b in zip(part.start, box, strict=True)]
+                for piece in part.split(inside, max_elements):
+                    value = part.read(read, piece)
+                    target = tuple(slice(p.start + n, p.stop + n) for p, n in zip(piece, shift, strict=True))
+                    yield part.name, target, value if not self.offset else value.astype(np.float32) + self.offset
 
 
 WeightMap = dict[Path, Source]
