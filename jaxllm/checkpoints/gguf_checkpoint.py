@@ -34,6 +34,7 @@ class _Source:
 
     tensor: GGUFTensor
     heads: int | None
+    offset: float = 0.0  # taken off: see `Family.norm_offset`
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,8 @@ class GGUFCheckpoint:
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         source = self._sources[name]
-        return _read(self._data, source.tensor, _row_order(source), index or ())
+        value = _read(self._data, source.tensor, _row_order(source), index or ())
+        return value - np.float32(source.offset) if source.offset else value
 
     def release(self, name: str) -> None:
         tensor = self._sources[name].tensor
@@ -110,7 +112,7 @@ def _sources(family: Family, header: GGUFHeader, config: Mapping[str, Any]) -> d
             if tensor.shape[0] != heads * config["head_dim"]:
                 expected = f"{heads} heads of {config['head_dim']}"
                 raise CheckpointError(f"tensor {name!r} has {tensor.shape[0]} rows; expected {expected}")
-        sources[hf] = _Source(tensor, heads)
+        sources[hf] = _Source(tensor, heads, family.norm_offset if hf.endswith("norm.weight") else 0.0)
     _check_layers(sources, config["num_hidden_layers"])
     return sources
 
