@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxllm.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-_CPU_CACHE_BYTES = 512 << 20  # enough for one long request of a small model; a server sets its own
+_CPU_CACHE_BYTES = 384 << 20  # the default model's longest request; a server sets its own
 _TEMPORARY_BYTES = 1 << 30  # left free on an accelerator for activations and logits
 
 
@@ -54,16 +54,20 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
 
         use_compilation_cache()
         model = make_model(config, model_config, Placement(make_mesh(config.mesh), rules))
+        runner = ModelRunner(model, runner_shapes(config, model))
+        runner.prepare()  # programs compile while the weights are read
         params = _parameters(config, source, model)
-        shapes = runner_shapes(config, model)
+        generation = source.checkpoint.generation_config if source.checkpoint else {}
+        hf, path = source.hf_config, source.path
+        del source  # unmaps the files before the cache is allocated
+        runner.start(params)
         text = tokenizer.result()
-    generation = source.checkpoint.generation_config if source.checkpoint else {}
     engine = Engine(
-        ModelRunner(model, params, shapes),
-        eos_token_ids=_eos_token_ids(source.hf_config, generation, text),
+        runner,
+        eos_token_ids=_eos_token_ids(hf, generation, text),
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
-        namespace=f"{source.path or config.model} {config.sharding_rules} {config.dtype}",
+        namespace=f"{path or config.model} {config.sharding_rules} {config.dtype}",
     )
     return BuiltEngine(engine, text, model_config, generation)
 
@@ -177,7 +181,8 @@ def _cache_bytes(config: EngineConfig, model: AbstractModel) -> int:
     stats = mesh.devices.flat[0].memory_stats()
     if not stats or mesh.devices.flat[0].platform == "cpu":
         return _CPU_CACHE_BYTES
-    free = int(stats["bytes_limit"] * config.gpu_memory_utilization) - stats["bytes_in_use"] - _TEMPORARY_BYTES
+    taken = stats["bytes_in_use"] + model.parameter_bytes_per_device() + _TEMPORARY_BYTES
+    free = int(stats["bytes_limit"] * config.gpu_memory_utilization) - taken
     axis = model.placement.heads_axis()
     is_cut = axis is not None and model.cfg.latent is None  # a latent row lies whole on every device
     return max(free, 0) * (mesh.shape[axis] if is_cut else 1)

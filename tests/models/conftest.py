@@ -134,6 +134,8 @@ def load() -> Callable[..., Loaded]:
         cfg = ModelConfig.from_hf(checkpoint.config)
         model = make_model(config, cfg, Placement(make_mesh(mesh), load_rules(rules)))
         params = load_parameters(model, checkpoint)
-        return Loaded(model, params, Engine(ModelRunner(model, params, runner_shapes(config, model))))
+        runner = ModelRunner(model, runner_shapes(config, model))
+        runner.start(params)
+        return Loaded(model, params, Engine(runner))
 
     return make
