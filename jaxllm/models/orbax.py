@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,9 @@ def restore_parameters(model: AbstractModel, folder: Path) -> Any:
     }
     with ocp.PyTreeCheckpointer() as checkpointer:
         path = folder.absolute() / FOLDER
-        try:
-            found = {name: tuple(m.shape) for name, m in checkpointer.metadata(path).item_metadata.tree.items()}
-        except (FileNotFoundError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: not an Orbax checkpoint of jaxllm ({type(error).__name__})") from error
+        found = _guarded(path, lambda: _stored_shapes(checkpointer.metadata(path)))
         _check(path, found, shapes)
-        restored = checkpointer.restore(path, restore_args=args)
+        restored = _guarded(path, lambda: checkpointer.restore(path, restore_args=args))
 
     def fit(path: Any, variable: Any) -> Any:
         name, want = _name(path), variable.get_value()
@@ -69,6 +67,19 @@ def restore_parameters(model: AbstractModel, folder: Path) -> Any:
         return variable.replace(value)
 
     return nnx.map_state(fit, model.state)
+
+
+def _stored_shapes(metadata: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(leaf.shape) for name, leaf in metadata.item_metadata.tree.items()}
+
+
+def _guarded(path: Path, read: Callable[[], Any]) -> Any:
+    """What a damaged folder makes Orbax raise has no common type; the user gets one line that names the folder."""
+    try:
+        return read()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path}: cannot be read as an Orbax checkpoint: {lines[0][:200]}") from error
 
 
 def _flat(state: Any) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import random
 from pathlib import Path
 
 import jax
@@ -16,6 +18,8 @@ from jaxllm.models.loader import load_parameters
 from jaxllm.models.orbax import restore_parameters
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
+
+NUM_MUTATIONS = 40
 
 
 def abstract(folder: Path, mesh: str):
@@ -78,3 +82,28 @@ def test_an_orbax_folder_of_another_configuration_is_refused_by_name(tiny_model,
     folder = convert(str(tiny_model("mistral").folder), tmp_path / "orbax", to="orbax")
     with pytest.raises(ValueError, match=r"parameter layers\.0\.attention\.k_norm"):
         restore_parameters(abstract(tiny_model("qwen3").folder, "tp=1"), folder)
+
+
+# Orbax drops the coroutines of its other reads when one fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine:RuntimeWarning")
+def test_a_damaged_orbax_folder_gives_one_clear_error_or_the_same_numbers(tiny_model, tmp_path: Path) -> None:
+    source = tiny_model("mistral").folder
+    folder = convert(str(source), tmp_path / "orbax", to="orbax", dtype="float32")
+    model = abstract(source, "tp=1")
+    files = sorted(p for p in (folder / "parameters").rglob("*") if p.is_file() and p.stat().st_size)
+    rng, refused = random.Random(0), 0
+    for _ in range(NUM_MUTATIONS):
+        file = rng.choice(files)
+        content = file.read_bytes()
+        at = rng.randrange(len(content))
+        cut = rng.random() < 0.3
+        file.write_bytes(content[:at] if cut else content[:at] + bytes([content[at] ^ 0x5A]) + content[at + 1 :])
+        try:
+            restore_parameters(model, folder)
+        except ValueError as error:
+            refused += 1
+            assert str(folder) in str(error) and "\n" not in str(error)
+        finally:
+            file.write_bytes(content)
+    gc.collect()
+    assert refused > NUM_MUTATIONS // 10
