@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,7 @@ class LLM:
         built = build_engine(self.config, progress=use_tqdm)
         self.engine, self._tokenizer, self.model_config = built.engine, built.tokenizer, built.model_config
         self._generation_config = built.generation_config
+        self.after_step: Callable[[], None] | None = None  # what it raises ends the call that is running
 
     def get_tokenizer(self) -> Any:
         """The tokenizer. Raises ValueError under `skip_tokenizer_init`."""
@@ -195,6 +196,8 @@ class LLM:
                     job = owners.get(news.request.request_id)
                     if job is not None and self._deliver(job, news):
                         bar.update(1)
+                if self.after_step is not None:
+                    self.after_step()
                 yield
 
     def _deliver(self, job: _Job, news: NewTokens) -> bool:

@@ -94,7 +94,7 @@ class ModelRunner:
         self.model = model
         self.shapes = shapes
         self.programs = make_programs(model, shapes)
-        self._params: Any = None
+        self._params: list[jax.Array] = []
         self._pages: list[jax.Array] = []
         self._state: Any = None
         self._compiled: dict[Key, Future[Any]] = {}
@@ -107,7 +107,7 @@ class ModelRunner:
     def start(self, params: Any) -> None:
         """Take the parameters and allocate pages and state."""
         model, shapes = self.model, self.shapes
-        self._params = params
+        self._params = jax.tree.leaves(params)
         self._pages = allocate_pages(
             model.cfg, shapes.num_pages, shapes.page_size, model.kv_copies, shapes.kv_dtype, model.placement
         )
@@ -205,6 +205,7 @@ def make_programs(model: AbstractModel, shapes: RunnerShapes) -> Programs:
     return Programs(
         cfg=model.cfg,
         graph=model.graph,
+        params_tree=jax.tree.structure(model.state),
         placement=model.placement,
         residual_dtype=shapes.residual_dtype,
         max_steps=shapes.max_decode_steps,
@@ -242,12 +243,12 @@ def lower(
 
 
 def abstract_arrays(model: AbstractModel, shapes: RunnerShapes) -> tuple[Any, Any, Any]:
-    """Parameters, pages and state as shapes with shardings: enough to compile without any weights."""
+    """Parameter leaves, pages and state as shapes with shardings: enough to compile without any weights."""
 
     def shaped(variable: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
 
-    params = jax.tree.map(shaped, model.state, model.shardings())
+    params = jax.tree.leaves(jax.tree.map(shaped, model.state, model.shardings()))
     shape = page_shape(model.cfg, shapes.num_pages, shapes.page_size, model.kv_copies)
     page = jax.ShapeDtypeStruct(shape, shapes.kv_dtype, sharding=model.placement.sharding(*page_dims(model.cfg)))
     state = jax.eval_shape(functools.partial(_zero_state, shapes))

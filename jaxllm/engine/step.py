@@ -46,10 +46,15 @@ class SlotState:
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """The functions to compile for one model on one placement."""
+    """The functions to compile for one model on one placement.
+
+    Parameters come as plain leaves: flattening the module tree again at every dispatch would cost the host more
+    than everything else it does.
+    """
 
     cfg: ModelConfig
     graph: Any
+    params_tree: Any
     placement: Placement
     residual_dtype: jnp.dtype
     max_steps: int
@@ -123,7 +128,7 @@ class Programs:
         return SlotState(state.history.at[slot].set(tokens_L), state.done.at[slot].set(False))
 
     def _model(self, params: Any) -> Decoder:
-        return nnx.merge(self.graph, params)
+        return nnx.merge(self.graph, jax.tree.unflatten(self.params_tree, params))
 
     def _forward(
         self, params: Any, pages: Pages, tokens, position, targets, attend: Callable, metadata: Any
