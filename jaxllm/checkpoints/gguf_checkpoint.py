@@ -7,6 +7,7 @@ names and metadata mean (gguf_families.py, gguf_config.py).
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from jaxllm.checkpoints.ggml_types import UNREADABLE
 from jaxllm.checkpoints.gguf_config import hf_config, hf_generation_config, llama3_rope_scaling
 from jaxllm.checkpoints.gguf_families import Family, family_of, hf_name
 from jaxllm.checkpoints.gguf_file import GGUFHeader, GGUFTensor, read_header
+from jaxllm.checkpoints.mapped import map_file, release_pages
 
 _PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -32,6 +34,7 @@ class _Source:
 
     tensor: GGUFTensor
     heads: int | None
+    offset: float = 0.0  # taken off: see `Family.norm_offset`
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,7 @@ class GGUFCheckpoint:
     tensors: Mapping[str, TensorInfo]
     _sources: Mapping[str, _Source]
     _data: np.ndarray
+    _map: mmap.mmap
 
     @classmethod
     def open(cls, path: Path) -> GGUFCheckpoint:
@@ -54,7 +58,7 @@ class GGUFCheckpoint:
             CheckpointError: The file is damaged, or its architecture or one of its features is not supported.
         """
         header = read_header(path)
-        data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+        data, mapping = map_file(path)
         try:
             family = family_of(header.metadata)
             config = _config(family, header, data)
@@ -66,11 +70,16 @@ class GGUFCheckpoint:
             name: TensorInfo(source.tensor.shape, _PLAIN.get(source.tensor.type, np.dtype("f4")).name)
             for name, source in sources.items()
         }
-        return cls(Path(path), header, config, generation_config, tensors, sources, data)
+        return cls(Path(path), header, config, generation_config, tensors, sources, data, mapping)
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         source = self._sources[name]
-        return _read(self._data, source.tensor, _row_order(source), index or ())
+        value = _read(self._data, source.tensor, _row_order(source), index or ())
+        return value - np.float32(source.offset) if source.offset else value
+
+    def release(self, name: str) -> None:
+        tensor = self._sources[name].tensor
+        release_pages(self._map, tensor.offset, tensor.nbytes)
 
 
 def _config(family: Family, header: GGUFHeader, data: np.ndarray) -> dict[str, Any]:
@@ -103,7 +112,7 @@ def _sources(family: Family, header: GGUFHeader, config: Mapping[str, Any]) -> d
             if tensor.shape[0] != heads * config["head_dim"]:
                 expected = f"{heads} heads of {config['head_dim']}"
                 raise CheckpointError(f"tensor {name!r} has {tensor.shape[0]} rows; expected {expected}")
-        sources[hf] = _Source(tensor, heads)
+        sources[hf] = _Source(tensor, heads, family.norm_offset if hf.endswith("norm.weight") else 0.0)
     _check_layers(sources, config["num_hidden_layers"])
     return sources
 

@@ -75,7 +75,11 @@ def hf_config(family: Family, metadata: Mapping[str, Any], *, vocab_size: int) -
         "rope_theta": _positive_float(values, _THETA, _DEFAULT_THETA),
         **_special_tokens(metadata, vocab_size),
     }
-    _check_rest(values, config)
+    for key, word in family.sizes.items():
+        config[word] = _whole(values, key)
+    if family.model_type == "gemma3_text":
+        config["query_pre_attn_scalar"] = _gemma3_query_scalar(config)
+    _check_rest({key: value for key, value in values.items() if key not in family.sizes}, config)
     return config | _rope_scaling(values)
 
 
@@ -129,6 +133,20 @@ def _sizes(values: Mapping[str, Any]) -> dict[str, int]:
     if missing := _SIZES.keys() - found.keys():
         raise CheckpointError(f"the metadata has no {min(missing)!r}")
     return {word: found[key] for key, word in _SIZES.items()}
+
+
+def _whole(values: Mapping[str, Any], key: str) -> int:
+    value = values.get(key)
+    if type(value) is not int or value < 1:
+        raise CheckpointError(f"{key}={str(value)[:40]}; expected one positive whole number")
+    return value
+
+
+def _gemma3_query_scalar(config: Mapping[str, Any]) -> int:
+    """The file does not say what scores are scaled by; only the 27B (62 layers) differs from its head width."""
+    if config["num_hidden_layers"] == 62:
+        return config["hidden_size"] // config["num_attention_heads"]
+    return config["head_dim"]
 
 
 def _positive_float(values: Mapping[str, Any], key: str, default: float | None = None) -> float:

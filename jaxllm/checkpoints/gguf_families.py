@@ -23,6 +23,8 @@ class Family:
     block_names: Mapping[str, str]  # GGUF stem inside a block -> Hugging Face stem inside a layer
     permuted: frozenset[str] = frozenset()  # stems whose rows GGUF interleaves for its rotary embedding
     constants: Mapping[str, Any] = field(default_factory=dict)  # config keys GGUF has no word for
+    sizes: Mapping[str, str] = field(default_factory=dict)  # further whole numbers: GGUF key -> config key
+    norm_offset: float = 0.0  # what the file's norms have too much: Gemma's store 1 + w
 
 
 _TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -57,6 +59,25 @@ FAMILIES: dict[str, Family] = {
         model_type="qwen3",
         block_names=_LLAMA_NAMES | _QK_NORM_NAMES,
         constants={"use_sliding_window": False, "attention_bias": False},
+    ),
+    "gemma3": Family(
+        architecture="Gemma3ForCausalLM",
+        model_type="gemma3_text",
+        block_names=_LLAMA_NAMES
+        | _QK_NORM_NAMES
+        | {
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_feedforward_layernorm",
+            "post_ffw_norm": "post_feedforward_layernorm",
+        },
+        constants={
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "rope_local_base_freq": 10000.0,
+            "sliding_window_pattern": 6,
+        },
+        sizes={"attention.sliding_window": "sliding_window"},
+        norm_offset=1.0,
     ),
 }
 

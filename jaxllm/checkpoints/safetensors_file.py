@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.checkpoints.base import CheckpointError, TensorInfo
+from jaxllm.checkpoints.mapped import map_file, release_pages
 
 _MAX_HEADER = 100_000_000  # the format's own limit
 _DTYPES: dict[str, Any] = {
@@ -48,6 +50,7 @@ class SafetensorsFile:
     tensors: Mapping[str, TensorInfo]
     _starts: Mapping[str, int]
     _data: np.ndarray
+    _map: mmap.mmap
 
     @classmethod
     def open(cls, path: Path) -> SafetensorsFile:
@@ -59,11 +62,11 @@ class SafetensorsFile:
         try:
             if path.stat().st_size < 8:
                 raise CheckpointError(f"{path}: not a safetensors file: shorter than its 8-byte header length")
-            data = np.memmap(path, np.uint8, "r").view(np.ndarray)
+            data, mapping = map_file(path)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be opened: {error.strerror or error}") from error
         try:
-            return cls(path, *_parse(data), data)
+            return cls(path, *_parse(data), data, mapping)
         except _Damaged as error:
             raise CheckpointError(f"{path}: {error}; it is truncated or damaged: fetch it again") from error
 
@@ -74,6 +77,11 @@ class SafetensorsFile:
         raw = self._data[start : start + math.prod(info.shape) * dtype.itemsize]
         part = raw.view(dtype).reshape(info.shape)[index or ()]
         return part if part.flags.aligned else part.copy()
+
+    def release(self, name: str) -> None:
+        """Let go of the tensor's pages; they come back from the file if it is read again."""
+        info = self.tensors[name]
+        release_pages(self._map, self._starts[name], math.prod(info.shape) * np.dtype(info.dtype).itemsize)
 
 
 class _Damaged(Exception):

@@ -52,6 +52,9 @@ class SafetensorsCheckpoint:
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         return self._files[name].read(name, index)
 
+    def release(self, name: str) -> None:
+        self._files[name].release(name)
+
 
 def _weight_files(folder: Path) -> dict[str, SafetensorsFile]:
     if (folder / _SINGLE).is_file():
@@ -59,6 +62,8 @@ def _weight_files(folder: Path) -> dict[str, SafetensorsFile]:
         return dict.fromkeys(file.tensors, file)
     if (folder / _INDEX).is_file():
         return _sharded(folder)
+    if (folder / "parameters").is_dir():  # Orbax: jaxllm.models.orbax reads it, there is no tensor here
+        return {}
     if any(file.suffix in PICKLE_SUFFIXES for file in folder.iterdir()):
         raise refuse_pickle(folder)
     raise CheckpointError(f"{folder}: has neither {_SINGLE} nor {_INDEX}")

@@ -11,11 +11,12 @@ import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.config import EngineConfig, ModelConfig
 
 if TYPE_CHECKING:
+    from jaxllm.checkpoints import Checkpoint
     from jaxllm.engine.engine import Engine
     from jaxllm.engine.runner import RunnerShapes
     from jaxllm.models.loader import AbstractModel
@@ -38,29 +39,27 @@ class BuiltEngine:
 
 def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
     """Load a model and start an engine. Raises ValueError with one line that says what to do."""
-    from jaxllm.checkpoints import open_checkpoint, resolve_model
     from jaxllm.sharding.rules import load_rules, parse_mesh
 
     parse_mesh(config.mesh)
     rules = load_rules(config.sharding_rules)
-    path = resolve_model(config.model, progress=progress)
-    checkpoint = open_checkpoint(path)
-    model_config = ModelConfig.from_hf(checkpoint.config)
+    source = _dummy(config, progress) if config.load_format == "dummy" else _weights(config, progress)
+    model_config = ModelConfig.from_hf(source.hf_config)
     with ThreadPoolExecutor(1) as pool:  # the tokenizer is built while the weights are read
-        tokenizer: Future[Tokenizer | None] = pool.submit(_tokenizer, config, path)
+        tokenizer: Future[Tokenizer | None] = pool.submit(_tokenizer, config, source.path)
 
         from jaxllm.engine.engine import Engine
         from jaxllm.engine.runner import ModelRunner
-        from jaxllm.models.loader import load_parameters
         from jaxllm.sharding.mesh import Placement, make_mesh
 
         use_compilation_cache()
         model = make_model(config, model_config, Placement(make_mesh(config.mesh), rules))
         runner = ModelRunner(model, runner_shapes(config, model))
         runner.prepare()  # programs compile while the weights are read
-        params = load_parameters(model, checkpoint)
-        hf, generation = checkpoint.config, checkpoint.generation_config
-        del checkpoint  # unmaps the files before the cache is allocated
+        params = _parameters(config, source, model)
+        generation = source.checkpoint.generation_config if source.checkpoint else {}
+        hf, path = source.hf_config, source.path
+        del source  # unmaps the files before the cache is allocated
         runner.start(params)
         text = tokenizer.result()
     engine = Engine(
@@ -68,9 +67,51 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
         eos_token_ids=_eos_token_ids(hf, generation, text),
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
-        namespace=f"{path} {config.sharding_rules} {config.dtype}",
+        namespace=f"{path or config.model} {config.sharding_rules} {config.dtype}",
     )
     return BuiltEngine(engine, text, model_config, generation)
+
+
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What a model's name led to; no checkpoint means random weights, no path that there are no files at all."""
+
+    hf_config: dict
+    path: Path | None
+    checkpoint: Checkpoint | None
+
+
+def _weights(config: EngineConfig, progress: bool) -> _Model:
+    from jaxllm.checkpoints import open_checkpoint, resolve_model
+    from jaxllm.models.presets import PRESETS
+
+    if config.model in PRESETS and not os.path.exists(config.model):
+        raise ValueError(
+            f"{config.model!r} is a configuration without weights; pass a folder, a .gguf file or a Hugging Face id, "
+            "or load_format='dummy' (--load-format dummy) for random weights"
+        )
+    path = resolve_model(config.model, progress=progress)
+    checkpoint = open_checkpoint(path)
+    return _Model(checkpoint.config, path, checkpoint)
+
+
+def _parameters(config: EngineConfig, source: _Model, model: AbstractModel) -> Any:
+    from jaxllm.models.loader import load_parameters, random_parameters
+    from jaxllm.models.orbax import is_orbax, restore_parameters
+
+    if source.checkpoint is None:
+        return random_parameters(model, config.seed)
+    if is_orbax(source.checkpoint.path):
+        return restore_parameters(model, source.checkpoint.path)
+    return load_parameters(model, source.checkpoint)
+
+
+def _dummy(config: EngineConfig, progress: bool) -> _Model:
+    from jaxllm.checkpoints import resolve_model
+    from jaxllm.models.presets import PRESETS, hf_config
+
+    path = None if config.model in PRESETS else resolve_model(config.model, progress=progress)
+    return _Model(hf_config(config.model), path, None)
 
 
 def use_compilation_cache() -> None:
@@ -143,16 +184,20 @@ def _cache_bytes(config: EngineConfig, model: AbstractModel) -> int:
     taken = stats["bytes_in_use"] + model.parameter_bytes_per_device() + _TEMPORARY_BYTES
     free = int(stats["bytes_limit"] * config.gpu_memory_utilization) - taken
     axis = model.placement.heads_axis()
-    return max(free, 0) * (mesh.shape[axis] if axis else 1)
+    is_cut = axis is not None and model.cfg.latent is None  # a latent row lies whole on every device
+    return max(free, 0) * (mesh.shape[axis] if is_cut else 1)
 
 
-def _tokenizer(config: EngineConfig, path: Path) -> Tokenizer | None:
-    if config.skip_tokenizer_init:
+def _tokenizer(config: EngineConfig, path: Path | None) -> Tokenizer | None:
+    if config.skip_tokenizer_init or (path is None and config.tokenizer is None):
         return None
     from jaxllm.checkpoints import resolve_model
     from jaxllm.tokenizer import load_tokenizer
 
-    return load_tokenizer(resolve_model(config.tokenizer) if config.tokenizer else path)
+    if config.tokenizer:
+        path = resolve_model(config.tokenizer)
+    assert path is not None
+    return load_tokenizer(path)
 
 
 def _eos_token_ids(hf: dict, generation: dict, tokenizer: Tokenizer | None) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ def engine_cost(model: AbstractModel, kv_dtype: jnp.dtype) -> ModelCost:
     """The model's cost with the bytes that its shards really have: copies, padding and dtypes as they lie."""
     mesh = model.placement.mesh
     axis = model.placement.heads_axis()
-    cuts = mesh.shape[axis] if axis and not getattr(model.cfg, "latent", None) else 1  # latent rows are never cut
+    cuts = mesh.shape[axis] if axis and not model.cfg.latent else 1  # latent rows are never cut
     cost = model_cost(model.cfg, kv_dtype=jnp.dtype(kv_dtype).name, kv_copies=model.kv_copies)
     blocks, tables = _weight_bytes(model)
     share = cost.expert_bytes / (cost.block_bytes + cost.expert_bytes)

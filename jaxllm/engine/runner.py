@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.cache.pages import PAGE_DIMS, allocate_pages, page_shape
+from jaxllm.cache.pages import allocate_pages, page_dims, page_shape
 from jaxllm.engine import batch as batches
 from jaxllm.engine.sampling import Sampled
 from jaxllm.engine.scheduler import Chunk, IterationPlan
@@ -203,11 +203,11 @@ class ModelRunner:
 def make_programs(model: AbstractModel, shapes: RunnerShapes) -> Programs:
     """The step functions of one model."""
     return Programs(
+        cfg=model.cfg,
         graph=model.graph,
         params_tree=jax.tree.structure(model.state),
         placement=model.placement,
         residual_dtype=shapes.residual_dtype,
-        scale=model.cfg.head_dim**-0.5,
         max_steps=shapes.max_decode_steps,
     )
 
@@ -218,7 +218,7 @@ def lower(
     """Lower one program; `params`, `pages` and `state` may be arrays or shapes with shardings."""
     name, bucket, greedy = key
     whole = model.placement.replicated
-    paged = [model.placement.sharding(*PAGE_DIMS)] * model.cfg.num_layers
+    paged = [model.placement.sharding(*page_dims(model.cfg))] * model.cfg.num_layers
     rows = batches.row_batch([], bucket, shapes.max_num_seqs, model.cfg.vocab_size)
     if not greedy:
         rows = batches.RowBatch(
@@ -250,7 +250,7 @@ def abstract_arrays(model: AbstractModel, shapes: RunnerShapes) -> tuple[Any, An
 
     params = jax.tree.leaves(jax.tree.map(shaped, model.state, model.shardings()))
     shape = page_shape(model.cfg, shapes.num_pages, shapes.page_size, model.kv_copies)
-    page = jax.ShapeDtypeStruct(shape, shapes.kv_dtype, sharding=model.placement.sharding(*PAGE_DIMS))
+    page = jax.ShapeDtypeStruct(shape, shapes.kv_dtype, sharding=model.placement.sharding(*page_dims(model.cfg)))
     state = jax.eval_shape(functools.partial(_zero_state, shapes))
     whole = model.placement.replicated
     return params, [page] * model.cfg.num_layers, jax.tree.map(lambda s: shaped(s, whole), state)

@@ -8,6 +8,7 @@ Dimension letters: T tokens, R rows, M pages per row, D model width, V vocabular
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +18,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxllm.cache.pages import PAGE_DIMS, write_pages
+from jaxllm.cache.pages import page_dims, query_dims, write_pages
+from jaxllm.config import ModelConfig
 from jaxllm.engine import sampling
 from jaxllm.engine.batch import RaggedBatch, RowBatch
 from jaxllm.models.decoder import Context, Decoder
-from jaxllm.ops.attention import RaggedRows, ragged_paged_attention
+from jaxllm.ops.attention import AttentionSpec, RaggedRows, ragged_paged_attention
 from jaxllm.ops.attention.xla import single_query_attention
 from jaxllm.sharding.mesh import Placement
 
 Pages = Sequence[jax.Array]
-QUERY_DIMS = ("tokens", "heads", "group", "head_dim")
 
 
 @jax.tree_util.register_dataclass
@@ -51,11 +52,11 @@ class Programs:
     than everything else it does.
     """
 
+    cfg: ModelConfig
     graph: Any
     params_tree: Any
     placement: Placement
     residual_dtype: jnp.dtype
-    scale: float
     max_steps: int
 
     def ragged_step(
@@ -67,8 +68,8 @@ class Programs:
         valid = jnp.arange(position.shape[0]) < batch.num_tokens
         targets = _cache_slots(batch.page_table, row, position, valid, pages[0].shape[2])
 
-        def attend(q: jax.Array, layer_pages: jax.Array, rows: RaggedRows) -> jax.Array:
-            return ragged_paged_attention(q, layer_pages, rows, scale=self.scale)
+        def attend(q, layer_pages, rows: RaggedRows, spec: AttentionSpec, sinks) -> jax.Array:
+            return ragged_paged_attention(q, layer_pages, rows, spec=spec, sinks_KG=sinks)
 
         x_TD, pages = self._forward(
             params, pages, state.history[batch.slot[row], position], position, targets, attend, rows
@@ -97,8 +98,8 @@ class Programs:
         def is_active(state: SlotState, length: jax.Array) -> jax.Array:
             return ~state.done[batch.slot] & (length < batch.limit)
 
-        def attend(q: jax.Array, layer_pages: jax.Array, lengths: tuple[jax.Array, jax.Array]) -> jax.Array:
-            return single_query_attention(q, layer_pages, *lengths, scale=self.scale)
+        def attend(q, layer_pages, lengths: tuple[jax.Array, jax.Array], spec: AttentionSpec, sinks) -> jax.Array:
+            return single_query_attention(q, layer_pages, *lengths, spec=spec, sinks_KG=sinks)
 
         def one_step(carry):
             i, length, pages, state, out = carry
@@ -134,31 +135,46 @@ class Programs:
     ) -> tuple[jax.Array, list[jax.Array]]:
         """The decoder over the cache. Each layer writes its rows before it attends, so rows may share pages."""
         updated = list(pages)
-        write_and_attend = self._over_heads(attend, metadata)
+        write_and_attend = functools.cache(functools.partial(self._over_heads, attend, metadata))
 
-        def attend_layer(layer: int, q_TKGH: jax.Array, kv_TK2H: jax.Array) -> jax.Array:
-            out, updated[layer] = write_and_attend(q_TKGH, kv_TK2H, updated[layer], targets, metadata)
+        def attend_layer(
+            layer: int, q_TKGH: jax.Array, kv_TK2H: jax.Array, spec: AttentionSpec, sinks_KG: jax.Array | None
+        ) -> jax.Array:
+            run = write_and_attend(spec)
+            out, updated[layer] = run(q_TKGH, kv_TK2H, updated[layer], targets, metadata, sinks_KG)
             return out
 
-        context = Context(attend_layer, self.placement.shard, self.residual_dtype)
+        context = Context(attend_layer, self.placement.shard, self.placement.over_shards, self.residual_dtype)
         return self._model(params)(tokens, position, context), updated
 
-    def _over_heads(self, attend: Callable, metadata: Any) -> Callable:
-        """Cache write and attention, on each device for the heads it holds: no collective can arise inside."""
+    def _over_heads(self, attend: Callable, metadata: Any, spec: AttentionSpec) -> Callable:
+        """Cache write and attention, on each device for the heads it holds: no collective can arise inside.
 
-        def local(q, kv, layer_pages, targets, metadata):
+        Made once for each kind of layer, so that it is traced once per kind and not once per layer.
+        """
+
+        def local(q, kv, layer_pages, targets, metadata, sinks):
             layer_pages = write_pages(layer_pages, kv, targets)
-            return attend(q, layer_pages, metadata), layer_pages
+            return attend(q, layer_pages, metadata, spec, sinks), layer_pages
 
         if self.placement.mesh.size == 1:
-            return jax.jit(local)  # traced once, not once per layer
-        spec, pages_spec = self.placement.spec(QUERY_DIMS), self.placement.spec(PAGE_DIMS)
+            return jax.jit(local)
+        query, cached = query_dims(self.cfg), page_dims(self.cfg)
+        dims_of_kv = (query[0], None, None, None) if self.cfg.latent else query
         whole = jax.tree.map(lambda _: PartitionSpec(), metadata)
+        spec_of = self.placement.spec
         over_heads = jax.shard_map(
             local,
             mesh=self.placement.mesh,
-            in_specs=(spec, spec, pages_spec, PartitionSpec(), whole),
-            out_specs=(spec, pages_spec),
+            in_specs=(
+                spec_of(query),
+                spec_of(dims_of_kv),
+                spec_of(cached),
+                PartitionSpec(),
+                whole,
+                spec_of(query[1:3]),
+            ),
+            out_specs=(spec_of(query), spec_of(cached)),
             check_vma=False,
         )
         return jax.jit(over_heads)

@@ -1,13 +1,16 @@
 """Checkpoint -> sharded decoder parameters, one at a time.
 
-The abstract decoder says which parameters exist, with shapes and dims; the family says which checkpoint tensors
-make each. Missing, unexpected or misshapen tensors are refused by name before anything is read.
+The abstract decoder says which parameters exist, with shapes and dims; the family says of which parts of which
+checkpoint tensors each is made. Missing, unexpected or misshapen tensors are refused by name before anything is
+read, and every device's shard is read straight from the slices that it is made of.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +22,14 @@ from flax import nnx
 from jaxllm.checkpoints import Checkpoint
 from jaxllm.config import ModelConfig
 from jaxllm.models.decoder import Decoder
-from jaxllm.models.families import Family, Path, Source, family_of
+from jaxllm.models.families import Family, family_of
+from jaxllm.models.weights import Box, Source, WeightMap, checkpoint_tensors
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import check_divides, kv_copies, vocab_padding
+
+_THREADS = 2  # parameters read at the same time; more only adds to the peak of memory
+_PIECE_ELEMENTS = 1 << 20  # of a tensor handled at a time: what is read fits the processor's cache
+_ALIGNMENT = 64  # bytes; what the CPU backend needs to take a host array over without a copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,63 +65,104 @@ class AbstractModel:
         return total
 
 
-def abstract_model(cfg: ModelConfig, placement: Placement, dtype: jnp.dtype) -> AbstractModel:
-    """Shapes of the decoder for this mesh: key/value heads repeated and vocabulary padded where the cut asks for it."""
-    copies = kv_copies(cfg, placement.rules, placement.sizes)
-    padding = vocab_padding(cfg, placement.rules, placement.sizes)
+def abstract_model(
+    cfg: ModelConfig, placement: Placement, dtype: jnp.dtype, *, canonical: bool = False
+) -> AbstractModel:
+    """Shapes of the decoder for this mesh: key/value heads repeated and vocabulary padded where the cut asks for it.
+
+    `canonical` leaves both out: the shapes that do not depend on the mesh.
+    """
+    copies = 1 if canonical else kv_copies(cfg, placement.rules, placement.sizes)
+    padding = 0 if canonical else vocab_padding(cfg, placement.rules, placement.sizes)
     model = nnx.eval_shape(lambda: Decoder(cfg, kv_copies=copies, vocab_padding=padding, dtype=dtype))
     graph, state = nnx.split(model)
     return AbstractModel(cfg, graph, state, placement, copies, padding)
 
 
 def load_parameters(model: AbstractModel, checkpoint: Checkpoint) -> Any:
-    """Read every parameter into its sharding. Raises ValueError naming a tensor that is missing or wrong."""
+    """Read every parameter into its sharding, shard by shard: each process reads only the bytes it owns.
+
+    Raises ValueError naming a tensor that is missing, unexpected or misshapen before any is read.
+    """
     family = family_of(checkpoint.config)
-    sources = family.weight_map(model.cfg)
-    _check_tensors(sources, checkpoint, family)
+    sources = family.weight_map(model.cfg, model.kv_copies)
+    _check_tensors(sources, checkpoint, family, model.cfg)
     shardings = dict(nnx.to_flat_state(model.shardings()))
 
-    def load(path: Any, variable: Any) -> Any:
-        source, want = sources[path], variable.get_value()
-        value = source.assemble(*(checkpoint.read(name) for name in source.names))
-        value = _fit(value, variable.get_metadata("dims"), model)
-        assert value.shape == want.shape, (path, value.shape, want.shape)
-        return variable.replace(_place(value, want.dtype, shardings[path].get_value()))
+    def load(item: Any) -> Any:
+        path, variable = item
+        array = _load_array(sources[path], variable.get_value(), shardings[path].get_value(), checkpoint)
+        return path, variable.replace(array)
 
-    return nnx.map_state(load, model.state)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return nnx.from_flat_state(list(pool.map(load, nnx.to_flat_state(model.state))))
 
 
-def _check_tensors(sources: Mapping[Path, Source], checkpoint: Checkpoint, family: Family) -> None:
-    expected = {
-        name: shape for source in sources.values() for name, shape in zip(source.names, source.shapes, strict=True)
-    }
+def random_parameters(model: AbstractModel, seed: int = 0) -> Any:
+    """Random weights of any configuration, made on the device in their sharding (`load_format="dummy"`)."""
+    shardings = dict(nnx.to_flat_state(model.shardings()))
+    key = jax.random.key(seed)
+    makers: dict[Any, Any] = {}
+
+    def make(path: Any, variable: Any) -> Any:
+        want, sharding = variable.get_value(), shardings[path].get_value()
+        kind = (want.shape, want.dtype, sharding)
+        if kind not in makers:
+            makers[kind] = jax.jit(functools.partial(_random, want.shape, want.dtype), out_shardings=sharding)
+        return variable.replace(makers[kind](jax.random.fold_in(key, zlib.crc32(repr(path).encode()))))
+
+    return nnx.map_state(make, model.state)
+
+
+def _random(shape: tuple[int, ...], dtype: jnp.dtype, key: jax.Array) -> jax.Array:
+    """Matrices small enough that activations stay finite through any depth; vectors (norms, biases) near 1."""
+    if len(shape) == 1:
+        return jnp.ones(shape, dtype)
+    return (jax.random.normal(key, shape, jnp.bfloat16) * 0.02).astype(dtype)
+
+
+def _check_tensors(sources: WeightMap, checkpoint: Checkpoint, family: Family, cfg: ModelConfig) -> None:
+    expected = dict(checkpoint_tensors(sources))
     for name, shape in expected.items():
         info = checkpoint.tensors.get(name)
         if info is None:
             raise ValueError(f"the checkpoint has no tensor {name}; it is incomplete or not of family {family.name}")
         if tuple(info.shape) != shape:
             raise ValueError(f"tensor {name} has shape {tuple(info.shape)}; the configuration says {shape}")
+        if not info.dtype.startswith(("float", "bfloat")) or info.dtype.startswith("float8"):
+            raise ValueError(f"tensor {name} has dtype {info.dtype}; expected float32, float16 or bfloat16")
     for name in checkpoint.tensors:
-        if name not in expected and not name.endswith(family.ignored_tensors):
+        if name not in expected and not family.ignores(name, cfg):
             raise ValueError(f"the checkpoint has an unexpected tensor {name} that family {family.name} would not use")
 
 
-def _fit(value: np.ndarray, dims: tuple[str, ...], model: AbstractModel) -> np.ndarray:
-    """Repeat key/value heads and pad the vocabulary as this placement asks."""
-    if "vocab" in dims and model.vocab_padding:
-        return np.pad(value, ((0, model.vocab_padding), (0, 0)))
-    if model.kv_copies == 1 or not {"heads", "heads_in"} & set(dims):
-        return value
-    groups = model.cfg.num_heads // model.cfg.num_kv_heads // model.kv_copies
-    if "qkv" not in dims:  # [K, G, H, D] -> [K * copies, G / copies, H, D]
-        return value.reshape(-1, groups, *value.shape[2:])
-    d, k, _, h = value.shape
-    queries = value[:, :, :-2].reshape(d, k * model.kv_copies, groups, h)
-    return np.concatenate([queries, np.repeat(value[:, :, -2:], model.kv_copies, axis=1)], axis=2)
+def _load_array(source: Source, want: Any, sharding: jax.sharding.NamedSharding, checkpoint: Checkpoint) -> jax.Array:
+    """One parameter, shard by shard; a shard that several devices hold is read once."""
+    shards: dict[Any, np.ndarray] = {}
+    arrays = []
+    for device, index in sharding.addressable_devices_indices_map(want.shape).items():
+        box = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index or (), want.shape, strict=True))
+        key = tuple((part.start, part.stop) for part in box)
+        if key not in shards:
+            shards[key] = _read_shard(source, box, want.dtype, checkpoint)
+        # On the CPU this host array becomes the device's own where its alignment allows; nobody writes to it again.
+        arrays.append(jax.device_put(shards[key], device, may_alias=True))
+    return jax.make_array_from_single_device_arrays(want.shape, sharding, arrays)
 
 
-def _place(value: np.ndarray, dtype: jnp.dtype, sharding: jax.sharding.NamedSharding) -> jax.Array:
-    def shard(index: Any) -> np.ndarray:
-        return np.ascontiguousarray(value[index]).astype(dtype, copy=False)
+def _read_shard(source: Source, box: Box, dtype: jnp.dtype, checkpoint: Checkpoint) -> np.ndarray:
+    """A box of a parameter. Each piece's pages are let go of at once: the file never counts as memory."""
+    shape = [part.stop - part.start for part in box]
+    num_bytes = math.prod(shape) * dtype.itemsize
+    buffer = np.zeros(num_bytes + _ALIGNMENT, np.uint8)  # zeros: rows that pad the vocabulary come from no tensor
+    first = -buffer.ctypes.data % _ALIGNMENT
+    out = buffer[first : first + num_bytes].view(dtype).reshape(shape)
+    for name, target, value in source.pieces(box, checkpoint.read, _PIECE_ELEMENTS):
+        out[target] = value if value.flags.c_contiguous else _transposed(value)
+        checkpoint.release(name)
+    return out
 
-    return jax.make_array_from_callback(value.shape, sharding, shard)
+
+def _transposed(value: np.ndarray) -> np.ndarray:
+    """A contiguous copy. The runtime's transpose works in tiles and is many times faster than NumPy's."""
+    return np.asarray(jax.device_put(value, jax.local_devices(backend="cpu")[0]))

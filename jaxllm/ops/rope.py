@@ -11,14 +11,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.config import RopeScaling
+from jaxllm.config import LinearScaling, Rope, RopeScaling, YarnScaling
+
+Tables = tuple[jax.Array, jax.Array]
 
 
-def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Return float32 `[H/2]` angular frequencies in radians per position."""
-    inv = 1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    if scaling is not None:
-        inv = _llama3_scaled(inv, scaling)
+def inverse_frequencies(rope: Rope) -> np.ndarray:
+    """Return float32 `[dim/2]` angular frequencies in radians per position."""
+    inv = 1.0 / rope.theta ** (np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim)
+    match rope.scaling:
+        case RopeScaling():
+            inv = _llama3_scaled(inv, rope.scaling)
+        case LinearScaling():
+            inv = inv / rope.scaling.factor
+        case YarnScaling():
+            inv = _yarn_scaled(inv, rope.theta, rope.scaling)
     return inv.astype(np.float32)
 
 
@@ -29,15 +36,40 @@ def _llama3_scaled(inv: np.ndarray, s: RopeScaling) -> np.ndarray:
     return inv * keep + inv / s.factor * (1.0 - keep)
 
 
-def rope_tables(positions_T: jax.Array, inv_freq: np.ndarray) -> tuple[jax.Array, jax.Array]:
-    """Return (cos, sin), each float32 `[T, H/2]`."""
-    angles = positions_T.astype(jnp.float32)[:, None] * inv_freq
-    return jnp.cos(angles), jnp.sin(angles)
+def _yarn_scaled(inv: np.ndarray, theta: float, s: YarnScaling) -> np.ndarray:
+    """YaRN: the blend runs over the dims between those that turn `beta_fast` and `beta_slow` times."""
+
+    def dim_of(turns: float) -> float:
+        return inv.size * math.log(s.original_max_position / (turns * 2 * math.pi)) / math.log(theta)
+
+    low, high = dim_of(s.beta_fast), dim_of(s.beta_slow)
+    if s.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * inv.size - 1)
+    stretch = np.clip((np.arange(inv.size) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    return inv * (1.0 - stretch) + inv / s.factor * stretch
 
 
-def apply_rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate `x [T, ..., H]`: pairs are (i, i + H/2)."""
+def rope_tables(positions_T: jax.Array, rope: Rope) -> Tables:
+    """Return (cos, sin), each float32 `[T, dim/2]`."""
+    angles = positions_T.astype(jnp.float32)[:, None] * inverse_frequencies(rope)
+    factor = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
+    return (jnp.cos(angles), jnp.sin(angles)) if factor == 1.0 else (jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+
+
+def apply_rope(x: jax.Array, tables: Tables, *, interleaved: bool = False) -> jax.Array:
+    """Rotate the first `dim` of the last dim of `x [T, ..., H]`; the rest passes through.
+
+    Pairs are (i, i + dim/2), or (2i, 2i + 1) when `interleaved`; the result is laid out as halves either way,
+    which no product of two vectors rotated alike can tell.
+    """
     extra = (1,) * (x.ndim - 2)
     cos, sin = (t.reshape(t.shape[0], *extra, t.shape[1]) for t in tables)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    dim = 2 * cos.shape[-1]
+    turning = x[..., :dim].astype(jnp.float32)
+    if interleaved:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+    else:
+        first, second = jnp.split(turning, 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return turned if dim == x.shape[-1] else jnp.concatenate([turned, x[..., dim:]], axis=-1)

@@ -132,10 +132,10 @@ def model_cost(cfg: ModelConfig, *, weight_dtype: str = "bfloat16", kv_dtype: st
     """
     weight = ITEM_BYTES[weight_dtype] * replicas
     head = cfg.vocab_size * cfg.hidden_size
-    positions = cfg.max_position_embeddings * cfg.hidden_size if getattr(cfg, "learned_positions", False) else 0
+    positions = cfg.max_position_embeddings * cfg.hidden_size if cfg.learned_positions else 0
     tables = head * (1 if cfg.tie_word_embeddings else 2) + positions
     active = active_parameters(cfg)
-    experts = getattr(cfg, "experts", None)
+    experts = cfg.experts
     share = experts.per_token / experts.num_experts if experts else 1.0
     # The blocks but for the experts a token is not sent to: (all - active) is that share of all experts.
     routed = (cfg.num_parameters - active) / (1 - share) if share < 1 else 0.0
@@ -155,12 +155,12 @@ def model_cost(cfg: ModelConfig, *, weight_dtype: str = "bfloat16", kv_dtype: st
 
 def active_parameters(cfg: ModelConfig) -> int:
     """Weights that one token meets: all of them, or of routed experts those it is sent to."""
-    return getattr(cfg, "num_active_parameters", cfg.num_parameters)
+    return cfg.num_active_parameters
 
 
 def pair_flops(cfg: ModelConfig) -> float:
     """FLOPs of one (query, key) pair in one layer: a score and a weighted value for each query head."""
-    latent = getattr(cfg, "latent", None)
+    latent = cfg.latent
     if latent:  # scores on the whole compressed row, values on its part without positions
         return 2 * cfg.num_heads * (latent.cache_width + latent.kv_rank)
     return 4 * cfg.num_heads * cfg.head_dim
@@ -168,7 +168,7 @@ def pair_flops(cfg: ModelConfig) -> float:
 
 def attention_windows(cfg: ModelConfig) -> tuple[tuple[int | None, int], ...]:
     """`(window, number of layers)`: all layers without a window, then those with one."""
-    local = getattr(cfg, "local", None)
+    local = cfg.local
     windowed = len(local.layers) if local else 0
     groups = ((None, cfg.num_layers - windowed), (local.window if local else None, windowed))
     return tuple((window, layers) for window, layers in groups if layers)

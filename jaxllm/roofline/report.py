@@ -38,7 +38,7 @@ class Setting:
     @property
     def kv_copies(self) -> int:
         """How often the chips together store each key and value: a latent row cannot be cut."""
-        if getattr(self.config, "latent", None):
+        if self.config.latent:
             return self.tp
         return max(1, self.tp // self.config.num_kv_heads)
 

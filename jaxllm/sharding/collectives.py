@@ -36,7 +36,9 @@ _ITEM_BYTES = {
 
 def count_collectives(config: EngineConfig, num_tokens: int = 16) -> dict[str, Any]:
     """Compile one ragged step of `num_tokens` tokens and count. Keys as in `jaxllm collectives --json`."""
-    model_config = _model_config(config)
+    from jaxllm.models.presets import model_config as read_config
+
+    model_config = read_config(config.model)
     text, sizes = _compiled_text(config, model_config, num_tokens)
     per_block: dict[str, Counter[int]] = {kind: Counter() for kind in KINDS}
     total, num_bytes = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
@@ -59,12 +61,6 @@ def count_collectives(config: EngineConfig, num_tokens: int = 16) -> dict[str, A
         "total": total,
         "bytes": num_bytes,
     }
-
-
-def _model_config(config: EngineConfig) -> ModelConfig:
-    from jaxllm.checkpoints import open_checkpoint, resolve_model
-
-    return ModelConfig.from_hf(open_checkpoint(resolve_model(config.model)).config)
 
 
 def _compiled_text(config: EngineConfig, cfg: ModelConfig, num_tokens: int) -> tuple[str, dict[str, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.sharding.rules import ShardingRules, parse_mesh
+
+Dims = tuple[str | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +48,13 @@ class Placement:
         if self.mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, self.sharding(*dims))
+
+    def over_shards(self, function: Callable, in_dims: Sequence[Dims], out_dims: Dims) -> Callable:
+        """`function` on each device for the part of every argument that lies there."""
+        if self.mesh.size == 1:
+            return function
+        specs = tuple(self.spec(dims) for dims in in_dims)
+        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=self.spec(out_dims), check_vma=False)
 
     @property
     def replicated(self) -> NamedSharding:

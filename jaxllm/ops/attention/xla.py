@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from jaxllm.ops.attention.metadata import RaggedRows
+from jaxllm.ops.attention.metadata import AttentionSpec, RaggedRows
 
 _MASKED = -1e30  # finite: differences of two masked scores must not be NaN
 _MAX_GROUP = 16  # work items of single-query rows attended together
@@ -29,7 +29,8 @@ def ragged_paged_attention(
     pages_P2CKH: jax.Array,
     rows: RaggedRows,
     *,
-    scale: float,
+    spec: AttentionSpec,
+    sinks_KG: jax.Array | None = None,
     query_tile: int = 64,
     key_block: int = 128,
 ) -> jax.Array:
@@ -39,37 +40,45 @@ def ragged_paged_attention(
         q_TKGH: queries `[T, K, G, H]`, the flat batch; rows that belong to nobody give zeros.
         pages_P2CKH: this layer's cache, with this iteration's keys and values already written.
         rows: who owns which queries and pages.
-        scale: multiplies the scores.
+        spec: scale, window, soft-cap and where the values are.
+        sinks_KG: a logit per query head that takes part in the softmax and gives no value.
         query_tile: queries of one row processed together.
         key_block: keys processed together with such a tile; rounded to whole pages.
 
     Returns:
-        `[T, K, G, H]` in the queries' dtype.
+        `[T, K, G, H]` in the queries' dtype; the last dim is the values' width.
     """
     num_tokens = q_TKGH.shape[0]
     num_rows = min(rows.q_len.shape[0], num_tokens)
     kv_len = jnp.where(jnp.arange(num_rows) < rows.num_single, rows.kv_len[:num_rows], 0)
     singles_RKGH = single_query_attention(
-        q_TKGH[:num_rows], pages_P2CKH, kv_len, rows.page_table[:num_rows], scale=scale
+        q_TKGH[:num_rows], pages_P2CKH, kv_len, rows.page_table[:num_rows], spec=spec, sinks_KG=sinks_KG
     )
-    blocks = _Blocks.of(pages_P2CKH, rows.page_table, scale, key_block)
-    return _tiles(blocks, q_TKGH, singles_RKGH, rows, min(query_tile, num_tokens))
+    blocks = _Blocks.of(pages_P2CKH, rows.page_table, spec, key_block)
+    return _tiles(blocks, q_TKGH, singles_RKGH, rows, min(query_tile, num_tokens), sinks_KG)
 
 
 def single_query_attention(
-    q_RKGH: jax.Array, pages_P2CKH: jax.Array, kv_len_R: jax.Array, table_RM: jax.Array, *, scale: float,
+    q_RKGH: jax.Array,
+    pages_P2CKH: jax.Array,
+    kv_len_R: jax.Array,
+    table_RM: jax.Array,
+    *,
+    spec: AttentionSpec,
+    sinks_KG: jax.Array | None = None,
     key_block: int = 64,
-) -> jax.Array:  # fmt: skip
+) -> jax.Array:
     """Row `r` has the one query `r`, as in a decode; `kv_len = 0` marks an idle row (gives zeros, costs nothing).
 
     The (row, block) pairs that exist are attended some at a time, whatever rows they belong to.
     """
-    blocks = _Blocks.of(pages_P2CKH, table_RM, scale, key_block)
+    blocks = _Blocks.of(pages_P2CKH, table_RM, spec, key_block)
     (num_rows, k, g, h), num_blocks = q_RKGH.shape, blocks.table.shape[1]
     group = min(num_rows, _MAX_GROUP)
-    count = -(-kv_len_R // blocks.span)
+    first = blocks.first(kv_len_R)
+    count = -(-kv_len_R // blocks.span) - first
     ends = jnp.cumsum(count)
-    facts = jnp.stack([kv_len_R, ends - count], axis=1)
+    facts = jnp.stack([kv_len_R, ends - count - first], axis=1)
 
     def attend_group(i: jax.Array, state: Partial) -> Partial:
         item = i * group + jnp.arange(group)
@@ -81,8 +90,9 @@ def single_query_attention(
         part = _attend_rows(blocks, _take(q_RKGH, row), page_ids, visible)
         return _merge_items(state, part, row)
 
-    state = jax.lax.fori_loop(0, -(-ends[-1] // group), attend_group, _nothing((num_rows, k, g), h))
-    return _finish(state, kv_len_R[:, None, None] > 0).astype(q_RKGH.dtype)
+    state = _nothing((num_rows, k, g), spec.value_width or h)
+    state = jax.lax.fori_loop(0, -(-ends[-1] // group), attend_group, state)
+    return _finish(_with_sinks(state, sinks_KG), kv_len_R[:, None, None] > 0).astype(q_RKGH.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +102,39 @@ class _Blocks:
     pages_P2CKH: jax.Array
     table: jax.Array
     span: int
-    scale: float
+    spec: AttentionSpec
 
     @classmethod
-    def of(cls, pages_P2CKH: jax.Array, table_RM: jax.Array, scale: float, key_block: int) -> _Blocks:
+    def of(cls, pages_P2CKH: jax.Array, table_RM: jax.Array, spec: AttentionSpec, key_block: int) -> _Blocks:
         num_rows, width = table_RM.shape
         page_size = pages_P2CKH.shape[2]
         per_block = max(1, min(key_block // page_size, width))
         table = jnp.pad(table_RM, ((0, 0), (0, -width % per_block))).reshape(num_rows, -1, per_block)
-        return cls(pages_P2CKH, table, per_block * page_size, scale)
+        return cls(pages_P2CKH, table, per_block * page_size, spec)
+
+    def first(self, length: jax.Array) -> jax.Array | int:
+        """Number of the first block that a query with `length` keys before and at it sees anything of."""
+        return 0 if self.spec.window is None else jnp.maximum(length - self.spec.window, 0) // self.span
 
     def gather(self, page_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values of some blocks: `[..., B]` page numbers -> two `[..., S, K, H]`."""
-        num_pages, _, page_size, k, h = self.pages_P2CKH.shape
-        halves = self.pages_P2CKH.reshape(2 * num_pages, page_size, k, h)
+        num_pages, halves, page_size, k, h = self.pages_P2CKH.shape
+        flat = self.pages_P2CKH.reshape(halves * num_pages, page_size, k, h)
         shape = (*page_ids.shape[:-1], self.span, k, h)
-        return _take(halves, 2 * page_ids).reshape(shape), _take(halves, 2 * page_ids + 1).reshape(shape)
+        keys = _take(flat, halves * page_ids).reshape(shape)
+        if self.spec.value_width is not None:
+            return keys, keys[..., : self.spec.value_width]
+        return keys, _take(flat, halves * page_ids + 1).reshape(shape)
+
+    def score(self, scores: jax.Array, visible: jax.Array) -> jax.Array:
+        """Soft-cap the scores `[..., S]` and mask what a query does not see; `visible [..., 1]`."""
+        if (cap := self.spec.softcap) is not None:
+            scores = cap * jnp.tanh(scores / cap)
+        position = jnp.arange(self.span)
+        seen = position < visible
+        if self.spec.window is not None:
+            seen &= position >= visible - self.spec.window
+        return jnp.where(seen, scores, _MASKED)
 
 
 def _attend_rows(blocks: _Blocks, q_WKGH: jax.Array, page_ids: jax.Array, visible: jax.Array) -> Partial:
@@ -118,22 +145,23 @@ def _attend_rows(blocks: _Blocks, q_WKGH: jax.Array, page_ids: jax.Array, visibl
 
     Args:
         page_ids: `[W, B]`.
-        visible: `[W, 1]`, keys of this block that the query sees (may be negative or beyond the block). A query
-            that sees nothing has maximum `_MASKED`: whatever its sum and values are, merging drops them.
+        visible: `[W, 1]`, keys from the block's start that lie at or before the query (may be negative or beyond
+            the block). A query that sees nothing has maximum `_MASKED`: whatever its sum and values are, merging
+            drops them.
 
     Returns:
         Maximum and sum `[W, K, G]`, values `[W, K, G, H]`, float32.
     """
     w, k, g, h = q_WKGH.shape
-    keys, values = (x.reshape(w, blocks.span, k * h) for x in blocks.gather(page_ids))
+    keys, values = (x.reshape(w, blocks.span, -1) for x in blocks.gather(page_ids))
     own = jnp.eye(k, dtype=keys.dtype)[:, None, :, None]
-    q = ((q_WKGH * blocks.scale).astype(keys.dtype)[:, :, :, None] * own).reshape(w, k * g, k * h)
+    q = ((q_WKGH * blocks.spec.scale).astype(keys.dtype)[:, :, :, None] * own).reshape(w, k * g, k * h)
     s_WXS = jnp.einsum("WXD,WSD->WXS", q, keys, preferred_element_type=jnp.float32)
-    s_WXS = jnp.where(jnp.arange(blocks.span) < visible[:, :, None], s_WXS, _MASKED)
+    s_WXS = blocks.score(s_WXS, visible[:, :, None])
     top = jnp.max(s_WXS, axis=-1)
     p = jnp.exp(s_WXS - top[..., None])
     out = jnp.einsum("WXS,WSD->WXD", p.astype(keys.dtype), values, preferred_element_type=jnp.float32)
-    out = jnp.einsum("WKGKH->WKGH", out.reshape(w, k, g, k, h))
+    out = jnp.einsum("WKGKH->WKGH", out.reshape(w, k, g, k, -1))
     return top.reshape(w, k, g), jnp.sum(p, axis=-1).reshape(w, k, g), out
 
 
@@ -143,22 +171,24 @@ def _attend_tile(blocks: _Blocks, q_QKGH: jax.Array, page_ids: jax.Array, visibl
     Returns maximum and sum `[K, G, Q]`, values `[K, G, Q, H]`, float32.
     """
     keys_SKH, values_SKH = blocks.gather(page_ids)
-    q = (q_QKGH * blocks.scale).astype(keys_SKH.dtype)
+    q = (q_QKGH * blocks.spec.scale).astype(keys_SKH.dtype)
     s_KGQS = jnp.einsum("QKGH,SKH->KGQS", q, keys_SKH, preferred_element_type=jnp.float32)
-    s_KGQS = jnp.where(jnp.arange(blocks.span) < visible[:, None], s_KGQS, _MASKED)
+    s_KGQS = blocks.score(s_KGQS, visible[:, None])
     top = jnp.max(s_KGQS, axis=-1)
     p = jnp.exp(s_KGQS - top[..., None])
     out = jnp.einsum("KGQS,SKH->KGQH", p.astype(keys_SKH.dtype), values_SKH, preferred_element_type=jnp.float32)
     return top, jnp.sum(p, axis=-1), out
 
 
-def _tiles(blocks: _Blocks, q_TKGH: jax.Array, singles_RKGH: jax.Array, rows: RaggedRows, tile: int) -> jax.Array:
+def _tiles(
+    blocks: _Blocks, q_TKGH: jax.Array, singles_RKGH: jax.Array, rows: RaggedRows, tile: int, sinks_KG: jax.Array | None
+) -> jax.Array:
     """Rows with many queries: one tile of queries after the other, its blocks of keys in an inner loop.
 
     A tile that runs past its row's end writes zeros into the next row's place, which that row's own tiles,
     later in the order, overwrite; past the last row lies padding that is cut off.
     """
-    num_tokens, k, g, h = q_TKGH.shape
+    (num_tokens, k, g, _), h = q_TKGH.shape, singles_RKGH.shape[-1]
     tiles = jnp.where(jnp.arange(rows.q_len.shape[0]) < rows.num_single, 0, -(-rows.q_len // tile))
     ends = jnp.cumsum(tiles)
     facts = jnp.stack([rows.q_start, rows.q_len, rows.kv_len, ends - tiles], axis=1)
@@ -178,7 +208,9 @@ def _tiles(blocks: _Blocks, q_TKGH: jax.Array, singles_RKGH: jax.Array, rows: Ra
         def attend_block(j: jax.Array, state: Partial) -> Partial:
             return _merge(state, _attend_tile(blocks, q, _take(page_ids, j), sees - j * blocks.span))
 
-        state = jax.lax.fori_loop(0, -(-last // blocks.span), attend_block, _nothing((k, g, tile), h))
+        state = _nothing((k, g, tile), h)
+        state = jax.lax.fori_loop(blocks.first(sees[0]), -(-last // blocks.span), attend_block, state)
+        state = _with_sinks(state, None if sinks_KG is None else sinks_KG[..., None])
         is_mine = jnp.arange(tile) < q_len - offset
         values = _finish(state, is_mine).transpose(2, 0, 1, 3).astype(out.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, values, start, axis=0)
@@ -206,6 +238,14 @@ def _merge_items(state: Partial, part: Partial, row_W: jax.Array) -> Partial:
     values_and_sum = jnp.concatenate([part[2], part[1][..., None]], axis=-1) * factor[..., None]
     total = jnp.einsum("RW,WKGX->RKGX", weight, values_and_sum, precision="highest")
     return top, state[1] * keep + total[..., -1], state[2] * keep[..., None] + total[..., :-1]
+
+
+def _with_sinks(state: Partial, sinks: jax.Array | None) -> Partial:
+    """Each head's sink as one more key whose value is zero."""
+    if sinks is None:
+        return state
+    sink = jnp.broadcast_to(sinks.astype(jnp.float32), state[0].shape)
+    return _merge(state, (sink, jnp.ones_like(sink), jnp.zeros_like(state[2])))
 
 
 def _finish(state: Partial, is_real: jax.Array) -> jax.Array:

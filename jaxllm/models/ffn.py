@@ -1,0 +1,112 @@
+"""The feed-forward half of a block: dense (`FeedForward`) or a mixture of experts (`MixtureOfExperts`).
+
+Hidden states `[T, D]` -> `[T, D]`.
+
+Dimension letters: T tokens, D model width, F feed-forward width, X one or two products (gate, up), E experts, M
+routed rows (T times experts per token), Y experts per token, A parts of a sum over devices that hold experts, B
+parts of a sum over devices that cut F.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.config import ModelConfig
+from jaxllm.models.modules import Context, contract, param
+from jaxllm.ops.mlp import activate
+from jaxllm.ops.moe import grouped_matmul, route, sort_by_expert
+
+
+class FeedForward(nnx.Module):
+    """Widen, activate (with a gate where the family has one), narrow."""
+
+    def __init__(self, cfg: ModelConfig, size: int, dtype: jnp.dtype):
+        d, ups = cfg.hidden_size, 2 if cfg.gated else 1
+        self.activation, self.clamped = cfg.activation, cfg.clamped_swiglu
+        self.gate_up = param((d, ups, size), ("model_in", "gate_up", "ffn"), dtype)
+        self.down = param((size, d), ("ffn_in", "model_out"), dtype)
+        self.gate_up_bias = param((ups, size), ("gate_up", "ffn")) if cfg.mlp_bias else None
+        self.down_bias = param((d,), ("model_out",)) if cfg.mlp_bias else None
+
+    def __call__(self, x_TD: jax.Array, ctx: Context) -> jax.Array:
+        h_TXF = contract("TD,DXF->TXF", x_TD, self.gate_up)
+        if self.gate_up_bias is not None:
+            h_TXF = h_TXF + self.gate_up_bias[...]
+        h_TXF = ctx.shard(h_TXF, "tokens", "gate_up", "ffn")
+        h_TF = ctx.shard(activate(h_TXF, self.activation, self.clamped), "tokens", "ffn_in")
+        return ctx.to_residual(contract("TF,FD->TD", h_TF, self.down), self.down_bias)
+
+
+class MixtureOfExperts(nnx.Module):
+    """Each token goes to the experts its router chooses, and to the shared one where there is one.
+
+    Every device sorts the rows of the experts it holds and multiplies only those; the parts of the sum are added
+    over the mesh by XLA, as everywhere else.
+    """
+
+    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype):
+        assert cfg.experts is not None
+        e = self.cfg = cfg.experts
+        d, f, ups = cfg.hidden_size, e.ffn_size, 2 if cfg.gated else 1
+        self.activation, self.clamped = cfg.activation, cfg.clamped_swiglu
+        self.router = param((d, e.num_experts), ("model", "router"))  # float32: a choice must not hang on rounding
+        self.correction = param((e.num_experts,), ("router",)) if e.correction_bias else None
+        self.gate_up = param((e.num_experts, d, ups, f), ("experts", "model_in", "gate_up", "ffn"), dtype)
+        self.down = param((e.num_experts, f, d), ("experts", "ffn_in", "model_out"), dtype)
+        if e.bias:
+            self.router_bias = param((e.num_experts,), ("router",))
+            self.gate_up_bias = param((e.num_experts, ups, f), ("experts", "gate_up", "ffn"))
+            self.down_bias = param((e.num_experts, d), ("experts", "model_out"))
+        self.shared = FeedForward(cfg, e.shared_size, dtype) if e.shared_size else None
+
+    def __call__(self, x_TD: jax.Array, ctx: Context) -> jax.Array:
+        logits_TE = contract("TD,DE->TE", x_TD, self.router)
+        if self.cfg.bias:
+            logits_TE = logits_TE + self.router_bias[...]
+        correction = None if self.correction is None else self.correction[...]
+        expert_TY, weight_TY = route(logits_TE, self.cfg, correction)
+        y_TD = ctx.to_residual(self._routed(x_TD, expert_TY, weight_TY, ctx))
+        return y_TD if self.shared is None else y_TD + self.shared(x_TD, ctx)
+
+    def _routed(self, x_TD: jax.Array, expert_TY: jax.Array, weight_TY: jax.Array, ctx: Context) -> jax.Array:
+        """Two stages, because rules may cut F differently in and out; between them lies a sharding constraint."""
+        ids_E = jnp.arange(self.cfg.num_experts)
+        biases = (self.gate_up_bias[...], self.down_bias[...]) if self.cfg.bias else (None, None)
+        tokens, choices = (None, None), (None, None)
+        widen = ctx.over_shards(
+            self._widen,
+            (tokens, choices, ("experts",), ("experts", "model_in", "gate_up", "ffn"), ("experts", "gate_up", "ffn")),
+            ("experts", None, "ffn"),
+        )
+        h_AMF = widen(x_TD, expert_TY, ids_E, self.gate_up[...], biases[0])
+        h_AMF = ctx.shard(h_AMF, "experts", None, "ffn_in")
+        narrow = ctx.over_shards(
+            self._narrow,
+            (("experts", None, "ffn_in"), choices, choices, ("experts",), ("experts", "ffn_in", "model_out")),
+            ("experts", "ffn_in", None, "model_out"),
+        )
+        y_ABTD = narrow(h_AMF, expert_TY, weight_TY, ids_E, self.down[...])
+        y_TD = jnp.sum(y_ABTD, axis=(0, 1))
+        if biases[1] is not None:
+            chosen = jax.nn.one_hot(expert_TY, self.cfg.num_experts, dtype=jnp.float32)
+            y_TD = y_TD + jnp.einsum("TYE,TY,ED->TD", chosen, weight_TY, biases[1], precision="highest")
+        return y_TD
+
+    def _widen(self, x_TD, expert_TY, ids_E, w_EDXF, bias_EXF) -> jax.Array:
+        num_local, d, ups, f = w_EDXF.shape
+        order, _, sizes = sort_by_expert(expert_TY, ids_E[0], num_local)
+        rows_MD = x_TD[order // expert_TY.shape[1]]
+        h_MXF = grouped_matmul(rows_MD, w_EDXF.reshape(num_local, d, ups * f), sizes).reshape(-1, ups, f)
+        if bias_EXF is not None:
+            local_M = jnp.clip(expert_TY.reshape(-1)[order] - ids_E[0], 0, num_local - 1)
+            h_MXF = h_MXF + bias_EXF[local_M]
+        return activate(h_MXF, self.activation, self.clamped)[None]
+
+    def _narrow(self, h_AMF, expert_TY, weight_TY, ids_E, w_EFD) -> jax.Array:
+        num_tokens, per_token = expert_TY.shape
+        _, place, sizes = sort_by_expert(expert_TY, ids_E[0], w_EFD.shape[0])
+        y_MD = grouped_matmul(h_AMF[0], w_EFD, sizes)[place]
+        y_TYD = y_MD.reshape(num_tokens, per_token, -1)
+        return jnp.einsum("TYD,TY->TD", y_TYD, weight_TY, precision="highest")[None, None]

@@ -1,0 +1,80 @@
+"""What every module of the decoder is made of: parameters with named dims, products, norms, the outside world.
+
+Dimension letters: T tokens, D model width, K key/value heads, G query heads per key/value head, H head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.config import ModelConfig
+from jaxllm.ops.attention import AttentionSpec
+from jaxllm.ops.norm import layer_norm, rms_norm
+
+FLOAT32 = jnp.dtype(jnp.float32)
+
+
+class Attend(Protocol):
+    """Write this layer's keys and values to the cache and attend.
+
+    q `[T, K, G, H]`, kv `[T, K, 2, H]` (one row `[T, 1, 1, W]` for latent attention), sinks `[K, G]` or None.
+    """
+
+    def __call__(
+        self, layer: int, q_TKGH: jax.Array, kv_TK2H: jax.Array, spec: AttentionSpec, sinks_KG: jax.Array | None
+    ) -> jax.Array: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What one forward pass borrows from outside: attention over the cache and where things lie.
+
+    `shard(x, *dims)` constrains an activation by its dims' names; `over_shards(f, in_dims, out_dims)` runs `f` on
+    each device's own parts; `residual_dtype` is the type of the stream between blocks (and so of the all-reduced
+    partial sums).
+    """
+
+    attend: Attend
+    shard: Callable[..., jax.Array]
+    over_shards: Callable[[Callable, Sequence[tuple[str | None, ...]], tuple[str | None, ...]], Callable]
+    residual_dtype: jnp.dtype
+
+    def to_residual(self, y_TD: jax.Array, bias: nnx.Param | None = None) -> jax.Array:
+        """A half block's result in the residual type; a bias is added once, after the partial sums are."""
+        y_TD = self.shard(y_TD.astype(self.residual_dtype), "tokens", "model_out")
+        if bias is not None:
+            y_TD = y_TD + bias[...].astype(y_TD.dtype)
+        return self.shard(y_TD, "tokens", "model")
+
+
+def param(shape: tuple[int, ...], dims: tuple[str, ...], dtype: jnp.dtype = FLOAT32) -> nnx.Param:
+    """A parameter with its logical dims. Zeros: real values arrive from a checkpoint, never from here."""
+    assert len(shape) == len(dims), (shape, dims)
+    return nnx.Param(jnp.zeros(shape, dtype), dims=dims)
+
+
+def contract(spec: str, x: jax.Array, weight: nnx.Param | jax.Array) -> jax.Array:
+    """Matrix product in the weight's dtype, accumulated in float32."""
+    w = weight[...]
+    precision = "highest" if w.dtype == jnp.float32 else None  # float32 means float32 on every backend
+    return jnp.einsum(spec, x.astype(w.dtype), w, preferred_element_type=jnp.float32, precision=precision)
+
+
+class Norm(nnx.Module):
+    """RMS norm, or layer norm with its bias, over the last dim."""
+
+    def __init__(self, cfg: ModelConfig):
+        self.eps = cfg.rms_norm_eps
+        self.scale = param((cfg.hidden_size,), ("model",))
+        self.bias = param((cfg.hidden_size,), ("model",)) if cfg.norm == "layer" else None
+
+    def __call__(self, x_TD: jax.Array) -> jax.Array:
+        if self.bias is None:
+            return rms_norm(x_TD, self.scale[...], self.eps)
+        return layer_norm(x_TD, self.scale[...], self.bias[...], self.eps)
