@@ -101,7 +101,7 @@ class Scheduler:
     def _loop_steps(self) -> int:
         """Iterations that may run without looking up: more than one only if nothing waits and pages suffice."""
         active = [r for r in self.running if not r.exhausted]
-        if not active or self.num_waiting or any(r.num_left != 1 for r in active):
+        if not active or self.num_waiting or any(r.num_left != 1 or r.constraint is not None for r in active):
             return 0
         steps = min(self.max_decode_steps, max(r.limit - r.num_tokens for r in active))
         growth = sum(self._missing_pages(r, r.num_computed + _granted(r, steps)) for r in active)
@@ -110,7 +110,7 @@ class Scheduler:
     def _decode_chunks(self, steps: int) -> list[Chunk]:
         chunks: list[Chunk] = []
         for request in list(self.running):
-            if request.status is not Status.RUNNING or request.num_left != 1 or request.exhausted:
+            if request.status is not Status.RUNNING or request.num_left != 1 or request.exhausted or request.must_wait:
                 continue
             granted = _granted(request, steps)
             if self._make_room(request, request.num_computed + granted, chunks):

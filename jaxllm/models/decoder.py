@@ -123,9 +123,12 @@ class Decoder(nnx.Module):
                 x_TD = block(x_TD, rope, ctx)
         return x_TD
 
+    def normed(self, x_RD: jax.Array) -> jax.Array:
+        """The final norm, of what `__call__` returned."""
+        return rms_norm(x_RD, self.final_norm[...], self.cfg.rms_norm_eps)
+
     def logits(self, x_RD: jax.Array, shard: Callable[..., jax.Array]) -> jax.Array:
         """Final norm and LM head on the rows that sample: float32 `[R, V]` (padding columns cut off)."""
         table = self.embedding if self.cfg.tie_word_embeddings else self.lm_head
-        x_RD = rms_norm(x_RD, self.final_norm[...], self.cfg.rms_norm_eps)
-        logits_RV = shard(contract("RD,VD->RV", x_RD, table), "rows", "vocab")
+        logits_RV = shard(contract("RD,VD->RV", self.normed(x_RD), table), "rows", "vocab")
         return shard(logits_RV, "rows", None)[:, : self.cfg.vocab_size]
