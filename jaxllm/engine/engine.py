@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxllm.engine.page_pool import PagePool
-from jaxllm.engine.request import Constraint, Request, Status
+from jaxllm.engine.request import Constraint, Request
 from jaxllm.engine.runner import InFlight, ModelRunner
 from jaxllm.engine.sampling import Sampled
 from jaxllm.engine.sampling_params import SamplingParams
@@ -79,11 +79,17 @@ class Engine:
         self._in_flight: deque[InFlight] = deque()
         self._requests: dict[str, Request] = {}
         self.progress = 0  # grows with every iteration dispatched or read
+        self.num_completed = 0  # iterations read without an error
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished or any work still on the device."""
         return self.scheduler.has_work or bool(self._in_flight)
+
+    @property
+    def unfinished(self) -> list[Request]:
+        """Requests that are queued or running."""
+        return list(self._requests.values())
 
     def add_request(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None,
@@ -151,6 +157,7 @@ class Engine:
             if request.constraint is not None and not request.finished:
                 self._advance(request, request.constraint, tokens)
             results.append(NewTokens(request, tokens, sampled))
+        self.num_completed += 1
         self._record(work.plan, time.perf_counter() - work.dispatched)
         return results
 
@@ -177,7 +184,7 @@ class Engine:
         Waiting requests stay queued. Returns the requests that were ended.
         """
         self._in_flight.clear()
-        lost = [r for r in self._requests.values() if r.status is Status.RUNNING or r.num_pending]
+        lost = [request for request in self.unfinished if request.on_device]
         for request in lost:
             self.finish(request, "abort")
         self.pool.reset_prefix_cache()

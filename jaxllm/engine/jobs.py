@@ -166,3 +166,12 @@ class Jobs:
     def unfinished(self) -> list[Job]:
         """Every job that is under way."""
         return list(dict.fromkeys(self._owners.values()))
+
+
+def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:
+    """Sampling values that a model's generation config asks for."""
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    chosen = {n: v for n in names if (v := generation_config.get(n)) is not None}
+    if generation_config.get("do_sample") is False:
+        chosen["temperature"] = 0.0
+    return chosen

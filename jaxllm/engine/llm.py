@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.build import build_engine
-from jaxllm.engine.jobs import Job, Jobs, Prompt
+from jaxllm.engine.jobs import Job, Jobs, Prompt, sampling_defaults
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.sampling_params import SamplingParams
 from jaxllm.engine.scoring import Scorer
@@ -45,11 +45,7 @@ class LLM:
 
     def generation_defaults(self) -> dict[str, Any]:
         """Sampling values that the model's own generation config asks for."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        chosen = {n: v for n in names if (v := self._generation_config.get(n)) is not None}
-        if self._generation_config.get("do_sample") is False:
-            chosen["temperature"] = 0.0
-        return chosen
+        return sampling_defaults(self._generation_config)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses when it is given none."""

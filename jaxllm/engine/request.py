@@ -107,6 +107,11 @@ class Request:
         return self.constraint is not None and self.num_pending > 0
 
     @property
+    def on_device(self) -> bool:
+        """Whether the device holds anything of it that cannot be recomputed from `token_ids`."""
+        return self.status is Status.RUNNING or self.num_pending > 0
+
+    @property
     def output_ids(self) -> list[int]:
         """Tokens generated and read back so far."""
         return self.token_ids[self.num_prompt :]

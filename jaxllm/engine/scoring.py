@@ -81,6 +81,7 @@ class Scorer:
         work = self._queue[0]
         self._run_chunk(work)
         self._engine.progress += 1
+        self._engine.num_completed += 1
         if not work.done:
             return None
         self._release(self._queue.popleft())
