@@ -1,4 +1,4 @@
-"""The command line: `jaxllm generate | chat | pull | bench | collectives`.
+"""The command line: `jaxllm generate | chat | serve | pull | bench | collectives`.
 
 Arguments in, text or one JSON object (`--json`) on standard output; progress and errors go to standard error.
 Exit code 0, 1 (failed), 2 (usage), 130 (Ctrl-C). Imports what a command needs when it runs.
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm import __version__
 from jaxllm.config import DTYPES, EngineConfig
+from jaxllm.server import cli as server_cli
 
 if TYPE_CHECKING:
     from jaxllm import LLM, RequestOutput, SamplingParams
@@ -59,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="system message")
     _add_engine_flags(chat)
     _add_sampling_flags(chat, max_tokens=512)
+
+    serve = command("serve", _serve, "Answer OpenAI clients over HTTP.")
+    server_cli.add_arguments(serve)
+    _add_engine_flags(serve)
 
     pull = command("pull", _pull, "Fetch a model by its short name, for offline use.")
     pull.add_argument("name", nargs="?", default=EngineConfig().model)
@@ -244,6 +249,10 @@ def _converse(llm: LLM, history: list[dict[str, Any]], params: SamplingParams) -
             except ValueError as error:  # a conversation that has grown too long, say
                 messages.pop()
                 print(f"jaxllm: error: {error}", file=sys.stderr)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    return server_cli.run(args, engine_arguments(args))
 
 
 def _pull(args: argparse.Namespace) -> int:

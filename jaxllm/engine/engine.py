@@ -100,15 +100,13 @@ class Engine:
         request_id = request_id or f"request-{number}"
         if request_id in self._requests:
             raise ValueError(f"request_id={request_id!r} is already in use; give every request its own")
-        self.check_prompt(prompt_token_ids, params)
-        max_len = self.runner.shapes.max_model_len
-        most = max_len if params.max_tokens is None else len(prompt_token_ids) + params.max_tokens
+        limit = self.check_request(prompt_token_ids, params)
         stops = (*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.eos_token_ids))
         request = Request(
             request_id=request_id,
             token_ids=list(prompt_token_ids),
             params=params,
-            limit=min(most, max_len),
+            limit=limit,
             stop_ids=frozenset(stops),
             seed=hash((self._seed, number)) if params.seed is None else params.seed,
             priority=priority,
@@ -118,6 +116,14 @@ class Engine:
         self.scheduler.add(request)
         self._requests[request_id] = request
         return request
+
+    def check_request(self, ids: Sequence[int], params: SamplingParams) -> int:
+        """The length at which such a request ends. Raises ValueError if it cannot run; safe on any thread."""
+        self.check_prompt(ids, params)
+        max_len = self.runner.shapes.max_model_len
+        limit = max_len if params.max_tokens is None else min(max_len, len(ids) + params.max_tokens)
+        self.scheduler.check_fits(limit)
+        return limit
 
     def check_prompt(self, ids: Sequence[int], params: SamplingParams) -> None:
         """Raise ValueError where these ids are no prompt for this engine."""

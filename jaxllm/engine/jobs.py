@@ -61,6 +61,7 @@ class Jobs:
         """Tokenize and compile, without touching the engine. Raises ValueError."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
         text, ids = self._tokenize(fields)
+        self._engine.check_request(ids, params)
         extra = {k: fields[k] for k in ("cache_salt", "priority") if k in fields}
         constraint = None
         if params.structured_outputs is not None:
@@ -83,7 +84,6 @@ class Jobs:
         """The pass that must run before `start`, for a job that asks for prompt logprobs."""
         if job.params.prompt_logprobs is None:
             return None
-        self._engine.check_prompt(job.output.prompt_token_ids, job.params)
         return ScoringPass(job.output.prompt_token_ids)
 
     def attach_scores(self, job: Job, scores: ScoringPass) -> None:

@@ -70,13 +70,17 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError if it could not finish even alone."""
-        needed = self.pool.pages_for(request.limit)
+        self.check_fits(request.limit)
+        self._wait(request)
+
+    def check_fits(self, limit: int) -> None:
+        """Raise ValueError if a request of `limit` tokens could not finish even alone."""
+        needed = self.pool.pages_for(limit)
         if needed > self.pool.num_usable:
             raise ValueError(
-                f"the request may grow to {request.limit} tokens = {needed} pages but the cache has "
+                f"the request may grow to {limit} tokens = {needed} pages but the cache has "
                 f"{self.pool.num_usable}; lower max_tokens or raise kv_cache_memory_bytes"
             )
-        self._wait(request)
 
     def _wait(self, request: Request) -> None:
         heapq.heappush(self._waiting, (request.rank, request))
