@@ -1,6 +1,7 @@
-"""KV pages: one array per layer, `[P, C, 2K, H]`, page-major, keys at even and values at odd head indices.
+"""KV pages: one array per layer, `[P, 2, C, K, H]`: page-major, in a page first all keys, then all values.
 
-Allocate and write. Page 0 belongs to nobody: padding rows write there.
+Allocate and write. A page is one contiguous run of bytes, and so are the keys (or values) of one token over all
+heads. Page 0 belongs to nobody: padding rows write there.
 
 Dimension letters: P pages, C tokens per page, K key/value heads, H head width, T tokens.
 """
@@ -13,12 +14,12 @@ import jax.numpy as jnp
 from jaxllm.config import ModelConfig
 from jaxllm.sharding.mesh import Placement
 
-PAGE_DIMS = (None, None, "heads", "head_dim")
+PAGE_DIMS = (None, None, None, "heads", "head_dim")
 
 
-def page_shape(cfg: ModelConfig, num_pages: int, page_size: int, kv_copies: int) -> tuple[int, int, int, int]:
+def page_shape(cfg: ModelConfig, num_pages: int, page_size: int, kv_copies: int) -> tuple[int, ...]:
     """Shape of one layer's array."""
-    return (num_pages, page_size, 2 * cfg.num_kv_heads * kv_copies, cfg.head_dim)
+    return (num_pages, 2, page_size, cfg.num_kv_heads * kv_copies, cfg.head_dim)
 
 
 def allocate_pages(
@@ -30,9 +31,11 @@ def allocate_pages(
     return [zeros() for _ in range(cfg.num_layers)]
 
 
-def write_pages(pages_PC2KH: jax.Array, kv_TK2H: jax.Array, slots_T: jax.Array) -> jax.Array:
+def write_pages(pages_P2CKH: jax.Array, kv_TK2H: jax.Array, slots_T: jax.Array) -> jax.Array:
     """Write each token's keys and values at its slot (`page * C + offset`), in place when the array is donated."""
-    num_pages, page_size, heads, width = pages_PC2KH.shape
-    rows = kv_TK2H.reshape(-1, heads, width).astype(pages_PC2KH.dtype)
-    flat = pages_PC2KH.reshape(num_pages * page_size, heads, width)
-    return flat.at[slots_T].set(rows, mode="promise_in_bounds", wrap_negative_indices=False).reshape(pages_PC2KH.shape)
+    num_pages, _, page_size, k, h = pages_P2CKH.shape
+    rows = kv_TK2H.transpose(2, 0, 1, 3).reshape(-1, k, h).astype(pages_P2CKH.dtype)
+    keys_at = slots_T + slots_T // page_size * page_size  # each page holds C rows of keys, then C rows of values
+    flat = pages_P2CKH.reshape(num_pages * 2 * page_size, k, h)
+    at = flat.at[jnp.concatenate([keys_at, keys_at + page_size])]
+    return at.set(rows, mode="promise_in_bounds", wrap_negative_indices=False).reshape(pages_P2CKH.shape)

@@ -121,15 +121,13 @@ class Scheduler:
                 chunks.append(self._take(request, 1, granted))
         return chunks
 
-    # Rule 2: running prefills take what the budget leaves.
+    # Rule 2: running prefills take what the budget leaves. Their pages came with admission.
 
     def _continue_prefills(self, chunks: list[Chunk], budget: int) -> int:
         used = 0
-        for request in list(self.running):
-            if request.status is not Status.RUNNING or request.num_left <= 1 or used >= budget:
-                continue
-            count = min(request.num_left, budget - used)
-            if self._make_room(request, request.num_computed + count, chunks):
+        for request in self.running:
+            if request.num_left > 1 and used < budget:
+                count = min(request.num_left, budget - used)
                 chunks.append(self._take(request, count, int(count == request.num_left)))
                 used += count
         return used
@@ -206,10 +204,12 @@ class Scheduler:
         return max(0, self.pool.pages_for(num_tokens) - len(request.pages))
 
     def _make_room(self, request: Request, num_tokens: int, chunks: Sequence[Chunk]) -> bool:
-        """Get pages up to `num_tokens`, preempting lower ranks. False: this request sits this iteration out."""
+        """Get pages up to `num_tokens`, preempting lower ranks. False: this request sits this iteration out.
+
+        Called in the order of ranks, so a victim has no chunk in this plan yet.
+        """
         while (fresh := self.pool.allocate(self._missing_pages(request, num_tokens))) is None:
-            taken = {id(chunk.request) for chunk in chunks}
-            victims = [r for r in self.running if r.rank > request.rank and not r.exhausted and id(r) not in taken]
+            victims = [r for r in self.running if r.rank > request.rank and not r.exhausted]
             if victims:
                 self._preempt(victims[-1])
             elif chunks or any(r.exhausted for r in self.running):
@@ -223,7 +223,6 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         """Take everything away; it will be recomputed (from cached pages, where they survive)."""
         self._release(request)
-        request.num_computed = 0
         request.num_preemptions += 1
         request.status = Status.WAITING
         self.num_preemptions += 1

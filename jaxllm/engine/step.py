@@ -61,7 +61,7 @@ class Programs:
         position, row = batch.token_position, batch.token_row
         rows = RaggedRows(batch.q_start, batch.q_len, batch.kv_len, batch.num_single, batch.page_table)
         valid = jnp.arange(position.shape[0]) < batch.num_tokens
-        targets = _cache_slots(batch.page_table, row, position, valid, pages[0].shape[1])
+        targets = _cache_slots(batch.page_table, row, position, valid, pages[0].shape[2])
 
         def attend(q: jax.Array, layer_pages: jax.Array, rows: RaggedRows) -> jax.Array:
             return ragged_paged_attention(q, layer_pages, rows, scale=self.scale)
@@ -100,7 +100,7 @@ class Programs:
             i, length, pages, state, out = carry
             active = is_active(state, length)
             position = length - 1
-            targets = _cache_slots(table_RM, row, position, active, pages[0].shape[1])
+            targets = _cache_slots(table_RM, row, position, active, pages[0].shape[2])
             kv_len = jnp.where(active, length, 0)
             tokens = state.history[batch.slot, position]
             x_RD, pages = self._forward(params, pages, tokens, position, targets, attend, (kv_len, table_RM))

@@ -55,6 +55,15 @@ def contract(spec: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
     return jnp.einsum(spec, x.astype(w.dtype), w, preferred_element_type=jnp.float32, precision=precision)
 
 
+def _look_up(table_VD: jax.Array, tokens_T: jax.Array) -> jax.Array:
+    """Rows of the embedding. XLA's CPU backend gathers bfloat16 by converting the table first, and moves that out
+    of a decode loop, where it is no longer fused: hence gather integers, behind a barrier that keeps it inside.
+    """
+    table_VD, tokens_T = jax.lax.optimization_barrier((table_VD, tokens_T))
+    bits = jnp.dtype(f"uint{8 * table_VD.dtype.itemsize}")
+    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table_VD, bits)[tokens_T], table_VD.dtype)
+
+
 class Block(nnx.Module):
     """Norm, attention, residual; norm, gated FFN, residual: two widen-narrow pairs of matrices."""
 
@@ -115,7 +124,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens_T: jax.Array, positions_T: jax.Array, ctx: Context) -> jax.Array:
         """Hidden states before the final norm, `[T, D]`."""
-        x_TD = ctx.shard(self.embedding[tokens_T].astype(ctx.residual_dtype), "tokens", "model")
+        x_TD = ctx.shard(_look_up(self.embedding[...], tokens_T).astype(ctx.residual_dtype), "tokens", "model")
         inv_freq = inverse_frequencies(self.cfg.head_dim, self.cfg.rope_theta, self.cfg.rope_scaling)
         rope = rope_tables(positions_T, inv_freq)
         for block in self.layers:

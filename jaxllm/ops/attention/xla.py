@@ -6,7 +6,8 @@ rounded up to blocks, never the batch times the longest row. Partial results mer
 (online softmax: Milakov & Gimelshein 2018; splitting keys over workers: FlashDecoding, Dao et al. 2023).
 
 Dimension letters: T tokens, R rows, Q queries of a tile, S keys of a block, K key/value heads, G query heads per
-key/value head, H head width, P pages, C tokens per page, M pages per row, W items worked on together.
+key/value head, X = K*G query heads, H head width, P pages, C tokens per page, B pages per block, W items worked on
+together.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import jax.numpy as jnp
 from jaxllm.ops.attention.metadata import RaggedRows
 
 _MASKED = -1e30  # finite: differences of two masked scores must not be NaN
-_GROUP = 16  # work items of single-query rows attended together
+_MAX_GROUP = 16  # work items of single-query rows attended together
 Partial = tuple[jax.Array, jax.Array, jax.Array]  # running maximum, sum of exponentials, weighted sum of values
 
 
 def ragged_paged_attention(
     q_TKGH: jax.Array,
-    pages_PC2KH: jax.Array,
+    pages_P2CKH: jax.Array,
     rows: RaggedRows,
     *,
     scale: float,
@@ -36,37 +37,51 @@ def ragged_paged_attention(
 
     Args:
         q_TKGH: queries `[T, K, G, H]`, the flat batch; rows that belong to nobody give zeros.
-        pages_PC2KH: this layer's cache, with this iteration's keys and values already written.
+        pages_P2CKH: this layer's cache, with this iteration's keys and values already written.
         rows: who owns which queries and pages.
         scale: multiplies the scores.
         query_tile: queries of one row processed together.
-        key_block: keys processed together; rounded to whole pages.
+        key_block: keys processed together with such a tile; rounded to whole pages.
 
     Returns:
         `[T, K, G, H]` in the queries' dtype.
     """
-    num_tokens, k, g, h = q_TKGH.shape
+    num_tokens = q_TKGH.shape[0]
     num_rows = min(rows.q_len.shape[0], num_tokens)
-    blocks = _Blocks.of(pages_PC2KH, rows.page_table, scale, key_block)
-    is_single = jnp.arange(num_rows) < rows.num_single
-    kv_len = jnp.where(is_single, rows.kv_len[:num_rows], 0)
-    state = _walk(blocks, q_TKGH[:num_rows], kv_len, 0, _nothing((num_rows, k, g), h))
-    singles_RKGH = _finish(state, kv_len[:, None, None] > 0).astype(q_TKGH.dtype)
+    kv_len = jnp.where(jnp.arange(num_rows) < rows.num_single, rows.kv_len[:num_rows], 0)
+    singles_RKGH = single_query_attention(
+        q_TKGH[:num_rows], pages_P2CKH, kv_len, rows.page_table[:num_rows], scale=scale
+    )
+    blocks = _Blocks.of(pages_P2CKH, rows.page_table, scale, key_block)
     return _tiles(blocks, q_TKGH, singles_RKGH, rows, min(query_tile, num_tokens))
 
 
 def single_query_attention(
-    q_RKGH: jax.Array, pages_PC2KH: jax.Array, kv_len_R: jax.Array, table_RM: jax.Array, *, scale: float,
-    key_block: int = 128,
+    q_RKGH: jax.Array, pages_P2CKH: jax.Array, kv_len_R: jax.Array, table_RM: jax.Array, *, scale: float,
+    key_block: int = 64,
 ) -> jax.Array:  # fmt: skip
-    """The case of the decode loop: row `r` has the one query `r`; `kv_len = 0` marks an idle row (gives zeros).
+    """Row `r` has the one query `r`, as in a decode; `kv_len = 0` marks an idle row (gives zeros, costs nothing).
 
-    The first block of every row is attended straight, so that a batch of short rows pays for no loop.
+    The (row, block) pairs that exist are attended some at a time, whatever rows they belong to.
     """
-    blocks = _Blocks.of(pages_PC2KH, table_RM, scale, key_block)
-    state = _drop_q(_attend(blocks, q_RKGH[:, None], blocks.table[:, 0], kv_len_R[:, None]))
-    if blocks.table.shape[1] > 1:
-        state = _walk(blocks, q_RKGH, kv_len_R, 1, state)
+    blocks = _Blocks.of(pages_P2CKH, table_RM, scale, key_block)
+    (num_rows, k, g, h), num_blocks = q_RKGH.shape, blocks.table.shape[1]
+    group = min(num_rows, _MAX_GROUP)
+    count = -(-kv_len_R // blocks.span)
+    ends = jnp.cumsum(count)
+    facts = jnp.stack([kv_len_R, ends - count], axis=1)
+
+    def attend_group(i: jax.Array, state: Partial) -> Partial:
+        item = i * group + jnp.arange(group)
+        row = jnp.minimum(jnp.sum(ends <= item[:, None], axis=1), num_rows - 1)
+        length, begin = jnp.split(_take(facts, row), 2, axis=1)
+        j = jnp.minimum(item[:, None] - begin, num_blocks - 1)
+        visible = jnp.where(item[:, None] < ends[-1], length - j * blocks.span, 0)
+        page_ids = _take(blocks.table.reshape(-1, blocks.table.shape[2]), row * num_blocks + j[:, 0])
+        part = _attend_rows(blocks, _take(q_RKGH, row), page_ids, visible)
+        return _merge_items(state, part, row)
+
+    state = jax.lax.fori_loop(0, -(-ends[-1] // group), attend_group, _nothing((num_rows, k, g), h))
     return _finish(state, kv_len_R[:, None, None] > 0).astype(q_RKGH.dtype)
 
 
@@ -74,56 +89,67 @@ def single_query_attention(
 class _Blocks:
     """The cache of one layer seen as blocks of `span` keys: block `j` of row `r` is pages `table[r, j]`."""
 
-    pages_PC2KH: jax.Array
+    pages_P2CKH: jax.Array
     table: jax.Array
     span: int
     scale: float
 
     @classmethod
-    def of(cls, pages_PC2KH: jax.Array, table_RM: jax.Array, scale: float, key_block: int) -> _Blocks:
+    def of(cls, pages_P2CKH: jax.Array, table_RM: jax.Array, scale: float, key_block: int) -> _Blocks:
         num_rows, width = table_RM.shape
-        per_block = max(1, min(key_block // pages_PC2KH.shape[1], width))
+        page_size = pages_P2CKH.shape[2]
+        per_block = max(1, min(key_block // page_size, width))
         table = jnp.pad(table_RM, ((0, 0), (0, -width % per_block))).reshape(num_rows, -1, per_block)
-        return cls(pages_PC2KH, table, per_block * pages_PC2KH.shape[1], scale)
+        return cls(pages_P2CKH, table, per_block * page_size, scale)
+
+    def gather(self, page_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of some blocks: `[..., B]` page numbers -> two `[..., S, K, H]`."""
+        num_pages, _, page_size, k, h = self.pages_P2CKH.shape
+        halves = self.pages_P2CKH.reshape(2 * num_pages, page_size, k, h)
+        shape = (*page_ids.shape[:-1], self.span, k, h)
+        return _take(halves, 2 * page_ids).reshape(shape), _take(halves, 2 * page_ids + 1).reshape(shape)
 
 
-def _attend(blocks: _Blocks, q: jax.Array, page_ids: jax.Array, visible: jax.Array) -> Partial:
-    """Attend a batch of W tiles to one block of keys each.
+def _attend_rows(blocks: _Blocks, q_WKGH: jax.Array, page_ids: jax.Array, visible: jax.Array) -> Partial:
+    """Attend W single queries to one block of keys each.
 
-    q `[W, Q, K, G, H]`, page_ids `[W, B]`, visible `[W, Q]` = keys of this block that each query sees (may be
-    negative or beyond the block). Returns maximum and sum `[W, K, G, Q]`, values `[W, K, G, Q, H]`, float32.
-    A query that sees nothing has maximum `_MASKED`: whatever its sum and values are, merging drops them.
+    All heads go through one product with a block-diagonal query `[X, K*H]`: K times the multiplications, but the
+    keys and values are read as they lie, and a decode waits for memory, not for multiplications.
+
+    Args:
+        page_ids: `[W, B]`.
+        visible: `[W, 1]`, keys of this block that the query sees (may be negative or beyond the block). A query
+            that sees nothing has maximum `_MASKED`: whatever its sum and values are, merging drops them.
+
+    Returns:
+        Maximum and sum `[W, K, G]`, values `[W, K, G, H]`, float32.
     """
-    w, _, k, _, h = q.shape
-    kv = _take(blocks.pages_PC2KH, page_ids).reshape(w, -1, k, 2, h)
-    q = (q * blocks.scale).astype(kv.dtype)
-    s_WKGQS = jnp.einsum("WQKGH,WSKH->WKGQS", q, kv[:, :, :, 0], preferred_element_type=jnp.float32)
-    seen = jnp.arange(kv.shape[1]) < visible[:, None, None, :, None]
-    s_WKGQS = jnp.where(seen, s_WKGQS, _MASKED)
-    top = jnp.max(s_WKGQS, axis=-1)
-    p = jnp.exp(s_WKGQS - top[..., None])
-    out = jnp.einsum("WKGQS,WSKH->WKGQH", p.astype(kv.dtype), kv[:, :, :, 1], preferred_element_type=jnp.float32)
+    w, k, g, h = q_WKGH.shape
+    keys, values = (x.reshape(w, blocks.span, k * h) for x in blocks.gather(page_ids))
+    own = jnp.eye(k, dtype=keys.dtype)[:, None, :, None]
+    q = ((q_WKGH * blocks.scale).astype(keys.dtype)[:, :, :, None] * own).reshape(w, k * g, k * h)
+    s_WXS = jnp.einsum("WXD,WSD->WXS", q, keys, preferred_element_type=jnp.float32)
+    s_WXS = jnp.where(jnp.arange(blocks.span) < visible[:, :, None], s_WXS, _MASKED)
+    top = jnp.max(s_WXS, axis=-1)
+    p = jnp.exp(s_WXS - top[..., None])
+    out = jnp.einsum("WXS,WSD->WXD", p.astype(keys.dtype), values, preferred_element_type=jnp.float32)
+    out = jnp.einsum("WKGKH->WKGH", out.reshape(w, k, g, k, h))
+    return top.reshape(w, k, g), jnp.sum(p, axis=-1).reshape(w, k, g), out
+
+
+def _attend_tile(blocks: _Blocks, q_QKGH: jax.Array, page_ids: jax.Array, visible: jax.Array) -> Partial:
+    """Attend a tile of queries of one row to one block: as `_attend_rows`, with `[B]` pages, visible `[Q]`.
+
+    Returns maximum and sum `[K, G, Q]`, values `[K, G, Q, H]`, float32.
+    """
+    keys_SKH, values_SKH = blocks.gather(page_ids)
+    q = (q_QKGH * blocks.scale).astype(keys_SKH.dtype)
+    s_KGQS = jnp.einsum("QKGH,SKH->KGQS", q, keys_SKH, preferred_element_type=jnp.float32)
+    s_KGQS = jnp.where(jnp.arange(blocks.span) < visible[:, None], s_KGQS, _MASKED)
+    top = jnp.max(s_KGQS, axis=-1)
+    p = jnp.exp(s_KGQS - top[..., None])
+    out = jnp.einsum("KGQS,SKH->KGQH", p.astype(keys_SKH.dtype), values_SKH, preferred_element_type=jnp.float32)
     return top, jnp.sum(p, axis=-1), out
-
-
-def _walk(blocks: _Blocks, q_RKGH: jax.Array, kv_len: jax.Array, first: int, state: Partial) -> Partial:
-    """Attend rows of one query to their blocks from number `first` on, `_GROUP` (row, block) pairs at a time."""
-    num_rows, num_blocks = q_RKGH.shape[0], blocks.table.shape[1]
-    count = jnp.maximum(-(-kv_len // blocks.span) - first, 0)
-    ends = jnp.cumsum(count)
-    facts = jnp.stack([kv_len, ends - count], axis=1)
-
-    def attend_group(i: jax.Array, state: Partial) -> Partial:
-        item = i * _GROUP + jnp.arange(_GROUP)
-        row = jnp.minimum(jnp.sum(ends <= item[:, None], axis=1), num_rows - 1)
-        length, begin = jnp.split(_take(facts, row), 2, axis=1)
-        j = jnp.minimum(item[:, None] - begin + first, num_blocks - 1)
-        visible = jnp.where(item[:, None] < ends[-1], length - j * blocks.span, 0)
-        page_ids = _take(blocks.table.reshape(-1, blocks.table.shape[2]), row * num_blocks + j[:, 0])
-        part = _drop_q(_attend(blocks, _take(q_RKGH, row)[:, None], page_ids, visible))
-        return _merge_items(state, part, row)
-
-    return jax.lax.fori_loop(0, -(-ends[-1] // _GROUP), attend_group, state)
 
 
 def _tiles(blocks: _Blocks, q_TKGH: jax.Array, singles_RKGH: jax.Array, rows: RaggedRows, tile: int) -> jax.Array:
@@ -144,17 +170,17 @@ def _tiles(blocks: _Blocks, q_TKGH: jax.Array, singles_RKGH: jax.Array, rows: Ra
         q_start, q_len, kv_len, begin = _take(facts, row)
         offset = (i - begin) * tile
         start = q_start + offset
-        q = jax.lax.dynamic_slice_in_dim(q_pad, start, tile)[None]
-        sees = (kv_len - q_len + offset + 1 + jnp.arange(tile))[None]  # keys each query sees: its own and before
+        q = jax.lax.dynamic_slice_in_dim(q_pad, start, tile)
+        sees = kv_len - q_len + offset + 1 + jnp.arange(tile)  # keys each query sees: its own and before
         last = jnp.minimum(kv_len, kv_len - q_len + offset + tile)
         page_ids = _take(blocks.table, row)
 
         def attend_block(j: jax.Array, state: Partial) -> Partial:
-            return _merge(state, _attend(blocks, q, _take(page_ids, j)[None], sees - j * blocks.span))
+            return _merge(state, _attend_tile(blocks, q, _take(page_ids, j), sees - j * blocks.span))
 
-        state = jax.lax.fori_loop(0, -(-last // blocks.span), attend_block, _nothing((1, k, g, tile), h))
+        state = jax.lax.fori_loop(0, -(-last // blocks.span), attend_block, _nothing((k, g, tile), h))
         is_mine = jnp.arange(tile) < q_len - offset
-        values = _finish(state, is_mine)[0].transpose(2, 0, 1, 3).astype(out.dtype)
+        values = _finish(state, is_mine).transpose(2, 0, 1, 3).astype(out.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, values, start, axis=0)
 
     return jax.lax.fori_loop(0, ends[-1], attend_tile, out)[:num_tokens]
@@ -189,11 +215,6 @@ def _finish(state: Partial, is_real: jax.Array) -> jax.Array:
 
 def _nothing(shape: tuple[int, ...], width: int) -> Partial:
     return jnp.full(shape, _MASKED), jnp.zeros(shape), jnp.zeros((*shape, width))
-
-
-def _drop_q(state: Partial) -> Partial:
-    """Drop the query dim of single-query tiles."""
-    return state[0][..., 0], state[1][..., 0], state[2][..., 0, :]
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:

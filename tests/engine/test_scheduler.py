@@ -1,0 +1,247 @@
+"""The scheduler on a fake device that checks every read, under random arrivals, aborts and tiny pools."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from dataclasses import dataclass, field
+
+import pytest
+
+from jaxllm.engine.page_pool import PagePool
+from jaxllm.engine.request import Request
+from jaxllm.engine.sampling_params import SamplingParams
+from jaxllm.engine.scheduler import Chunk, IterationPlan, Scheduler
+from tests.helpers.fake_device import FakeDevice, naive_generate
+
+
+@dataclass
+class Harness:
+    """Engine loop over a fake device: `depth` plans are dispatched before the oldest is read."""
+
+    scheduler: Scheduler
+    device: FakeDevice
+    depth: int = 2
+    in_flight: deque[list[tuple[Chunk, list[int]]]] = field(default_factory=deque)
+    plans: list[IterationPlan] = field(default_factory=list)
+
+    def step(self) -> IterationPlan | None:
+        plan = self.scheduler.schedule()
+        self.check(plan)
+        if plan is not None:
+            self.plans.append(plan)
+            self.in_flight.append(self.device.run(plan))
+        if self.in_flight and (plan is None or len(self.in_flight) >= self.depth):
+            self.collect(self.in_flight.popleft())
+        return plan
+
+    def collect(self, results: list[tuple[Chunk, list[int]]]) -> None:
+        for chunk, tokens in results:
+            request = chunk.request
+            if request.finished:
+                continue
+            self.scheduler.append_tokens(request, tokens, chunk.num_samples)
+            if request.token_ids[-1] in request.stop_ids:
+                self.scheduler.finish(request, "stop")
+            elif len(request.token_ids) >= request.limit:
+                self.scheduler.finish(request, "length")
+
+    def check(self, plan: IterationPlan | None) -> None:
+        s = self.scheduler
+        s.pool.check([r.pages for r in s.running])
+        assert len(s.running) <= s.max_num_seqs
+        assert len({r.slot for r in s.running}) == len(s.running)
+        if plan is None:
+            return
+        assert 0 < plan.num_tokens <= s.max_num_batched_tokens
+        assert len({id(c.request) for c in plan.chunks}) == len(plan.chunks)
+        counts = [c.count > 1 for c in plan.chunks]
+        assert counts == sorted(counts), "single queries come first"
+        waiting = [r for _, r in s._waiting if not r.finished]
+        assert s.num_waiting == len(waiting)
+        for request in plan.admitted:
+            assert all(request.rank < other.rank for other in waiting), "someone was overtaken"
+
+    def run(self, max_steps: int = 5000) -> None:
+        for _ in range(max_steps):
+            if not (self.scheduler.has_work or self.in_flight):
+                return
+            self.step()
+        raise AssertionError("the scheduler makes no progress")
+
+
+def make(num_pages=64, page_size=4, seqs=4, budget=16, steps=1, depth=2, caching=True) -> Harness:
+    pool = PagePool(num_pages, page_size, enable_prefix_caching=caching)
+    scheduler = Scheduler(pool, max_num_seqs=seqs, max_num_batched_tokens=budget, max_decode_steps=steps)
+    return Harness(scheduler, FakeDevice(page_size), depth)
+
+
+def request(name: str, prompt: list[int], max_tokens: int = 8, stop=(), priority: int = 0) -> Request:
+    return Request(
+        request_id=name, token_ids=prompt, params=SamplingParams(), limit=len(prompt) + max_tokens,
+        stop_ids=frozenset(stop), priority=priority,
+    )  # fmt: skip
+
+
+def test_a_prompt_longer_than_the_budget_is_prefilled_in_chunks_of_the_budget() -> None:
+    h = make(budget=16)
+    h.scheduler.add(request("a", list(range(40)), max_tokens=1))
+    h.run()
+    assert [plan.num_tokens for plan in h.plans] == [16, 16, 8]
+    assert [plan.chunks[0].num_samples for plan in h.plans] == [0, 0, 1]
+
+
+def test_decodes_are_carried_and_prefills_get_what_they_leave() -> None:
+    h = make(budget=16, depth=1)
+    for name in "ab":
+        h.scheduler.add(request(name, [1, 2, 3], max_tokens=30))
+    h.step()
+    h.scheduler.add(request("long", list(range(60)), max_tokens=2))
+    plans = [h.step() for _ in range(4)]
+    for plan in plans:
+        assert plan is not None
+        assert [c.count for c in plan.chunks[:2]] == [1, 1], "both decodes take part in every iteration"
+        assert plan.num_tokens == 16
+        assert [c.request.request_id for c in plan.chunks] == ["a", "b", "long"]
+
+
+def test_a_short_newcomer_samples_in_the_iteration_that_admits_it() -> None:
+    h = make(depth=1)
+    h.scheduler.add(request("old", [1, 2, 3], max_tokens=50))
+    for _ in range(3):
+        h.step()
+    h.scheduler.add(request("new", [4, 5], max_tokens=5))
+    plan = h.step()
+    assert plan is not None
+    assert {c.request.request_id: c.num_samples for c in plan.chunks} == {"old": 1, "new": 1}
+
+
+def test_a_finished_request_makes_room_in_the_next_iteration() -> None:
+    h = make(seqs=1, depth=1)
+    h.scheduler.add(request("first", [1], max_tokens=1))
+    h.scheduler.add(request("second", [2], max_tokens=1))
+    h.step()
+    plan = h.step()
+    assert plan is not None
+    assert [r.request_id for r in plan.admitted] == ["second"]
+
+
+def test_a_better_priority_goes_first_and_is_preempted_last() -> None:
+    h = make(seqs=1)
+    h.scheduler.add(request("normal", [1, 2], priority=0))
+    h.scheduler.add(request("urgent", [3, 4], priority=-1))
+    plan = h.step()
+    assert plan is not None
+    assert plan.chunks[0].request.request_id == "urgent"
+
+
+def test_decodes_loop_only_while_nothing_waits() -> None:
+    h = make(steps=8, seqs=2)
+    for name in "abc":
+        h.scheduler.add(request(name, [1, 2], max_tokens=20))
+    h.run()
+    for plan in h.plans:
+        if plan.num_steps > 1:
+            assert {c.request.request_id for c in plan.chunks} <= {"c"}, "a loop ran while c was waiting"
+    assert any(plan.num_steps == 8 for plan in h.plans)
+
+
+def test_when_out_of_pages_the_newest_is_preempted_and_still_gives_the_same_tokens() -> None:
+    h = make(num_pages=8, seqs=3, caching=False)
+    requests = [request(name, [i, i + 1, i + 2], max_tokens=16) for i, name in enumerate("abc")]
+    for r in requests:
+        h.scheduler.add(r)
+    h.run()
+    assert requests[0].num_preemptions == 0, "the oldest was preempted"
+    assert requests[2].num_preemptions > 0
+    for i, r in enumerate(requests):
+        assert r.token_ids == naive_generate([i, i + 1, i + 2], 19, frozenset())
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_numbers() -> None:
+    h = make(num_pages=4)
+    with pytest.raises(ValueError, match=r"grow to 28 tokens = 7 pages but the cache has 3"):
+        h.scheduler.add(request("huge", list(range(20)), max_tokens=8))
+
+
+def test_two_equal_prompts_that_arrive_together_are_computed_once() -> None:
+    h = make(budget=64)
+    prompt = list(range(41))
+    for name in "ab":
+        h.scheduler.add(request(name, list(prompt), max_tokens=1))
+    h.run()
+    assert h.device.num_computed == 41 + 1
+
+
+def test_a_later_request_reuses_the_pages_of_a_finished_one() -> None:
+    h = make()
+    first = request("a", list(range(20)), max_tokens=4)
+    h.scheduler.add(first)
+    h.run()
+    again = request("b", first.token_ids[:22], max_tokens=1)
+    h.scheduler.add(again)
+    h.run()
+    assert again.num_cached == 20
+    assert again.token_ids == naive_generate(first.token_ids[:22], 23, frozenset())
+
+
+def test_different_salts_share_nothing() -> None:
+    h = make()
+    for name in "ab":
+        r = request(name, list(range(20)), max_tokens=1)
+        r.cache_salt = name
+        h.scheduler.add(r)
+        h.run()
+        assert r.num_cached == 0
+
+
+def test_abort_frees_everything_wherever_the_request_stands() -> None:
+    h = make(seqs=1)
+    running, waiting = request("a", list(range(10))), request("b", list(range(10)))
+    for r in (running, waiting):
+        h.scheduler.add(r)
+    h.step()
+    for r in (waiting, running):
+        h.scheduler.finish(r, "abort")
+    h.run()
+    assert h.scheduler.pool.num_free == h.scheduler.pool.num_usable
+    assert not h.scheduler.has_work
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_any_order_of_add_abort_preempt_and_finish_gives_the_naive_tokens(seed: int) -> None:
+    rng = random.Random(seed)
+    budget, seqs = rng.choice([4, 8, 16, 64]), rng.choice([1, 2, 4])
+    h = make(
+        num_pages=rng.choice([9, 12, 20, 60]), page_size=rng.choice([2, 4, 8]), seqs=seqs, budget=max(budget, seqs),
+        steps=rng.choice([1, 2, 8]), depth=rng.choice([1, 2, 3]), caching=rng.random() < 0.7,
+    )  # fmt: skip
+    shared = [rng.randrange(5) for _ in range(20)]
+    pending, requests, aborted = 12, [], set()
+    while pending or h.scheduler.has_work or h.in_flight:
+        if pending and rng.random() < 0.4:
+            pending -= 1
+            prompt = shared[: rng.randrange(12)] + [rng.randrange(5) for _ in range(rng.randrange(1, 12))]
+            stops = rng.sample(range(100), 10)
+            r = request(str(pending), list(prompt), rng.randrange(1, 12), stops, rng.choice([0, 0, 0, -1, 1]))
+            try:
+                h.scheduler.add(r)
+            except ValueError:
+                continue
+            requests.append((r, prompt))
+        if requests and rng.random() < 0.05:
+            r, _ = rng.choice(requests)
+            if not r.finished:
+                h.scheduler.finish(r, "abort")
+                aborted.add(id(r))
+        h.step()
+    assert requests or h.scheduler.pool.num_pages == 9
+    for r, prompt in requests:
+        assert r.finished
+        expected = naive_generate(prompt, r.limit, r.stop_ids)
+        if id(r) in aborted:
+            assert r.token_ids == expected[: len(r.token_ids)]
+        else:
+            assert r.token_ids == expected
+    h.scheduler.pool.check([])
+    assert h.scheduler.pool.num_free == h.scheduler.pool.num_usable
