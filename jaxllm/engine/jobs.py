@@ -142,7 +142,8 @@ class Jobs:
         return job, builder
 
     def _finish_if_done(self, job: Job, now: float) -> None:
-        if not all(request.finished for request in job.requests):
+        # By what was delivered: another of its requests may have ended in this step and still be on its way here.
+        if any(completion.finish_reason is None for completion in job.output.outputs):
             return
         job.output.finished = True
         job.output.error = next((r.error for r in job.requests if r.error), None)

@@ -115,7 +115,8 @@ class _Call:
     def _logprobs(self, part: CompletionOutput | CompletionDelta) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
-        return chat_logprobs(part.token_ids, part.logprobs or [], self._body.top_logprobs or 0)
+        token_bytes = self._ctx.llm.get_tokenizer().token_bytes
+        return chat_logprobs(part.token_ids, part.logprobs or [], self._body.top_logprobs or 0, token_bytes)
 
     async def events(self, generation: Generation) -> AsyncIterator[bytes]:
         """The stream: the role, deltas, finish reasons, an optional usage chunk, the end."""

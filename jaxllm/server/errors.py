@@ -90,7 +90,8 @@ def install(app: FastAPI) -> None:
 def _invalid(error: RequestValidationError) -> ApiError:
     """The first complaint, without the value (it may be long, or a secret)."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path"))[:200]
+    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    where = ".".join(part for part in path if part.isidentifier() or part.isdigit())[:200]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON", code="invalid_json")
     message = f"{where}: {first['msg']}" if where else f"the body: {first['msg']}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxllm.engine.outputs import Logprob
@@ -35,20 +35,20 @@ def _top(entry: Entry, count: int) -> dict[str, float]:
     return best
 
 
-def chat_logprobs(token_ids: Sequence[int], entries: Sequence[Entry], count: int) -> dict[str, Any]:
-    """One object per token with its `count` alternatives."""
+def chat_logprobs(
+    token_ids: Sequence[int], entries: Sequence[Entry], count: int, token_bytes: Callable[[int], bytes]
+) -> dict[str, Any]:
+    """One object per token with its `count` alternatives; `bytes` tell half characters apart."""
+
+    def shaped(token: int, logprob: Logprob) -> dict[str, Any]:
+        return {"token": _text(logprob), "logprob": _value(logprob), "bytes": list(token_bytes(token))}
+
     content = []
     for token, entry in zip(token_ids, entries, strict=True):
-        ranked = sorted(
-            (e for e in entry.values() if e.rank is not None and e.rank <= count), key=lambda e: e.rank or 0
-        )
-        content.append(_chat_entry(entry[token]) | {"top_logprobs": [_chat_entry(e) for e in ranked]})
+        ranked = [(other, e) for other, e in entry.items() if e.rank is not None and e.rank <= count]
+        ranked.sort(key=lambda pair: pair[1].rank or 0)
+        content.append(shaped(token, entry[token]) | {"top_logprobs": [shaped(*e) for e in ranked]})
     return {"content": content, "refusal": None}
-
-
-def _chat_entry(entry: Logprob) -> dict[str, Any]:
-    text = _text(entry)
-    return {"token": text, "logprob": _value(entry), "bytes": list(text.encode())}
 
 
 def _text(entry: Logprob) -> str:
