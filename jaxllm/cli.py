@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm import __version__
+from jaxllm.bench import serve as bench_serve
 from jaxllm.config import DTYPES, EngineConfig
 from jaxllm.server import cli as server_cli
 
@@ -81,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
     throughput.add_argument("--output-len", type=int, default=64, help="tokens generated per prompt")
     throughput.add_argument("--num-iters", type=int, default=3, help="repeats; the median is reported")
     _add_engine_flags(throughput)
+    serving = benches.add_parser("serve", help="Latency and throughput of a running server under load.")
+    serving.set_defaults(run=bench_serve.run)
+    bench_serve.add_arguments(serving)
     return parser
 
 
@@ -272,7 +276,7 @@ def _collectives(args: argparse.Namespace) -> int:
 
 
 def _bench_usage(args: argparse.Namespace) -> int:
-    raise ValueError("name a bench: throughput")
+    raise ValueError("name a bench: throughput, serve")
 
 
 def _bench_throughput(args: argparse.Namespace) -> int:

@@ -70,6 +70,7 @@ def _card(request: Request, name: str) -> dict:
         "owned_by": "jaxllm",
         "root": ctx.settings.served_model_names[0],
         "max_model_len": max_model_len(request),
+        "vocab_size": ctx.llm.model_config.vocab_size,
     }
 
 
