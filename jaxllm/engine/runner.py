@@ -125,7 +125,7 @@ class ModelRunner:
 
     def _ragged(self, plan: IterationPlan, sampling: Sequence[Chunk]) -> Sampled | None:
         bucket = batches.bucket_for(plan.num_tokens, self.shapes.token_buckets)
-        batch = batches.ragged_batch(plan, bucket, self.shapes.max_num_seqs, self.shapes.pages_per_row)
+        batch = batches.ragged_batch(plan, bucket, self.shapes.row_buckets[-1], self.shapes.pages_per_row)
         step = self._program("ragged", bucket, True)
         hidden_RD, self._pages = step(self._params, self._pages, self._state, batch)
         if not sampling:
@@ -145,7 +145,7 @@ class ModelRunner:
         row[: len(chunk.request.token_ids)] = chunk.request.token_ids
         self._state = self._program("admit", 0, True)(self._state, np.int32(chunk.request.slot), row)
         bucket = batches.bucket_for(plan.num_tokens, self.scoring_buckets)
-        batch = batches.ragged_batch(plan, bucket, self.shapes.max_num_seqs, self.shapes.pages_per_row)
+        batch = batches.ragged_batch(plan, bucket, self.shapes.row_buckets[-1], self.shapes.pages_per_row)
         step = self._program("hidden", bucket, True)
         batch = dataclasses.replace(batch, sample_at=np.arange(bucket, dtype=np.int32))
         hidden_TD, self._pages = step(self._params, self._pages, self._state, batch)
@@ -254,7 +254,7 @@ def lower(
         return jitted.lower(state, np.int32(0), np.zeros(shapes.max_model_len, np.int32))
     if name in ("ragged", "hidden"):
         jitted = jax.jit(programs.ragged_step, donate_argnums=1, out_shardings=(whole, paged))
-        empty = batches.ragged_batch(IterationPlan([]), bucket, shapes.max_num_seqs, shapes.pages_per_row)
+        empty = batches.ragged_batch(IterationPlan([]), bucket, shapes.row_buckets[-1], shapes.pages_per_row)
         if name == "hidden":
             empty = dataclasses.replace(empty, sample_at=np.zeros(bucket, np.int32))
         return jitted.lower(params, pages, state, empty)
@@ -265,7 +265,7 @@ def lower(
     if name == "sample":
         jitted = jax.jit(programs.sample_step, donate_argnums=2, out_shardings=whole)
         width = model.cfg.hidden_size
-        hidden = jax.ShapeDtypeStruct((shapes.max_num_seqs, width), shapes.residual_dtype, sharding=whole)
+        hidden = jax.ShapeDtypeStruct((shapes.row_buckets[-1], width), shapes.residual_dtype, sharding=whole)
         return jitted.lower(params, hidden, state, rows)
     assert name == "decode", name
     jitted = jax.jit(programs.decode_loop, donate_argnums=(1, 2), out_shardings=(whole, paged, whole))

@@ -87,7 +87,7 @@ class _Call:
             if self._body.echo:
                 ids = output.prompt_token_ids + ids
                 entries = [*(output.prompt_logprobs or []), *entries]
-            logprobs = completion_logprobs(ids, entries, self._body.logprobs, 0)
+            logprobs = completion_logprobs(ids, entries, self._body.logprobs, 0, self._token_text)
         return self._shaped(prompt, completion, text, logprobs)
 
     def _shaped(
@@ -101,6 +101,9 @@ class _Call:
             "stop_reason": part.stop_reason,
         }
         return choice | ({"token_ids": part.token_ids} if self._body.return_token_ids else {})
+
+    def _token_text(self, token: int) -> str:
+        return self._ctx.llm.get_tokenizer().token_text(token)
 
     def _prompt_text(self, output: RequestOutput) -> str:
         if output.prompt is not None:
@@ -131,14 +134,16 @@ class _Call:
             text = self._prompt_text(output)
             echoed = None
             if count is not None:
-                echoed = completion_logprobs(output.prompt_token_ids, output.prompt_logprobs or [], count, 0)
+                echoed = completion_logprobs(
+                    output.prompt_token_ids, output.prompt_logprobs or [], count, 0, self._token_text
+                )
             choices.append(self._shaped(prompt, CompletionDelta(delta.index, "", []), text, echoed))
             lengths[key] = len(text)
         offset = lengths.get(key, 0)
         lengths[key] = offset + len(delta.text)
         logprobs = None
         if count is not None:
-            logprobs = completion_logprobs(delta.token_ids, delta.logprobs or [], count, offset)
+            logprobs = completion_logprobs(delta.token_ids, delta.logprobs or [], count, offset, self._token_text)
         if delta.text or delta.token_ids or delta.finish_reason:
             choices.append(self._shaped(prompt, delta, delta.text, logprobs))
         return choices

@@ -13,12 +13,12 @@ _LOWEST = -9999.0  # what OpenAI reports for "next to impossible"; infinities ar
 
 
 def completion_logprobs(
-    token_ids: Sequence[int], entries: Sequence[Entry | None], count: int, offset: int
+    token_ids: Sequence[int], entries: Sequence[Entry | None], count: int, offset: int, token_text: Callable[[int], str]
 ) -> dict[str, Any]:
     """Parallel lists over tokens; `offset` is where the first one stands in the text."""
     out: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, entry in zip(token_ids, entries, strict=True):
-        text = _text(entry[token]) if entry else ""
+        text = token_text(token)
         out["tokens"].append(text)
         out["token_logprobs"].append(_value(entry[token]) if entry else None)
         out["top_logprobs"].append(_top(entry, count) if entry else None)

@@ -35,6 +35,16 @@ class Listen:
 
 def serve(app: Any, llm: AsyncLLM, listen: Listen) -> int:
     """Serve until a signal or the engine's death; returns the exit code."""
+    server = make_server(app, llm, listen)
+    try:
+        server.run()
+    finally:
+        llm.shutdown()
+    return server.exit_code
+
+
+def make_server(app: Any, llm: AsyncLLM, listen: Listen) -> DrainingServer:
+    """A server that has not started yet."""
     config = uvicorn.Config(
         app,
         host=listen.host,
@@ -52,15 +62,10 @@ def serve(app: Any, llm: AsyncLLM, listen: Listen) -> int:
         timeout_graceful_shutdown=2,
         log_config=None,
     )
-    server = _Server(config, llm, listen.shutdown_timeout)
-    try:
-        server.run()
-    finally:
-        llm.shutdown()
-    return server.exit_code
+    return DrainingServer(config, llm, listen.shutdown_timeout)
 
 
-class _Server(uvicorn.Server):
+class DrainingServer(uvicorn.Server):
     """uvicorn's server, which drains before it closes its sockets."""
 
     def __init__(self, config: uvicorn.Config, llm: AsyncLLM, shutdown_timeout: float):

@@ -77,7 +77,7 @@ class HermesParser:
             before, found, after = self._held.partition(marker)
             if not found:
                 break
-            pieces += self._call(before) if self._inside else _text(before.rstrip() if not before.strip() else before)
+            pieces += self._call(before) if self._inside else _text(before.rstrip())
             self._held, self._inside = after, not self._inside
         if not self._inside:
             keep = _overlap(self._held, self.START)
