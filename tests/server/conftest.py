@@ -10,8 +10,8 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra 'server'")
 pytest.importorskip("openai", reason="needs the extra 'test'")
 
-from tests.helpers.tiny_llama import write_tiny_llama  # noqa: E402
-from tests.server.live import KEY, Live, serving  # noqa: E402
+from tests.helpers.tiny_llama import write_tiny_llama
+from tests.server.live import KEY, Live, serving
 
 
 @pytest.fixture(scope="session")
