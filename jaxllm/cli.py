@@ -73,19 +73,36 @@ def _parser() -> argparse.ArgumentParser:
     collectives = command("collectives", _collectives, "Count the collectives in the compiled program of a mesh.")
     _add_engine_flags(collectives)
 
-    bench = command("bench", _bench_usage, "Measure.")
-    benches = bench.add_subparsers(required=True, metavar="BENCH")
-    throughput = benches.add_parser("throughput", help="Offline tokens per second.")
+    bench = command("bench", _bench_throughput, "Measure throughput, latency or start-up.")
+    _add_benches(bench.add_subparsers(required=True, metavar="BENCH"))
+    return parser
+
+
+def _add_benches(benches: Any) -> None:
+    throughput = benches.add_parser("throughput", help="offline tokens per second")
     throughput.set_defaults(run=_bench_throughput)
     throughput.add_argument("--num-prompts", type=int, default=32)
     throughput.add_argument("--input-len", type=int, default=16, help="tokens per prompt")
     throughput.add_argument("--output-len", type=int, default=64, help="tokens generated per prompt")
     throughput.add_argument("--num-iters", type=int, default=3, help="repeats; the median is reported")
-    _add_engine_flags(throughput)
-    serving = benches.add_parser("serve", help="Latency and throughput of a running server under load.")
+
+    latency = benches.add_parser("latency", help="one batch that arrives together: TTFT, TPOT, ITL, end to end")
+    latency.set_defaults(run=_bench_latency)
+    latency.add_argument("--batch-size", type=int, default=8)
+    latency.add_argument("--input-len", type=int, default=32)
+    latency.add_argument("--output-len", type=int, default=128)
+    latency.add_argument("--num-iters", type=int, default=30)
+
+    startup = benches.add_parser("startup", help="seconds from a fresh process to ready and to the first token")
+    startup.set_defaults(run=_bench_startup)
+    startup.add_argument("--num-iters", type=int, default=3)
+    startup.add_argument("--cold", action="store_true", help="with an empty compilation cache")
+    for parser in (throughput, latency, startup):
+        _add_engine_flags(parser)
+
+    serving = benches.add_parser("serve", help="latency and throughput of a running server under load")
     serving.set_defaults(run=bench_serve.run)
     bench_serve.add_arguments(serving)
-    return parser
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -275,24 +292,47 @@ def _collectives(args: argparse.Namespace) -> int:
     return 0
 
 
-def _bench_usage(args: argparse.Namespace) -> int:
-    raise ValueError("name a bench: throughput, serve")
+def _check_counts(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
 
 
 def _bench_throughput(args: argparse.Namespace) -> int:
     from jaxllm.bench.throughput import format_report, measure_throughput
 
-    for name in ("num_prompts", "input_len", "output_len", "num_iters"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    report = measure_throughput(
-        _llm(args),
-        num_prompts=args.num_prompts,
-        input_len=args.input_len,
-        output_len=args.output_len,
-        num_iters=args.num_iters,
-    )
+    _check_counts(args, "num_prompts", "input_len", "output_len", "num_iters")
+    sizes = {name: getattr(args, name) for name in ("num_prompts", "input_len", "output_len", "num_iters")}
+    report = measure_throughput(_llm(args), **sizes)
     print(json.dumps(report) if args.json else format_report(report))
+    return 0
+
+
+def _bench_latency(args: argparse.Namespace) -> int:
+    from jaxllm.bench.latency import measure_latency
+
+    _check_counts(args, "batch_size", "input_len", "output_len", "num_iters")
+    sizes = {name: getattr(args, name) for name in ("batch_size", "input_len", "output_len", "num_iters")}
+    report = measure_latency(_llm(args), **sizes)
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
+        row = "  ".join(f"{p} {value:9.2f}" for p, value in report[name].items())
+        print(f"{name:<8} {row}")
+    return 0
+
+
+def _bench_startup(args: argparse.Namespace) -> int:
+    from jaxllm.bench.startup import measure_startup
+
+    _check_counts(args, "num_iters")
+    report = measure_startup(engine_arguments(args), num_iters=args.num_iters, cold=args.cold)
+    text = (
+        f"ready after {report['ready_s']:.2f} s, first token after {report['first_token_s']:.2f} s, "
+        f"{report['compilations']} programs"
+    )
+    print(json.dumps(report) if args.json else text)
     return 0
 
 

@@ -22,3 +22,11 @@ def smollm2_path() -> Path:
     from jaxllm.checkpoints import pull
 
     return pull("smollm2-135m-instruct", progress=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer random Llama and a byte tokenizer."""
+    from tests.helpers.tiny_model import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("tiny-llama"))

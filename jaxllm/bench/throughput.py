@@ -42,10 +42,15 @@ def measure_throughput(
     }
 
 
+def random_prompts(llm: LLM, num_prompts: int, input_len: int, seed: int) -> list[list[int]]:
+    """Token ids that no other seed repeats, so that no run profits from another's cached pages."""
+    shape = (num_prompts, input_len)
+    return np.random.default_rng(seed).integers(0, llm.model_config.vocab_size, shape).tolist()
+
+
 def _run(llm: LLM, num_prompts: int, input_len: int, output_len: int, seed: int) -> float:
     """Seconds to run distinct random prompts to their full length; nothing may be reused between runs."""
-    tokens = np.random.default_rng(seed).integers(0, llm.model_config.vocab_size, (num_prompts, input_len))
-    prompts = [{"prompt_token_ids": row} for row in tokens.tolist()]
+    prompts = [{"prompt_token_ids": ids} for ids in random_prompts(llm, num_prompts, input_len, seed)]
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False)
     started = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)

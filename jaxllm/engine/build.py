@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jaxllm.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-_CPU_CACHE_BYTES = 512 << 20  # enough for one long request of a small model; a server sets its own
+_CPU_CACHE_BYTES = 384 << 20  # the default model's longest request; a server sets its own
 _TEMPORARY_BYTES = 1 << 30  # left free on an accelerator for activations and logits
 
 
@@ -56,13 +56,16 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
 
         use_compilation_cache()
         model = make_model(config, model_config, Placement(make_mesh(config.mesh), rules))
+        runner = ModelRunner(model, runner_shapes(config, model))
+        runner.prepare()  # programs compile while the weights are read
         params = load_parameters(model, checkpoint)
-        shapes = runner_shapes(config, model)
+        hf, generation = checkpoint.config, checkpoint.generation_config
+        del checkpoint  # unmaps the files before the cache is allocated
+        runner.start(params)
         text = tokenizer.result()
-    generation = checkpoint.generation_config
     engine = Engine(
-        ModelRunner(model, params, shapes),
-        eos_token_ids=_eos_token_ids(checkpoint.config, generation, text),
+        runner,
+        eos_token_ids=_eos_token_ids(hf, generation, text),
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
         namespace=f"{path} {config.sharding_rules} {config.dtype}",
@@ -137,7 +140,8 @@ def _cache_bytes(config: EngineConfig, model: AbstractModel) -> int:
     stats = mesh.devices.flat[0].memory_stats()
     if not stats or mesh.devices.flat[0].platform == "cpu":
         return _CPU_CACHE_BYTES
-    free = int(stats["bytes_limit"] * config.gpu_memory_utilization) - stats["bytes_in_use"] - _TEMPORARY_BYTES
+    taken = stats["bytes_in_use"] + model.parameter_bytes_per_device() + _TEMPORARY_BYTES
+    free = int(stats["bytes_limit"] * config.gpu_memory_utilization) - taken
     axis = model.placement.heads_axis()
     return max(free, 0) * (mesh.shape[axis] if axis else 1)
 

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ class RunnerShapes:
     @property
     def token_buckets(self) -> tuple[int, ...]:
         """Sizes of the ragged step."""
-        return batches.make_buckets(min(16, self.max_num_batched_tokens), self.max_num_batched_tokens, 4)
+        return batches.make_buckets(min(64, self.max_num_batched_tokens), self.max_num_batched_tokens, 4)
 
     @property
     def row_buckets(self) -> tuple[int, ...]:
@@ -85,24 +85,35 @@ def _row(arrays: Sampled, row: int, num_samples: int) -> Sampled:
 
 
 class ModelRunner:
-    """Parameters, pages and slot state on the mesh, and one compiled program per bucket."""
+    """Parameters, pages and slot state on the mesh, and one compiled program per bucket.
 
-    def __init__(self, model: AbstractModel, params: Any, shapes: RunnerShapes):
+    Programs are compiled from shapes alone, so `prepare` can run while the weights are still being read; `start`
+    takes the weights and allocates the rest.
+    """
+
+    def __init__(self, model: AbstractModel, shapes: RunnerShapes):
         self.model = model
         self.shapes = shapes
         self.programs = make_programs(model, shapes)
-        self._params = params
-        self.reset()
-        self._compiled: dict[Key, Any] = {}
+        self._params: Any = None
+        self._pages: list[jax.Array] = []
+        self._state: Any = None
         self._no_masks: dict[int, jax.Array] = {}
+        self._compiled: dict[Key, Future[Any]] = {}
+        self._compilers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
         self._lock = threading.Lock()
         self._warm = False
         self.num_compilations = 0
         self.num_compilations_after_warmup = 0
 
+    def start(self, params: Any) -> None:
+        """Take the parameters and allocate pages and state."""
+        self._params = params
+        self.reset()
+
     def reset(self) -> None:
         """Empty pages and slots: at the start, and after a failed iteration took the donated ones with it."""
-        self._pages = self._state = None  # free the old ones first
+        self._pages, self._state = [], None  # free the old ones first
         model, shapes = self.model, self.shapes
         self._pages = allocate_pages(
             model.cfg, shapes.num_pages, shapes.page_size, model.kv_copies, shapes.kv_dtype, model.placement
@@ -186,23 +197,33 @@ class ModelRunner:
         return dataclasses.replace(rows, sampling=sampling)
 
     def _program(self, name: str, bucket: int, greedy: bool) -> Any:
-        key = (name, bucket, greedy)
-        if (program := self._compiled.get(key)) is None:
-            with self._lock:
-                program = self._compiled.get(key) or self._compile(key)
-        return program
+        return self._submit((name, bucket, greedy)).result()
+
+    def _submit(self, key: Key) -> Future[Any]:
+        """The future of one program: compiled once, whoever asks first."""
+        with self._lock:
+            if key not in self._compiled:
+                self._compiled[key] = self._compilers.submit(self._compile, key)
+            return self._compiled[key]
 
     def _compile(self, key: Key) -> Any:
         started = time.perf_counter()
-        lowered = lower(self.programs, self.shapes, self.model, key, self._params, self._pages, self._state)
-        program = self._compiled[key] = lowered.compile()
+        program = lower(
+            self.programs, self.shapes, self.model, key, *abstract_arrays(self.model, self.shapes)
+        ).compile()
+        seconds = time.perf_counter() - started
         self.num_compilations += 1
+        log.debug("compiled %s in %.2f s", key, seconds)
         if self._warm:
             self.num_compilations_after_warmup += 1
-            log.warning(
-                "compiled %s after warm-up in %.2f s: a defect, please report", key, time.perf_counter() - started
-            )
+            log.warning("compiled %s in %.2f s after warm-up: a defect, please report", key, seconds)
         return program
+
+    def prepare(self) -> None:
+        """Begin to compile, in threads, what the first short request needs."""
+        tokens, rows = self.shapes.token_buckets[0], self.shapes.row_buckets[0]
+        for name, bucket in (("ragged", tokens), ("decode", rows), ("sample", rows), ("admit", 0)):
+            self._submit((name, bucket, True))
 
     def warm_up(self, *, sampling: bool = True, scoring: bool = False) -> None:
         """Compile every program there is, in threads; afterwards a compilation is a defect.
@@ -216,9 +237,8 @@ class ModelRunner:
             keys += [(name, r, greedy) for r in self.shapes.row_buckets for name in ("sample", "decode")]
         if scoring:
             keys += [(name, t, True) for t in self.scoring_buckets for name in ("hidden", "score", "pool")]
-        missing = [key for key in keys if key not in self._compiled]
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            list(pool.map(self._compile, missing))
+        for future in [self._submit(key) for key in keys]:
+            future.result()
         self._warm = True
 
     def block_until_ready(self) -> None:

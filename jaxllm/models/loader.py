@@ -6,6 +6,7 @@ make each. Missing, unexpected or misshapen tensors are refused by name before a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,15 @@ class AbstractModel:
             return variable.replace(sharding)
 
         return nnx.map_state(place, self.state)
+
+    def parameter_bytes_per_device(self) -> int:
+        """Bytes that the parameters will take on each device."""
+        shardings = dict(nnx.to_flat_state(self.shardings()))
+        total = 0
+        for path, variable in nnx.to_flat_state(self.state):
+            value = variable.get_value()
+            total += math.prod(shardings[path].get_value().shard_shape(value.shape)) * value.dtype.itemsize
+        return total
 
 
 def abstract_model(cfg: ModelConfig, placement: Placement, dtype: jnp.dtype) -> AbstractModel:
