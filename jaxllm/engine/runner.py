@@ -95,7 +95,7 @@ class ModelRunner:
         self.model = model
         self.shapes = shapes
         self.programs = make_programs(model, shapes)
-        self._params: Any = None
+        self._params: list[jax.Array] = []
         self._pages: list[jax.Array] = []
         self._state: Any = None
         self._no_masks: dict[int, jax.Array] = {}
@@ -108,7 +108,7 @@ class ModelRunner:
 
     def start(self, params: Any) -> None:
         """Take the parameters and allocate pages and state."""
-        self._params = params
+        self._params = jax.tree.leaves(params)
         self.reset()
 
     def reset(self) -> None:
@@ -250,6 +250,7 @@ def make_programs(model: AbstractModel, shapes: RunnerShapes) -> Programs:
     """The step functions of one model."""
     return Programs(
         graph=model.graph,
+        params_tree=jax.tree.structure(model.state),
         placement=model.placement,
         residual_dtype=shapes.residual_dtype,
         scale=model.cfg.head_dim**-0.5,
@@ -294,12 +295,12 @@ def lower(
 
 
 def abstract_arrays(model: AbstractModel, shapes: RunnerShapes) -> tuple[Any, Any, Any]:
-    """Parameters, pages and state as shapes with shardings: enough to compile without any weights."""
+    """Parameter leaves, pages and state as shapes with shardings: enough to compile without any weights."""
 
     def shaped(variable: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
 
-    params = jax.tree.map(shaped, model.state, model.shardings())
+    params = jax.tree.leaves(jax.tree.map(shaped, model.state, model.shardings()))
     shape = page_shape(model.cfg, shapes.num_pages, shapes.page_size, model.kv_copies)
     page = jax.ShapeDtypeStruct(shape, shapes.kv_dtype, sharding=model.placement.sharding(*PAGE_DIMS))
     state = jax.eval_shape(functools.partial(_zero_state, shapes))

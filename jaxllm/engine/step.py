@@ -46,9 +46,14 @@ class SlotState:
 
 @dataclass(frozen=True, slots=True)
 class Programs:
-    """The functions to compile for one model on one placement."""
+    """The functions to compile for one model on one placement.
+
+    Parameters come as plain leaves: flattening the module tree again at every dispatch would cost the host more
+    than everything else it does.
+    """
 
     graph: Any
+    params_tree: Any
     placement: Placement
     residual_dtype: jnp.dtype
     scale: float
@@ -139,7 +144,7 @@ class Programs:
         return SlotState(state.history.at[slot].set(tokens_L), state.done.at[slot].set(False))
 
     def _model(self, params: Any) -> Decoder:
-        return nnx.merge(self.graph, params)
+        return nnx.merge(self.graph, jax.tree.unflatten(self.params_tree, params))
 
     def _forward(
         self, params: Any, pages: Pages, tokens, position, targets, attend: Callable, metadata: Any
