@@ -4,7 +4,8 @@
     python scripts/soak.py --base-url http://127.0.0.1:8000 --api-key k --seconds 180 --pid $!
 
 Every stream that finishes must equal the answer to the same prompt when it was alone; with --pid the server's
-memory is watched. Prints one JSON object; exit code 1 when anything is wrong.
+memory is watched. In bfloat16 a near tie may fall differently in another batch size: serve with --dtype float32, or
+tell it from a lost or doubled token by `wrong_length`. Prints one JSON object; exit code 1 when anything is wrong.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ async def _soak(
     watch.cancel()
     await asyncio.sleep(1.0)
     stats = await target.get("/stats")
-    report = {name: counts[name] for name in ("finished", "disconnected", "wrong", "failed", "tokens")}
+    report = {name: counts[name] for name in ("finished", "disconnected", "wrong", "wrong_length", "failed", "tokens")}
     report["kv_cache_usage_afterwards"] = stats["kv_cache_usage_perc"]
     report["requests_running_afterwards"] = stats["num_requests_running"]
     if memory:
@@ -107,6 +108,7 @@ async def _client(
         counts["disconnected" if leave_at is not None else "finished"] += 1
         want = expected[which][: len(tokens)] if leave_at is not None else expected[which]
         counts["wrong"] += tokens != want
+        counts["wrong_length"] += leave_at is None and len(tokens) != len(want)
 
 
 async def _watch(pid: int | None, memory: list[int]) -> None:

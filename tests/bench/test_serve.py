@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -32,7 +33,7 @@ def test_arrivals_have_the_rate_asked_for():
     times = [p.at for p in at_rate(planned, 10.0, 1.0, seed=0)]
     assert times == sorted(times) and times[0] == 0.0
     assert times[-1] == pytest.approx(200, rel=0.1)
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(times)]
     mean = sum(gaps) / len(gaps)
     spread = math.sqrt(sum((g - mean) ** 2 for g in gaps) / len(gaps))
     assert spread == pytest.approx(mean, rel=0.1)  # exponential
