@@ -1,7 +1,5 @@
 """`python -m jaxllm` is the command line."""
 
-import sys
+from jaxllm.cli import entry
 
-from jaxllm.cli import main
-
-sys.exit(main())
+entry()

@@ -7,13 +7,16 @@ Exit code 0, 1 (failed), 2 (usage), 130 (Ctrl-C). Imports what a command needs w
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxllm import __version__
 from jaxllm.bench import serve as bench_serve
@@ -23,21 +26,60 @@ from jaxllm.server import cli as server_cli
 if TYPE_CHECKING:
     from jaxllm import LLM, RequestOutput, SamplingParams
 
+INTERRUPTED = 130
+_interrupted = threading.Event()
+
+
+def entry() -> NoReturn:
+    """The process: run one command and end. After Ctrl-C nothing is waited for, threads that compile included."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == INTERRUPTED:
+        os._exit(code)
+    sys.exit(code)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        with _counted_interrupts():
+            return args.run(args)
     except ValueError as error:
         print(f"jaxllm: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("jaxllm: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+@contextlib.contextmanager
+def _counted_interrupts() -> Iterator[None]:
+    """Remember Ctrl-C beside raising it: Python drops what is raised in a garbage collection callback."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(signum: int, frame: Any) -> None:
+        _interrupted.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        _interrupted.clear()
+
+
+def _raise_if_interrupted() -> None:
+    if _interrupted.is_set():
+        _interrupted.clear()
+        raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -152,7 +194,9 @@ def engine_arguments(args: argparse.Namespace) -> dict[str, Any]:
 def _llm(args: argparse.Namespace) -> LLM:
     from jaxllm import LLM
 
-    return LLM(**engine_arguments(args))
+    llm = LLM(**engine_arguments(args))
+    llm.after_step = _raise_if_interrupted
+    return llm
 
 
 def _sampling(args: argparse.Namespace, llm: LLM | None = None) -> SamplingParams:
@@ -185,14 +229,19 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = [p for p in args.prompts if p != "-"]
     if args.prompts_file:
         try:
-            prompts += args.prompts_file.read_text(encoding="utf-8").splitlines()
+            prompts += _lines(args.prompts_file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"cannot read --prompts-file {args.prompts_file}: {error}") from None
     if "-" in args.prompts or not (prompts or args.prompts_file or sys.stdin.isatty()):
-        prompts += sys.stdin.read().splitlines()
+        prompts += _lines(sys.stdin.read())
     if not prompts:
         raise ValueError("there is no prompt; give one as an argument, with --prompts-file, or on standard input")
     return prompts
+
+
+def _lines(text: str) -> list[str]:
+    """Split at newlines alone; form feeds and Unicode separators belong to a prompt."""
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def _print_completions(output: RequestOutput, index: int, total: int) -> None:
@@ -211,7 +260,8 @@ def _print_json(args: argparse.Namespace, outputs: Iterable[RequestOutput]) -> N
             entry |= {"finish_reason": completion.finish_reason, "num_cached_tokens": output.num_cached_tokens}
             entries.append(entry | {"index": completion.index, "metrics": output.metrics})
         if output.error:
-            entries.append({"prompt": output.prompt, "error": output.error})
+            entry = {"prompt": output.prompt, "text": "", "token_ids": [], "finish_reason": None}
+            entries.append(entry | {"num_cached_tokens": 0, "error": output.error})
     print(json.dumps({"model": args.model, "outputs": entries, "metrics": metrics}, ensure_ascii=False))
 
 
@@ -265,6 +315,7 @@ def _converse(llm: LLM, history: list[dict[str, Any]], params: SamplingParams) -
             try:
                 messages.append({"role": "assistant", "content": _answer(llm, messages, params)})
             except KeyboardInterrupt:
+                _interrupted.clear()
                 messages.pop()
                 print("\n(stopped)", file=sys.stderr)
             except ValueError as error:  # a conversation that has grown too long, say
@@ -337,4 +388,4 @@ def _bench_startup(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -6,7 +6,7 @@ Steps the engine on the caller's thread. Knows nothing of devices, pages or sche
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxllm.config import EngineConfig
@@ -38,6 +38,7 @@ class LLM:
         self._jobs = Jobs(built.engine, built.tokenizer)
         self._scorer = Scorer(built.engine)
         self._generation_config = built.generation_config
+        self.after_step: Callable[[], None] | None = None  # what it raises ends the call that is running
 
     def get_tokenizer(self) -> Any:
         """The tokenizer. Raises ValueError under `skip_tokenizer_init`."""
@@ -156,6 +157,8 @@ class LLM:
                     delivered = self._jobs.deliver(news)
                     if delivered is not None and delivered[0].output.finished:
                         bar.update(1)
+                if self.after_step is not None:
+                    self.after_step()
                 yield
 
 

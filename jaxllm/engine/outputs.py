@@ -107,6 +107,8 @@ class CompletionBuilder:
     def _find_stop(self, before: int) -> str | None:
         """Look for a stop string that ends in the text added since `before`; cut the text there."""
         text, first = self.output.text, None
+        if len(self.output.token_ids) < self._params.min_tokens:
+            return None
         for stop in self._params.stop or ():
             at = text.find(stop, max(0, before - len(stop) + 1))
             if at >= 0 and (first is None or at < first[0]):

@@ -12,6 +12,7 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 16
+MAX_STOP_CHARS = 1024
 MAX_N = 128
 MAX_GRAMMAR_CHARS = 65_536
 MAX_CHOICES = 1000
@@ -99,32 +100,44 @@ class SamplingParams:
             _check_range(name, getattr(self, name), low, high)
         for name, low, high in _INTEGERS:
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            if value is None and name in _OPTIONAL:
+                continue
+            if not _is_int(value):
                 raise ValueError(f"{name}={value!r}; it must be a whole number")
-            if value is not None:
-                _check_range(name, value, low, high)
+            _check_range(name, value, low, high)
+        for name in _FLAGS:
+            if not isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"{name}={value!r}; it must be True or False")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}; lower it")
         object.__setattr__(self, "stop", self._stop_strings())
         object.__setattr__(self, "structured_outputs", _structured(self.structured_outputs))
         self._check_token_lists()
 
     def _stop_strings(self) -> tuple[str, ...]:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if len(stop) > MAX_STOP_STRINGS or any(not isinstance(s, str) or not s for s in stop):
-            raise ValueError(f"stop={self.stop!r}; it must be at most {MAX_STOP_STRINGS} non-empty strings")
+        stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
+        if len(stop) > MAX_STOP_STRINGS or any(
+            not isinstance(s, str) or not 0 < len(s) <= MAX_STOP_CHARS for s in stop
+        ):
+            raise ValueError(
+                f"stop={self.stop!r}; it must be at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters"
+            )
         return stop
 
     def _check_token_lists(self) -> None:
-        ids = tuple(self.stop_token_ids or ())
-        if len(ids) > MAX_STOP_TOKEN_IDS or any(not isinstance(i, int) or i < 0 for i in ids):
+        ids = _items("stop_token_ids", self.stop_token_ids)
+        if len(ids) > MAX_STOP_TOKEN_IDS or any(not _is_int(i) or i < 0 for i in ids):
             raise ValueError(
                 f"stop_token_ids={self.stop_token_ids!r}; it must be at most {MAX_STOP_TOKEN_IDS} token ids"
             )
         object.__setattr__(self, "stop_token_ids", ids)
         bias = self.logit_bias or {}
+        if not isinstance(bias, dict):
+            raise ValueError(f"logit_bias={bias!r}; it must map token ids to numbers")
         if len(bias) > MAX_LOGIT_BIAS:
             raise ValueError(f"logit_bias has {len(bias)} entries; at most {MAX_LOGIT_BIAS} are allowed")
         for token, value in bias.items():
-            if not isinstance(token, int) or token < 0:
+            if not _is_int(token) or token < 0:
                 raise ValueError(f"logit_bias has key {token!r}; keys must be token ids")
             _check_range(f"logit_bias[{token}]", value, -100.0, 100.0)
 
@@ -171,10 +184,26 @@ _INTEGERS = (
 )
 
 
+_OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+_FLAGS = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _items(name: str, value: object) -> tuple:
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise ValueError(f"{name}={value!r}; it must be a list")
+    return tuple(value)
+
+
 def _check_range(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if not _is_int(value) and not (isinstance(value, float) and math.isfinite(value)):
         raise ValueError(f"{name}={value!r}; it must be a finite number")
-    if not low <= value <= high:
+    if not low <= value <= high:  # type: ignore[operator]
         raise ValueError(f"{name}={value!r}; it must be between {low:g} and {high:g}")
 
 

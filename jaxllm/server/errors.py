@@ -54,6 +54,8 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, Unavailable):
         return ApiError(503, str(error), code="unavailable", headers={"retry-after": str(error.retry_after)})
+    if isinstance(error, ConnectionResetError):  # the client went away: nobody reads this
+        return ApiError(400, str(error))
     if isinstance(error, EngineError):
         return ApiError(500, str(error), code="engine_error")
     if isinstance(error, TimeoutError):
@@ -83,7 +85,7 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
-    for kind in (ApiError, Unavailable, EngineError, TimeoutError, ValueError, Exception):
+    for kind in (ApiError, Unavailable, ConnectionResetError, EngineError, TimeoutError, ValueError, Exception):
         app.add_exception_handler(kind, on_error)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
@@ -41,7 +42,8 @@ class EventStream(Response):
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve it as ASGI."""
         try:
-            await _unless_disconnected(receive, self._send_all(send))
+            with contextlib.suppress(ConnectionResetError):
+                await _unless_disconnected(receive, self._send_all(send))
         finally:
             self._on_close()
 

@@ -89,7 +89,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in MESH_AXES or not size.isdigit() or int(size) < 1:
+        if axis not in MESH_AXES or not (size.isascii() and size.isdecimal()) or int(size) < 1:
             raise ValueError(
                 f"mesh {text!r} is not understood at {part!r}; write axis=size pairs like 'tp=4' "
                 f"with axes {', '.join(MESH_AXES)}"

@@ -181,7 +181,6 @@ def test_stop_string_wins_over_a_length_limit_reached_by_the_same_token(tokenize
     assert (builder.output.finish_reason, builder.output.stop_reason) == ("stop", "c")
 
 
-@pytest.mark.xfail(strict=True, reason="CompletionBuilder looks for stop strings before min_tokens are there")
 def test_stop_string_before_the_minimum_number_of_tokens_does_not_end_it(tokenizer):
     builder = builder_for(tokenizer, stop="b", min_tokens=3)
     assert builder.append(list(b"abc"), None) is None

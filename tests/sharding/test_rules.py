@@ -132,7 +132,6 @@ def test_bad_mesh_text_is_refused_with_an_example(text):
     assert "tp=4" in message
 
 
-@pytest.mark.xfail(strict=True, reason="str.isdigit is true of superscripts, which int refuses with its own words")
 def test_digits_of_other_kinds_are_refused_with_an_example():
     assert "tp=4" in refusal(parse_mesh, "tp=²")
 
