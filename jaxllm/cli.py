@@ -1,4 +1,4 @@
-"""The command line: `jaxllm generate | chat | pull | convert | bench | collectives | roofline`.
+"""The command line: `jaxllm generate | chat | serve | pull | convert | bench | collectives | roofline`.
 
 Arguments in, text or one JSON object (`--json`) on standard output; progress and errors go to standard error.
 Exit code 0, 1 (failed), 2 (usage), 130 (Ctrl-C). Imports what a command needs when it runs.
@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxllm import __version__
+from jaxllm.bench import serve as bench_serve
 from jaxllm.config import DTYPES, LOAD_FORMATS, EngineConfig
 from jaxllm.roofline import cli as roofline_cli
+from jaxllm.server import cli as server_cli
 
 if TYPE_CHECKING:
     from jaxllm import LLM, RequestOutput, SamplingParams
@@ -103,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_engine_flags(chat)
     _add_sampling_flags(chat, max_tokens=512)
 
+    serve = command("serve", _serve, "Answer OpenAI clients over HTTP.")
+    server_cli.add_arguments(serve)
+    _add_engine_flags(serve)
+
     pull = command("pull", _pull, "Fetch a model by its short name, for offline use.")
     pull.add_argument("name", nargs="?", default=EngineConfig().model)
     pull.add_argument("--json", action="store_true", help="print one JSON object on standard output")
@@ -155,6 +161,10 @@ def _add_benches(benches: Any) -> None:
     load.add_argument("--num-iters", type=int, default=3, help="repeats; the fastest is reported")
     load.add_argument("--mesh", default="tp=1", help="devices to load onto")
     load.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+
+    serving = benches.add_parser("serve", help="latency and throughput of a running server under load")
+    serving.set_defaults(run=bench_serve.run)
+    bench_serve.add_arguments(serving)
 
 
 def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
@@ -332,6 +342,10 @@ def _converse(llm: LLM, history: list[dict[str, Any]], params: SamplingParams) -
             except ValueError as error:  # a conversation that has grown too long, say
                 messages.pop()
                 print(f"jaxllm: error: {error}", file=sys.stderr)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    return server_cli.run(args, engine_arguments(args))
 
 
 def _pull(args: argparse.Namespace) -> int:

@@ -136,6 +136,11 @@ def row_batch(chunks: Sequence[Chunk], num_rows: int, spare_slot: int, vocab_siz
 def sampling_rows(requests: Sequence[Request], num_rows: int, vocab_size: int) -> SamplingRows:
     """The requests' sampling parameters as arrays; padding rows are greedy."""
     params = [request.params for request in requests]
+    masked = [request.constraint is not None for request in requests]
+    allowed = np.zeros((num_rows, -(-vocab_size // 32)), np.int32)
+    for row, request in enumerate(requests):
+        if request.constraint is not None:
+            request.constraint.fill_mask(allowed[row])
     bias_ids = np.full((num_rows, MAX_LOGIT_BIAS), vocab_size, np.int32)
     bias_values = np.zeros((num_rows, MAX_LOGIT_BIAS), np.float32)
     for row, p in enumerate(params):
@@ -160,6 +165,8 @@ def sampling_rows(requests: Sequence[Request], num_rows: int, vocab_size: int) -
         num_logprobs=_pad([-1 if p.logprobs is None else p.logprobs for p in params], num_rows, -1),
         bias_ids=bias_ids,
         bias_values=bias_values,
+        masked=_pad(masked, num_rows, False, np.bool_),
+        allowed=allowed,
     )
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from jaxllm.engine.accounting import Accounting, IterationRecord
 from jaxllm.engine.ceilings import engine_cost, known_ceilings
 from jaxllm.engine.page_pool import PagePool
-from jaxllm.engine.request import Request
+from jaxllm.engine.request import Constraint, Request
 from jaxllm.engine.runner import InFlight, ModelRunner
 from jaxllm.engine.sampling import Sampled
 from jaxllm.engine.sampling_params import SamplingParams
@@ -65,45 +65,60 @@ class Engine:
         )
         self.records: deque[IterationRecord] = deque(maxlen=4096)
         self.accounting = Accounting(engine_cost(runner.model, shapes.kv_dtype), known_ceilings(runner.model))
-        self._eos = tuple(eos_token_ids)
+        self.eos_token_ids = tuple(eos_token_ids)
         self._seed = seed
         self._counter = itertools.count()
         self._in_flight: deque[InFlight] = deque()
         self._requests: dict[str, Request] = {}
+        self.progress = 0  # grows with every iteration dispatched or read
+        self.num_completed = 0  # iterations read without an error
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished or any work still on the device."""
         return self.scheduler.has_work or bool(self._in_flight)
 
+    @property
+    def unfinished(self) -> list[Request]:
+        """Requests that are queued or running."""
+        return list(self._requests.values())
+
     def add_request(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None,
-        priority: int = 0, cache_salt: str = "",
+        priority: int = 0, cache_salt: str = "", constraint: Constraint | None = None,
     ) -> Request:  # fmt: skip
         """Queue one prompt (`params.n` is the caller's business). Raises ValueError that says what to change."""
         number = next(self._counter)
         request_id = request_id or f"request-{number}"
         if request_id in self._requests:
             raise ValueError(f"request_id={request_id!r} is already in use; give every request its own")
-        self._check_prompt(prompt_token_ids, params)
-        max_len = self.runner.shapes.max_model_len
-        most = max_len if params.max_tokens is None else len(prompt_token_ids) + params.max_tokens
-        stops = (*(params.stop_token_ids or ()), *(() if params.ignore_eos else self._eos))
+        limit = self.check_request(prompt_token_ids, params)
+        stops = (*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.eos_token_ids))
         request = Request(
             request_id=request_id,
             token_ids=list(prompt_token_ids),
             params=params,
-            limit=min(most, max_len),
+            limit=limit,
             stop_ids=frozenset(stops),
             seed=hash((self._seed, number)) if params.seed is None else params.seed,
             priority=priority,
             cache_salt=cache_salt,
+            constraint=constraint,
         )
         self.scheduler.add(request)
         self._requests[request_id] = request
         return request
 
-    def _check_prompt(self, ids: Sequence[int], params: SamplingParams) -> None:
+    def check_request(self, ids: Sequence[int], params: SamplingParams) -> int:
+        """The length at which such a request ends. Raises ValueError if it cannot run; safe on any thread."""
+        self.check_prompt(ids, params)
+        max_len = self.runner.shapes.max_model_len
+        limit = max_len if params.max_tokens is None else min(max_len, len(ids) + params.max_tokens)
+        self.scheduler.check_fits(limit)
+        return limit
+
+    def check_prompt(self, ids: Sequence[int], params: SamplingParams) -> None:
+        """Raise ValueError where these ids are no prompt for this engine."""
         max_len, vocab = self.runner.shapes.max_model_len, self.runner.model.cfg.vocab_size
         if not len(ids):
             raise ValueError("the prompt is empty; give at least one token")
@@ -122,12 +137,14 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan is not None:
             self._in_flight.append(self.runner.dispatch(plan))
+            self.progress += 1
         if self._in_flight and (plan is None or len(self._in_flight) >= _PIPELINE_DEPTH):
             return self._collect(self._in_flight.popleft())
         return []
 
     def _collect(self, work: InFlight) -> list[NewTokens]:
         results = []
+        self.progress += 1
         read = work.read()
         self._record(work, read)
         for chunk, sampled in read:
@@ -137,7 +154,10 @@ class Engine:
             tokens = sampled.tokens.tolist()
             self.scheduler.append_tokens(request, tokens, chunk.num_samples)
             self._finish_if_done(request)
+            if request.constraint is not None and not request.finished:
+                self._advance(request, request.constraint, tokens)
             results.append(NewTokens(request, tokens, sampled))
+        self.num_completed += 1
         return results
 
     def _finish_if_done(self, request: Request) -> None:
@@ -147,6 +167,29 @@ class Engine:
             self.finish(request, "stop", last if user_stop else None)
         elif len(request.token_ids) >= request.limit:
             self.finish(request, "length")
+
+    def _advance(self, request: Request, constraint: Constraint, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            constraint.accept(token)
+        if constraint.error is not None:
+            request.error = constraint.error
+            self.finish(request, "abort")
+        elif constraint.finished:
+            self.finish(request, "stop")
+
+    def recover(self) -> list[Request]:
+        """After a step that raised: end every request that has state on the device, and start that state anew.
+
+        Waiting requests stay queued. Returns the requests that were ended.
+        """
+        self._in_flight.clear()
+        lost = [request for request in self.unfinished if request.on_device]
+        for request in lost:
+            self.finish(request, "abort")
+        self.pool.reset_prefix_cache()
+        self.pool.check([])
+        self.runner.reset()
+        return lost
 
     def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
         """End a request now; tokens of it that are still on the device are dropped."""

@@ -1,38 +1,22 @@
 """`LLM`: the offline face. Prompts in, `RequestOutput`s out, in input order.
 
-Joins engine (tokens) and tokenizer (text). Knows nothing of devices, pages or schedules.
+Steps the engine on the caller's thread. Knows nothing of devices, pages or schedules.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine.build import build_engine
 from jaxllm.engine.ceilings import measured_ceilings
-from jaxllm.engine.engine import NewTokens
+from jaxllm.engine.jobs import Job, Jobs, Prompt, sampling_defaults
 from jaxllm.engine.metrics import engine_metrics
-from jaxllm.engine.outputs import CompletionBuilder, RequestOutput
-from jaxllm.engine.request import Request
+from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.sampling_params import SamplingParams
-
-Prompt = str | Mapping[str, Any]
-
-
-@dataclass(slots=True)
-class _Job:
-    """One prompt on its way: its requests (one per completion) and what has come of them."""
-
-    output: RequestOutput
-    params: SamplingParams
-    requests: list[Request]
-    builders: dict[str, CompletionBuilder]
-    started: float
-    first_token: float | None = None
+from jaxllm.engine.scoring import Scorer
 
 
 class LLM:
@@ -52,23 +36,19 @@ class LLM:
             kwargs["model"] = model
         self.config = EngineConfig.from_kwargs(kwargs)
         built = build_engine(self.config, progress=use_tqdm)
-        self.engine, self._tokenizer, self.model_config = built.engine, built.tokenizer, built.model_config
+        self.engine, self.model_config = built.engine, built.model_config
+        self._jobs = Jobs(built.engine, built.tokenizer)
+        self._scorer = Scorer(built.engine)
         self._generation_config = built.generation_config
         self.after_step: Callable[[], None] | None = None  # what it raises ends the call that is running
 
     def get_tokenizer(self) -> Any:
         """The tokenizer. Raises ValueError under `skip_tokenizer_init`."""
-        if self._tokenizer is None:
-            raise ValueError("this engine has no tokenizer (skip_tokenizer_init=True); give prompt_token_ids")
-        return self._tokenizer
+        return self._jobs.tokenizer
 
     def generation_defaults(self) -> dict[str, Any]:
         """Sampling values that the model's own generation config asks for."""
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        chosen = {n: v for n in names if (v := self._generation_config.get(n)) is not None}
-        if self._generation_config.get("do_sample") is False:
-            chosen["temperature"] = 0.0
-        return chosen
+        return sampling_defaults(self._generation_config)
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` uses when it is given none."""
@@ -107,7 +87,7 @@ class LLM:
         """
         prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
         params = self._params_for(prompts, sampling_params)
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         try:
             for prompt, p in zip(prompts, params, strict=True):
                 jobs.append(self._submit(prompt, p, return_errors))
@@ -115,7 +95,7 @@ class LLM:
                 pass
         finally:  # Ctrl-C or a refused prompt: nothing may stay behind in the engine
             for job in jobs:
-                self._abort(job)
+                self._jobs.abort(job)
         return [job.output for job in jobs]
 
     def chat(
@@ -149,7 +129,7 @@ class LLM:
                     yield text[sent:]
                     sent = len(text)
         finally:
-            self._abort(job)
+            self._jobs.abort(job)
 
     def _params_for(self, prompts: Sequence[Prompt], params: Any) -> list[SamplingParams]:
         if params is None:
@@ -160,84 +140,39 @@ class LLM:
             raise ValueError(f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each")
         return list(params)
 
-    def _submit(self, prompt: Prompt, params: SamplingParams, return_errors: bool) -> _Job:
-        output = RequestOutput("", None, [])
-        job = _Job(output, params, [], {}, time.perf_counter())
+    def _submit(self, prompt: Prompt, params: SamplingParams, return_errors: bool) -> Job:
         try:
-            fields = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-            output.prompt, output.prompt_token_ids = self._tokenize(fields)
-            extra = {k: fields[k] for k in ("cache_salt", "priority") if k in fields}
-            for index in range(params.n):
-                self._add(job, index, extra)
+            job = self._jobs.prepare(prompt, params)
+            self._score_prompt(job)
+            self._jobs.start(job)
         except ValueError as error:
-            self._abort(job)
             if not return_errors:
                 raise
-            output.error, output.finished, output.outputs = str(error), True, []
+            text = prompt if isinstance(prompt, str) else prompt.get("prompt")
+            job = Job(RequestOutput("", text, [], finished=True, error=str(error)), params)
         return job
 
-    def _add(self, job: _Job, index: int, extra: dict[str, Any]) -> None:
-        params = job.params
-        request = self.engine.add_request(job.output.prompt_token_ids, params, **extra)
-        if index and params.seed is not None:
-            request.seed = params.seed + index
-        job.requests.append(request)
-        job.output.request_id = job.output.request_id or request.request_id
-        tokenizer = self._tokenizer if params.detokenize else None
-        stream = tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens) if tokenizer else None
-        builder = CompletionBuilder(index, params, stream, tokenizer.token_text if tokenizer else None)
-        job.builders[request.request_id] = builder
-        job.output.outputs.append(builder.output)
+    def _score_prompt(self, job: Job) -> None:
+        if (scores := self._jobs.scoring_pass(job)) is None:
+            return
+        self._scorer.check(scores.token_ids)
+        self._scorer.add(scores)
+        while not scores.done:
+            self._scorer.step()
+        self._jobs.attach_scores(job, scores)
 
-    def _tokenize(self, fields: Mapping[str, Any]) -> tuple[str | None, list[int]]:
-        text, ids = fields.get("prompt"), fields.get("prompt_token_ids")
-        if ids is None:
-            if not isinstance(text, str):
-                raise ValueError("a prompt must be text or {'prompt_token_ids': [...]}")
-            if not text:
-                raise ValueError("the prompt is empty; give at least one character")
-            ids = self.get_tokenizer().encode(text)
-        return text, list(ids)
-
-    def _run(self, jobs: Sequence[_Job], use_tqdm: bool) -> Iterator[None]:
+    def _run(self, jobs: Sequence[Job], use_tqdm: bool) -> Iterator[None]:
         """Step the engine until these jobs are finished, yielding after each step."""
-        owners = {request.request_id: job for job in jobs for request in job.requests}
         with _progress(len(jobs), use_tqdm) as bar:
             bar.update(sum(job.output.finished for job in jobs))
             while any(not job.output.finished for job in jobs):
                 for news in self.engine.step():
-                    job = owners.get(news.request.request_id)
-                    if job is not None and self._deliver(job, news):
+                    delivered = self._jobs.deliver(news)
+                    if delivered is not None and delivered[0].output.finished:
                         bar.update(1)
                 if self.after_step is not None:
                     self.after_step()
                 yield
-
-    def _deliver(self, job: _Job, news: NewTokens) -> bool:
-        """Hand new tokens to their completion; True when that finishes the job."""
-        now, request = time.perf_counter(), news.request
-        if job.first_token is None:
-            job.first_token = now
-            job.output.num_cached_tokens = request.num_cached or 0
-        builder = job.builders[request.request_id]
-        stop = builder.append(news.tokens, news.sampled)
-        if stop is not None:
-            self.engine.finish(request, "stop", stop)
-        if request.finished:
-            builder.finish(request.finish_reason or "abort", request.stop_reason)
-        if not all(r.finished for r in job.requests) or job.output.finished:
-            return False
-        job.output.finished = True
-        job.output.metrics = {
-            "ttft_s": job.first_token - job.started,
-            "latency_s": now - job.started,
-            "num_preemptions": float(sum(r.num_preemptions for r in job.requests)),
-        }
-        return True
-
-    def _abort(self, job: _Job) -> None:
-        for request in job.requests:
-            self.engine.abort(request.request_id)
 
 
 def _progress(total: int, enabled: bool) -> Any:

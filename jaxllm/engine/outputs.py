@@ -45,6 +45,7 @@ class RequestOutput:
     finished: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     num_cached_tokens: int = 0
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     error: str | None = None
 
 
@@ -54,6 +55,20 @@ class TextStream(Protocol):
     def push(self, ids: Sequence[int]) -> str: ...
 
     def finish(self) -> str: ...
+
+
+def logprob_entry(token: int, sampled: Any, i: int, count: int, token_text: Any) -> dict[int, Logprob]:
+    """Row `i` of what the sampler reported: `token` and the `count` likeliest others."""
+    best = sampled.top_ids[i].tolist()
+
+    def logprob(token: int, value: float, rank: int | None) -> Logprob:
+        return Logprob(value, rank, token_text(token) if token_text else None)
+
+    own = float(sampled.logprobs[i])
+    entry = {token: logprob(token, own, best.index(token) + 1 if token in best else None)}
+    for rank, other in enumerate(best[:count], start=1):
+        entry.setdefault(other, logprob(other, float(sampled.top_logprobs[i, rank - 1]), rank))
+    return entry
 
 
 class CompletionBuilder:
@@ -86,16 +101,8 @@ class CompletionBuilder:
 
     def _append_logprobs(self, token: int, sampled: Any, i: int) -> None:
         assert self.output.logprobs is not None
-        own = float(sampled.logprobs[i])
-        best = sampled.top_ids[i].tolist()
-        entry = {token: self._logprob(token, own, best.index(token) + 1 if token in best else None)}
-        for rank, other in enumerate(best[: self._params.logprobs], start=1):
-            entry.setdefault(other, self._logprob(other, float(sampled.top_logprobs[i, rank - 1]), rank))
-        self.output.logprobs.append(entry)
-        self.output.cumulative_logprob = (self.output.cumulative_logprob or 0.0) + own
-
-    def _logprob(self, token: int, value: float, rank: int | None) -> Logprob:
-        return Logprob(value, rank, self._token_text(token) if self._token_text else None)
+        self.output.logprobs.append(logprob_entry(token, sampled, i, self._params.logprobs or 0, self._token_text))
+        self.output.cumulative_logprob = (self.output.cumulative_logprob or 0.0) + float(sampled.logprobs[i])
 
     def _find_stop(self, before: int) -> str | None:
         """Look for a stop string that ends in the text added since `before`; cut the text there."""

@@ -6,6 +6,7 @@ import itertools
 import time
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, Protocol
 
 from jaxllm.engine.sampling_params import SamplingParams
 
@@ -18,6 +19,26 @@ class Status(Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
+
+
+class Constraint(Protocol):
+    """Which tokens may come next, given those sampled so far (a grammar, say). One per request.
+
+    Attributes:
+        finished: nothing but the end may follow.
+        error: why it cannot go on, or None.
+    """
+
+    finished: bool
+    error: str | None
+
+    def accept(self, token: int) -> None:
+        """Take one sampled token."""
+        ...
+
+    def fill_mask(self, words: Any) -> None:
+        """Write the allowed tokens as bits into int32 `words`, lowest bit first."""
+        ...
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +54,8 @@ class Request:
         limit: length at which generation ends: prompt + max_tokens, capped by the engine's max_model_len.
         priority: smaller runs first; equal ones run in order of arrival.
         slot: row of the device's per-request state while running, else -1.
+        constraint: limits the next token by those before it, so none may be sampled ahead of reading them.
+        error: why the engine ended it with `abort`, where it knows.
     """
 
     request_id: str
@@ -57,6 +80,8 @@ class Request:
     pages: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
+    constraint: Constraint | None = None
+    error: str | None = None
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.token_ids)
@@ -75,6 +100,16 @@ class Request:
     def exhausted(self) -> bool:
         """Whether nothing more may be scheduled: the last token it may have is already sampled."""
         return self.num_tokens >= self.limit
+
+    @property
+    def must_wait(self) -> bool:
+        """Whether its next token can only be planned once the sampled ones have been read."""
+        return self.constraint is not None and self.num_pending > 0
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the device holds anything of it that cannot be recomputed from `token_ids`."""
+        return self.status is Status.RUNNING or self.num_pending > 0
 
     @property
     def output_ids(self) -> list[int]:

@@ -6,6 +6,7 @@ scheduling policy.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import threading
@@ -97,6 +98,7 @@ class ModelRunner:
         self._params: list[jax.Array] = []
         self._pages: list[jax.Array] = []
         self._state: Any = None
+        self._no_masks: dict[int, jax.Array] = {}
         self._compiled: dict[Key, Future[Any]] = {}
         self._compilers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
         self._lock = threading.Lock()
@@ -106,8 +108,13 @@ class ModelRunner:
 
     def start(self, params: Any) -> None:
         """Take the parameters and allocate pages and state."""
-        model, shapes = self.model, self.shapes
         self._params = jax.tree.leaves(params)
+        self.reset()
+
+    def reset(self) -> None:
+        """Empty pages and slots: at the start, and after a failed iteration took the donated ones with it."""
+        self._pages, self._state = [], None  # free the old ones first
+        model, shapes = self.model, self.shapes
         self._pages = allocate_pages(
             model.cfg, shapes.num_pages, shapes.page_size, model.kv_copies, shapes.kv_dtype, model.placement
         )
@@ -129,7 +136,7 @@ class ModelRunner:
 
     def _ragged(self, plan: IterationPlan, sampling: Sequence[Chunk]) -> Sampled | None:
         bucket = batches.bucket_for(plan.num_tokens, self.shapes.token_buckets)
-        batch = batches.ragged_batch(plan, bucket, self.shapes.max_num_seqs, self.shapes.pages_per_row)
+        batch = batches.ragged_batch(plan, bucket, self.shapes.row_buckets[-1], self.shapes.pages_per_row)
         step = self._program("ragged", bucket, True)
         hidden_RD, self._pages = step(self._params, self._pages, self._state, batch)
         if not sampling:
@@ -138,6 +145,36 @@ class ModelRunner:
         sample = self._program("sample", len(rows.slot), rows.sampling is None)
         sampled, self._state = sample(self._params, hidden_RD, self._state, rows)
         return sampled
+
+    def hidden_states(self, plan: IterationPlan) -> jax.Array:
+        """Forward one chunk of a request in the spare slot, and return every token's hidden state `[T, D]`.
+
+        For scoring passes, which sample nothing: T is the token bucket, rows past the chunk mean nothing.
+        """
+        (chunk,) = plan.chunks
+        row = np.zeros(self.shapes.max_model_len, np.int32)
+        row[: len(chunk.request.token_ids)] = chunk.request.token_ids
+        self._state = self._program("admit", 0, True)(self._state, np.int32(chunk.request.slot), row)
+        bucket = batches.bucket_for(plan.num_tokens, self.scoring_buckets)
+        batch = batches.ragged_batch(plan, bucket, self.shapes.row_buckets[-1], self.shapes.pages_per_row)
+        step = self._program("hidden", bucket, True)
+        batch = dataclasses.replace(batch, sample_at=np.arange(bucket, dtype=np.int32))
+        hidden_TD, self._pages = step(self._params, self._pages, self._state, batch)
+        return hidden_TD
+
+    def score(self, hidden_TD: jax.Array, targets_T: np.ndarray) -> Sampled:
+        """See `Programs.score`."""
+        return self._program("score", len(targets_T), True)(self._params, hidden_TD, targets_T)
+
+    def pool(self, hidden_TD: jax.Array, weights_T: np.ndarray) -> jax.Array:
+        """See `Programs.pool`."""
+        return self._program("pool", len(weights_T), True)(self._params, hidden_TD, weights_T)
+
+    @property
+    def scoring_buckets(self) -> tuple[int, ...]:
+        """Sizes of scoring passes: two, since every size is one more program."""
+        buckets = self.shapes.token_buckets
+        return tuple(dict.fromkeys((buckets[len(buckets) // 2], buckets[-1])))
 
     def _decode(self, plan: IterationPlan) -> Sampled:
         rows = self._rows(plan.chunks)
@@ -151,7 +188,13 @@ class ModelRunner:
 
     def _rows(self, chunks: Sequence[Chunk]) -> batches.RowBatch:
         bucket = batches.bucket_for(len(chunks), self.shapes.row_buckets)
-        return batches.row_batch(chunks, bucket, self.shapes.max_num_seqs, self.model.cfg.vocab_size)
+        rows = batches.row_batch(chunks, bucket, self.shapes.max_num_seqs, self.model.cfg.vocab_size)
+        if rows.sampling is None or rows.sampling.masked.any():
+            return rows
+        if bucket not in self._no_masks:  # stays on the device: no row looks at it
+            self._no_masks[bucket] = jax.device_put(rows.sampling.allowed, self.model.placement.replicated)
+        sampling = dataclasses.replace(rows.sampling, allowed=self._no_masks[bucket])
+        return dataclasses.replace(rows, sampling=sampling)
 
     def _program(self, name: str, bucket: int, greedy: bool) -> Any:
         return self._submit((name, bucket, greedy)).result()
@@ -182,15 +225,18 @@ class ModelRunner:
         for name, bucket in (("ragged", tokens), ("decode", rows), ("sample", rows), ("admit", 0)):
             self._submit((name, bucket, True))
 
-    def warm_up(self, *, sampling: bool = True) -> None:
+    def warm_up(self, *, sampling: bool = True, scoring: bool = False) -> None:
         """Compile every program there is, in threads; afterwards a compilation is a defect.
 
         Args:
             sampling: also the programs of requests that are not plainly greedy.
+            scoring: also those of embeddings and prompt logprobs.
         """
         keys: list[Key] = [("admit", 0, True), *(("ragged", t, True) for t in self.shapes.token_buckets)]
         for greedy in (True, False) if sampling else (True,):
             keys += [(name, r, greedy) for r in self.shapes.row_buckets for name in ("sample", "decode")]
+        if scoring:
+            keys += [(name, t, True) for t in self.scoring_buckets for name in ("hidden", "score", "pool")]
         for future in [self._submit(key) for key in keys]:
             future.result()
         self._warm = True
@@ -227,14 +273,20 @@ def lower(
     if name == "admit":
         jitted = jax.jit(programs.admit, donate_argnums=0, out_shardings=whole)
         return jitted.lower(state, np.int32(0), np.zeros(shapes.max_model_len, np.int32))
-    if name == "ragged":
+    if name in ("ragged", "hidden"):
         jitted = jax.jit(programs.ragged_step, donate_argnums=1, out_shardings=(whole, paged))
-        empty = batches.ragged_batch(IterationPlan([]), bucket, shapes.max_num_seqs, shapes.pages_per_row)
+        empty = batches.ragged_batch(IterationPlan([]), bucket, shapes.row_buckets[-1], shapes.pages_per_row)
+        if name == "hidden":
+            empty = dataclasses.replace(empty, sample_at=np.zeros(bucket, np.int32))
         return jitted.lower(params, pages, state, empty)
+    if name in ("score", "pool"):
+        hidden = jax.ShapeDtypeStruct((bucket, model.cfg.hidden_size), shapes.residual_dtype, sharding=whole)
+        function, dtype = (programs.score, np.int32) if name == "score" else (programs.pool, np.float32)
+        return jax.jit(function, out_shardings=whole).lower(params, hidden, np.zeros(bucket, dtype))
     if name == "sample":
         jitted = jax.jit(programs.sample_step, donate_argnums=2, out_shardings=whole)
         width = model.cfg.hidden_size
-        hidden = jax.ShapeDtypeStruct((shapes.max_num_seqs, width), shapes.residual_dtype, sharding=whole)
+        hidden = jax.ShapeDtypeStruct((shapes.row_buckets[-1], width), shapes.residual_dtype, sharding=whole)
         return jitted.lower(params, hidden, state, rows)
     assert name == "decode", name
     jitted = jax.jit(programs.decode_loop, donate_argnums=(1, 2), out_shardings=(whole, paged, whole))

@@ -1,10 +1,11 @@
 """Sampling on the device: logits `[R, V]` and each row's parameters -> one token per row.
 
-Order as in vLLM: penalties, logit bias, minimum length, temperature, min-p, top-k, top-p, draw. The draw is a
-Gumbel maximum whose noise is a function of (seed, position) alone, so a request's tokens do not depend on what
-else is in the batch. Steps that no row asks for are skipped at run time (`lax.cond`), not compiled apart.
+Order as in vLLM: penalties, logit bias, minimum length, allowed tokens, temperature, min-p, top-k, top-p, draw. The
+draw is a Gumbel maximum whose noise is a function of (seed, position) alone, so a request's tokens do not depend on
+what else is in the batch. Steps that no row asks for are skipped at run time (`lax.cond`), not compiled apart.
 
-Dimension letters: R rows, V vocabulary, L positions of the token history.
+Dimension letters: R rows, V vocabulary, L positions of the token history,
+W = ceil(V / 32) words of a bit mask.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ _NEVER = -jnp.inf
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
-    """What each row asks for: int32, uint32 or float32 `[R]`, except the bias lists `[R, 300]`.
+    """What each row asks for: int32, uint32 or float32 `[R]`, except the bias lists `[R, 300]` and
+    the bit masks `allowed`, int32 `[R, W]`, which count only where `masked`.
 
     `prompt_len` is where output begins in the row's history, `min_len` the length before which no stop token may
     be sampled. Unused bias entries have an id beyond the vocabulary.
@@ -42,6 +44,8 @@ class SamplingRows:
     num_logprobs: Any
     bias_ids: Any
     bias_values: Any
+    masked: Any
+    allowed: Any
 
 
 @jax.tree_util.register_dataclass
@@ -75,11 +79,12 @@ def sample(
     x = _when(jnp.any(_penalised(rows)), _apply_penalties, logits_RV, rows, history_RL, length_R)
     x = _when(jnp.any(rows.bias_ids < x.shape[1]), _apply_bias, x, rows)
     x = _when(jnp.any(length_R < rows.min_len), _forbid_stops, x, stop_ids, length_R < rows.min_len)
+    x = _when(jnp.any(rows.masked), _forbid_masked, x, rows)
     best = _argmax(x)
     greedy = rows.temperature == 0.0
     drawn = jax.lax.cond(jnp.all(greedy), lambda *_: best, _draw, x, rows, length_R)
     tokens = jnp.where(greedy, best, drawn).astype(jnp.int32)
-    return jax.lax.cond(jnp.any(rows.num_logprobs >= 0), _with_logprobs, _without_logprobs, logits_RV, tokens)
+    return jax.lax.cond(jnp.any(rows.num_logprobs >= 0), with_logprobs, _without_logprobs, logits_RV, tokens)
 
 
 def _when(wanted: jax.Array, function, x: jax.Array, *args) -> jax.Array:
@@ -113,6 +118,12 @@ def _apply_bias(x: jax.Array, rows: SamplingRows) -> jax.Array:
 def _forbid_stops(x: jax.Array, stop_ids: jax.Array, rows: jax.Array) -> jax.Array:
     ids = jnp.where(rows[:, None] & (stop_ids >= 0), stop_ids, x.shape[1])
     return x.at[jnp.arange(x.shape[0])[:, None], ids].set(_NEVER, mode="drop")
+
+
+def _forbid_masked(x: jax.Array, rows: SamplingRows) -> jax.Array:
+    token = jnp.arange(x.shape[1])
+    bits = rows.allowed[:, token // 32] >> (token % 32)
+    return jnp.where((bits & 1 == 1) | ~rows.masked[:, None], x, _NEVER)
 
 
 def _draw(x: jax.Array, rows: SamplingRows, position: jax.Array) -> jax.Array:
@@ -177,7 +188,7 @@ def _largest_threshold(x: jax.Array, enough) -> jax.Array:
     return jax.lax.fori_loop(0, 32, refine, jnp.zeros(x.shape[0], jnp.uint32))
 
 
-def _with_logprobs(logits: jax.Array, tokens: jax.Array) -> Sampled:
+def with_logprobs(logits: jax.Array, tokens: jax.Array) -> Sampled:
     """Log-probabilities of the raw logits, before penalties and temperature."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     own = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
@@ -12,6 +14,42 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_TOKEN_IDS = 16
 MAX_STOP_CHARS = 1024
 MAX_N = 128
+MAX_GRAMMAR_CHARS = 65_536
+MAX_CHOICES = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputs:
+    """A form that the answer must have; exactly one field is set.
+
+    Attributes:
+        json: a JSON schema (a dict, or its text).
+        json_object: any JSON object.
+        regex: the whole answer matches it.
+        choice: one of these strings.
+        grammar: a Lark grammar with a `start` rule.
+    """
+
+    json: dict[str, Any] | str | None = None
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__slots__ if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise ValueError(f"structured_outputs sets {given or 'nothing'}; set exactly one of {self.__slots__}")
+        for name in ("regex", "grammar"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"structured_outputs.{name} must be text")
+        choices = self.choice or ()
+        if isinstance(choices, str) or len(choices) > MAX_CHOICES or not all(isinstance(c, str) and c for c in choices):
+            raise ValueError(f"structured_outputs.choice must be at most {MAX_CHOICES} non-empty strings")
+        schema = self.json if isinstance(self.json, str) or self.json is None else json.dumps(self.json)
+        size = max(map(len, (schema or "", self.regex or "", self.grammar or "")))
+        if max(size, sum(map(len, choices))) > MAX_GRAMMAR_CHARS:
+            raise ValueError(f"structured_outputs is longer than {MAX_GRAMMAR_CHARS} characters; shorten it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +68,8 @@ class SamplingParams:
         max_tokens, min_tokens: bounds on generated tokens.
         logprobs: number of alternatives to report per token (0 = only the sampled one), None = none.
         logit_bias: token id -> value added to its logit.
+        prompt_logprobs: number of alternatives to report per prompt token; needs an engine of its own pass.
+        structured_outputs: a form the answer must have (`StructuredOutputs` or a dict of its fields).
         detokenize: False leaves text empty.
     """
 
@@ -49,6 +89,8 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
+    prompt_logprobs: int | None = None
+    structured_outputs: StructuredOutputs | dict[str, Any] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -69,6 +111,7 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}; lower it")
         object.__setattr__(self, "stop", self._stop_strings())
+        object.__setattr__(self, "structured_outputs", _structured(self.structured_outputs))
         self._check_token_lists()
 
     def _stop_strings(self) -> tuple[str, ...]:
@@ -117,6 +160,7 @@ class SamplingParams:
             and not self.logit_bias
             and self.logprobs is None
             and self.min_tokens == 0
+            and self.structured_outputs is None
         )
 
 
@@ -136,6 +180,7 @@ _INTEGERS = (
     ("min_tokens", 0, _HUGE),
     ("seed", -(2**63), 2**64 - 1),
     ("logprobs", 0, MAX_LOGPROBS),
+    ("prompt_logprobs", 0, MAX_LOGPROBS),
 )
 
 
@@ -160,3 +205,14 @@ def _check_range(name: str, value: object, low: float, high: float) -> None:
         raise ValueError(f"{name}={value!r}; it must be a finite number")
     if not low <= value <= high:  # type: ignore[operator]
         raise ValueError(f"{name}={value!r}; it must be between {low:g} and {high:g}")
+
+
+def _structured(value: StructuredOutputs | dict[str, Any] | None) -> StructuredOutputs | None:
+    if value is None or isinstance(value, StructuredOutputs):
+        return value
+    if not isinstance(value, dict) or (unknown := sorted(set(value) - set(StructuredOutputs.__slots__))):
+        raise ValueError(
+            f"structured_outputs={unknown if isinstance(value, dict) else value!r} is not known; "
+            f"use one of {StructuredOutputs.__slots__}"
+        )
+    return StructuredOutputs(**value)

@@ -70,13 +70,17 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError if it could not finish even alone."""
-        needed = self.pool.pages_for(request.limit)
+        self.check_fits(request.limit)
+        self._wait(request)
+
+    def check_fits(self, limit: int) -> None:
+        """Raise ValueError if a request of `limit` tokens could not finish even alone."""
+        needed = self.pool.pages_for(limit)
         if needed > self.pool.num_usable:
             raise ValueError(
-                f"the request may grow to {request.limit} tokens = {needed} pages but the cache has "
+                f"the request may grow to {limit} tokens = {needed} pages but the cache has "
                 f"{self.pool.num_usable}; lower max_tokens or raise kv_cache_memory_bytes"
             )
-        self._wait(request)
 
     def _wait(self, request: Request) -> None:
         heapq.heappush(self._waiting, (request.rank, request))
@@ -101,7 +105,7 @@ class Scheduler:
     def _loop_steps(self) -> int:
         """Iterations that may run without looking up: more than one only if nothing waits and pages suffice."""
         active = [r for r in self.running if not r.exhausted]
-        if not active or self.num_waiting or any(r.num_left != 1 for r in active):
+        if not active or self.num_waiting or any(r.num_left != 1 or r.constraint is not None for r in active):
             return 0
         steps = min(self.max_decode_steps, max(r.limit - r.num_tokens for r in active))
         growth = sum(self._missing_pages(r, r.num_computed + _granted(r, steps)) for r in active)
@@ -110,7 +114,7 @@ class Scheduler:
     def _decode_chunks(self, steps: int) -> list[Chunk]:
         chunks: list[Chunk] = []
         for request in list(self.running):
-            if request.status is not Status.RUNNING or request.num_left != 1 or request.exhausted:
+            if request.status is not Status.RUNNING or request.num_left != 1 or request.exhausted or request.must_wait:
                 continue
             granted = _granted(request, steps)
             if self._make_room(request, request.num_computed + granted, chunks):

@@ -9,6 +9,7 @@ Dimension letters: T tokens, R rows, M pages per row, D model width, V vocabular
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,22 @@ class Programs:
         carry = (jnp.int32(0), jnp.asarray(batch.length), list(pages), state, out)
         _, _, pages, state, out = jax.lax.while_loop(more, one_step, carry)
         return out, pages, state
+
+    def score(self, params: Any, hidden_TD: jax.Array, targets_T: jax.Array) -> sampling.Sampled:
+        """Log-probability of a given next token at every position, and the likeliest ones, a few rows at a time."""
+        model, (num_tokens, width) = self._model(params), hidden_TD.shape
+        block = math.gcd(num_tokens, 32)
+
+        def some(rows: tuple[jax.Array, jax.Array]) -> sampling.Sampled:
+            return sampling.with_logprobs(model.logits(rows[0], self.placement.shard), rows[1])
+
+        scored = jax.lax.map(some, (hidden_TD.reshape(-1, block, width), targets_T.reshape(-1, block)))
+        return jax.tree.map(lambda a: a.reshape(num_tokens, *a.shape[2:]), scored)
+
+    def pool(self, params: Any, hidden_TD: jax.Array, weights_T: jax.Array) -> jax.Array:
+        """Weighted sum of final-norm hidden states: float32 `[D]`."""
+        normed_TD = self._model(params).normed(hidden_TD).astype(jnp.float32)
+        return jnp.sum(jnp.where(weights_T[:, None] != 0, normed_TD * weights_T[:, None], 0.0), axis=0)
 
     def admit(self, state: SlotState, slot: jax.Array, tokens_L: jax.Array) -> SlotState:
         """Give a slot to a new request: its known tokens become the slot's history."""

@@ -99,10 +99,14 @@ class Decoder(nnx.Module):
                 x_TD = block(x_TD, tables[rope], ctx)
         return x_TD
 
+    def normed(self, x_RD: jax.Array) -> jax.Array:
+        """The final norm, of what `__call__` returned."""
+        return self.final_norm(x_RD)
+
     def logits(self, x_RD: jax.Array, shard: Callable[..., jax.Array]) -> jax.Array:
         """Final norm and LM head on the rows that sample: float32 `[R, V]` (padding columns cut off)."""
         table = self.embedding if self.cfg.tie_word_embeddings else self.lm_head
-        logits_RV = shard(contract("RD,VD->RV", self.final_norm(x_RD), table), "rows", "vocab")
+        logits_RV = shard(contract("RD,VD->RV", self.normed(x_RD), table), "rows", "vocab")
         logits_RV = shard(logits_RV, "rows", None)[:, : self.cfg.vocab_size]
         if (cap := self.cfg.final_softcap) is not None:
             logits_RV = cap * jnp.tanh(logits_RV / cap)

@@ -1,0 +1,115 @@
+"""What a serving bench sends and when: random prompts at a rate, or a trace of real lengths and arrival times.
+
+Inputs: sizes, a seed, a file. Output: a list of `Planned` requests. Knows nothing of servers.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_BLOCK = 512  # tokens that one hash id of a Mooncake trace stands for
+# Column names of the public traces: arrival, prompt tokens, output tokens.
+_COLUMNS = (
+    ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
+    (None, "num_prefill_tokens", "num_decode_tokens"),
+    ("timestamp", "input_length", "output_length"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """One request: when to send it (seconds from the start) and what."""
+
+    at: float
+    prompt: list[int]
+    output_len: int
+
+
+def random_prompts(
+    num_prompts: int, input_len: int, output_len: int, vocab_size: int, seed: int
+) -> list[Planned]:  # fmt: skip
+    """Prompts of random tokens, the same as `bench throughput` uses for this seed; all due at once."""
+    tokens = np.random.default_rng(seed).integers(0, vocab_size, (num_prompts, input_len))
+    return [Planned(at=0.0, prompt=row, output_len=output_len) for row in tokens.tolist()]
+
+
+def read_trace(path: Path, num_prompts: int, vocab_size: int, max_len: int, seed: int) -> list[Planned]:
+    """The first `num_prompts` requests of a trace that fit into `max_len` tokens, at the trace's own times.
+
+    Prompts are random tokens; requests that share hash ids share those blocks.
+    """
+    planned: list[Planned] = []
+    for at, input_len, output_len, hashes in _rows(path):
+        if len(planned) == num_prompts:
+            break
+        if input_len < 1 or output_len < 1 or input_len + output_len > max_len:
+            continue
+        prompt = _prompt(input_len, hashes, len(planned), vocab_size, seed)
+        planned.append(Planned(at=at, prompt=prompt, output_len=output_len))
+    if not planned:
+        raise ValueError(f"--trace {path} has no request that fits into {max_len} tokens")
+    first = planned[0].at
+    return [Planned(at=p.at - first, prompt=p.prompt, output_len=p.output_len) for p in planned]
+
+
+def _rows(path: Path) -> Iterator[tuple[float, int, int, list[int]]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = map(json.loads, file) if path.suffix == ".jsonl" else csv.DictReader(file)
+            row: dict[str, Any]
+            for row in rows:
+                arrival, prompt, output = _columns(row, path)
+                at = _seconds(row[arrival], milliseconds=path.suffix == ".jsonl") if arrival else 0.0
+                yield at, int(float(row[prompt])), int(float(row[output])), row.get("hash_ids") or []
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read --trace {path}: {error}") from None
+
+
+def _columns(row: dict[str, Any], path: Path) -> tuple[str | None, str, str]:
+    for arrival, prompt, output in _COLUMNS:
+        if prompt in row and output in row:
+            return (arrival if arrival in row else None), prompt, output
+    raise ValueError(f"--trace {path} has columns {', '.join(row)}; none of the known pairs of lengths is among them")
+
+
+def _seconds(value: Any, *, milliseconds: bool) -> float:
+    if milliseconds:
+        return float(value) / 1e3
+    text = str(value)
+    try:
+        return float(text)
+    except ValueError:
+        whole, _, fraction = text.partition(".")
+        return datetime.fromisoformat(whole).timestamp() + float(f"0.{fraction or 0}")
+
+
+def _prompt(input_len: int, hashes: list[int], index: int, vocab_size: int, seed: int) -> list[int]:
+    if not hashes:
+        return np.random.default_rng((seed, 0, index)).integers(0, vocab_size, input_len).tolist()
+    blocks = [np.random.default_rng((seed, 1, h)).integers(0, vocab_size, _BLOCK) for h in hashes]
+    return np.resize(np.concatenate(blocks), input_len).tolist()
+
+
+def stretched(planned: list[Planned], factor: float) -> list[Planned]:
+    """The same requests, `factor` times as far apart."""
+    return [Planned(at=p.at * factor, prompt=p.prompt, output_len=p.output_len) for p in planned]
+
+
+def at_rate(planned: list[Planned], rate: float, burstiness: float, seed: int) -> list[Planned]:
+    """The same requests at `rate` per second: gamma-distributed gaps, Poisson arrivals at burstiness 1."""
+    if math.isinf(rate):
+        times = np.zeros(len(planned))
+    else:
+        gaps = np.random.default_rng(seed).gamma(burstiness, 1 / (rate * burstiness), len(planned))
+        times = np.cumsum(gaps) - gaps[0]
+    pairs = zip(times.tolist(), planned, strict=True)
+    return [Planned(at=at, prompt=p.prompt, output_len=p.output_len) for at, p in pairs]

@@ -1,0 +1,306 @@
+"""`AsyncLLM`: the engine for event loops. One thread steps it; every request is an async iterator.
+
+Bounded: more requests than can run or queue are refused. Leaving or cancelling an iterator aborts its request and
+frees its pages at the next iteration. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jaxllm.config import EngineConfig
+from jaxllm.engine.build import build_engine
+from jaxllm.engine.engine_thread import CompletionDelta, EngineError, EngineThread, Update
+from jaxllm.engine.jobs import Job, Jobs, Prompt, sampling_defaults
+from jaxllm.engine.outputs import CompletionOutput, RequestOutput
+from jaxllm.engine.sampling_params import SamplingParams
+from jaxllm.engine.scoring import ScoringPass
+
+T = TypeVar("T")
+_INLINE_CHARS = 2000  # shorter prompts are tokenized where they are: a thread would cost more
+_PREPARE_SECONDS = 20.0
+_EMBEDDING_WINDOW = 8  # passes of one call that are queued at once
+
+
+class Unavailable(RuntimeError):
+    """The engine takes no more requests now: full, draining, stuck or dead. `retry_after` is in seconds."""
+
+    def __init__(self, message: str, retry_after: int = 1):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Stream:
+    """News of one or more prompts as they come: iterate over lists of `(prompt index, delta)`.
+
+    Raises EngineError where the engine failed, ValueError where a prompt was refused. Call `cancel` when done.
+    """
+
+    def __init__(self, owner: AsyncLLM, outputs: list[RequestOutput], num_listeners: int, num_requests: int):
+        self.outputs = outputs
+        self.num_requests = num_requests
+        self._owner = owner
+        self._loop = asyncio.get_running_loop()
+        self._news: list[tuple[int, CompletionDelta]] = []
+        self._error: Exception | None = None
+        self._unfinished = num_listeners
+        self._wake = asyncio.Event()
+        self._listeners = [_Listener(self, index) for index in range(num_listeners)]
+
+    @property
+    def listeners(self) -> Sequence[_Listener]:
+        """What the engine thread calls each prompt by."""
+        return self._listeners
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """Where its news must be handed over."""
+        return self._loop
+
+    def take(self, index: int, update: Update) -> None:
+        """Hand over news; on the stream's own loop."""
+        if update.delta is not None:
+            self._news.append((index, update.delta))
+        if update.error is not None and self._error is None:
+            self._error = update.error
+        self._unfinished -= update.finished
+        self._wake.set()
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> list[tuple[int, CompletionDelta]]:
+        while not self._news:
+            if self._error is not None:
+                raise self._error
+            if not self._unfinished:
+                raise StopAsyncIteration
+            self._wake.clear()
+            await self._wake.wait()
+        news, self._news = self._news, []
+        return news
+
+    def cancel(self) -> None:
+        """End whatever is unfinished and give the room back."""
+        self._owner.close(self)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Listener:
+    stream: Stream
+    index: int
+
+
+class AsyncLLM:
+    """A model ready to generate, for async code.
+
+    Args:
+        model: as for `LLM`.
+        max_num_queued_requests: requests that may wait beside those that run.
+        stuck_seconds: without progress for so long, while there is work, the engine counts as stuck.
+        before_step: a hook for tests that inject faults; called on the engine's thread.
+        **kwargs: the fields of `EngineConfig`.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        max_num_queued_requests: int = 512,
+        stuck_seconds: float = 30.0,
+        before_step: Callable[[], None] | None = None,
+        use_tqdm: bool = True,
+        **kwargs: Any,
+    ):
+        if model is not None:
+            kwargs["model"] = model
+        self.config = EngineConfig.from_kwargs(kwargs)
+        built = build_engine(self.config, progress=use_tqdm)
+        self.engine, self.model_config = built.engine, built.model_config
+        self._jobs = Jobs(built.engine, built.tokenizer)
+        self._generation_config = built.generation_config
+        self._capacity = self.config.max_num_seqs + max_num_queued_requests
+        self._stuck_seconds = stuck_seconds
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="prepare")
+        self._streams: set[Stream] = set()
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._names = itertools.count()
+        self.thread = EngineThread(self.engine, self._jobs, self._publish, before_step)
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer. Raises ValueError under `skip_tokenizer_init`."""
+        return self._jobs.tokenizer
+
+    def generation_defaults(self) -> dict[str, Any]:
+        """Sampling values that the model's own generation config asks for."""
+        return sampling_defaults(self._generation_config)
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
+        """Yield the request's output as it grows, each time whole. Leaving the loop or cancelling aborts it.
+
+        Raises:
+            ValueError: a bad prompt or bad parameters.
+            Unavailable: no room.
+            EngineError: the engine failed.
+        """
+        params = sampling_params or SamplingParams(**self.generation_defaults())
+        stream = await self.open([prompt], params, request_id)
+        try:
+            whole = {index: CompletionOutput(index) for index in range(params.n)}
+            async for news in stream:
+                for _, delta in news:
+                    _grow(whole[delta.index], delta)
+                parts = [dataclasses.replace(part, token_ids=list(part.token_ids)) for part in whole.values()]
+                done = all(part.finish_reason for part in parts)
+                yield dataclasses.replace(stream.outputs[0], outputs=parts, finished=done)
+        finally:
+            stream.cancel()
+
+    async def open(self, prompts: Sequence[Prompt], params: SamplingParams, request_id: str | None = None) -> Stream:
+        """Start several prompts as one stream; either all are accepted or none. See `generate` for errors."""
+        self._check_room(len(prompts) * params.n)
+        jobs = [await self._prepare(prompt, params) for prompt in prompts]
+        self._check_room(len(prompts) * params.n)  # others came in the meantime
+        stream = self._opened(Stream(self, [job.output for job in jobs], len(jobs), len(prompts) * params.n))
+        name = request_id or f"request-{next(self._names)}"
+        for listener, job in zip(stream.listeners, jobs, strict=True):
+            self.thread.submit(job, listener, name if len(jobs) == 1 else f"{name}-{listener.index}")
+        return stream
+
+    def _opened(self, stream: Stream) -> Stream:
+        self._streams.add(stream)
+        self._idle.clear()
+        return stream
+
+    async def embed(self, prompts: Sequence[list[int]], pooling: str = "mean") -> list[np.ndarray]:
+        """One vector of unit length per prompt of token ids, from the final norm's output."""
+        passes = [ScoringPass(list(ids), pooling) for ids in prompts]
+        for start in range(0, len(passes), _EMBEDDING_WINDOW):
+            window = passes[start : start + _EMBEDDING_WINDOW]
+            self._check_room(len(window))
+            stream = self._opened(Stream(self, [], len(window), len(window)))
+            try:
+                for listener, work in zip(stream.listeners, window, strict=True):
+                    self.thread.score(work, listener)
+                async for _ in stream:
+                    pass
+            finally:
+                stream.cancel()
+        return [_unit(work.vector) for work in passes]
+
+    async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
+        """Run what may take long (a template, a tokenizer) beside the event loop, for a bounded time."""
+        loop = asyncio.get_running_loop()
+        try:
+            return await asyncio.wait_for(loop.run_in_executor(self._pool, function, *args), _PREPARE_SECONDS)
+        except TimeoutError:
+            raise ValueError(f"preparing the prompt took more than {_PREPARE_SECONDS:g} s; simplify it") from None
+
+    async def _prepare(self, prompt: Prompt, params: SamplingParams) -> Job:
+        text = prompt if isinstance(prompt, str) else prompt.get("prompt") or ""
+        ready = not isinstance(prompt, str) and prompt.get("prompt_token_ids") is not None
+        short = ready or (isinstance(text, str) and len(text) < _INLINE_CHARS)
+        if short and params.structured_outputs is None:
+            return self._jobs.prepare(prompt, params)
+        return await self.in_thread(self._jobs.prepare, prompt, params)
+
+    def _check_room(self, num_requests: int) -> None:
+        if num_requests > self._capacity:
+            raise ValueError(
+                f"{num_requests} completions in one request, but at most {self._capacity} can run or queue; "
+                "send fewer prompts or lower n"
+            )
+        if (reason := self.unavailable()) is not None:
+            raise Unavailable(reason, retry_after=10)
+        if self.num_open + num_requests > self._capacity:
+            raise Unavailable(f"the queue is full ({self._capacity} requests run or wait)")
+
+    @property
+    def num_open(self) -> int:
+        """Requests accepted and unfinished."""
+        return sum(stream.num_requests for stream in self._streams)
+
+    def unavailable(self) -> str | None:
+        """Why no request would be taken, or None."""
+        return self.unhealthy() or ("the server is shutting down" if self._draining else None)
+
+    def unhealthy(self) -> str | None:
+        """Why the engine cannot be relied on, or None."""
+        if not self.thread.is_alive:
+            return "the engine is dead"
+        if (stalled := self.thread.stalled_seconds) > self._stuck_seconds:
+            return f"the engine has made no progress for {stalled:.0f} s while work is pending"
+        return None
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """Take no more requests and wait for those under way; False when the time was not enough."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    def fail_all(self, message: str) -> None:
+        """End every stream with an error (at the end of a drain, say)."""
+        for stream in list(self._streams):
+            for listener in stream.listeners:
+                stream.take(listener.index, Update(listener, finished=True, error=EngineError(message)))
+
+    def close(self, stream: Stream) -> None:
+        """Cancel what is unfinished of a stream; see `Stream.cancel`."""
+        if stream not in self._streams:
+            return
+        self._streams.discard(stream)
+        for listener in stream.listeners:
+            self.thread.cancel(listener)
+        if not self._streams:
+            self._idle.set()
+
+    def shutdown(self) -> None:
+        """End the engine's thread; unfinished requests end with an error."""
+        self.thread.stop()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _publish(self, updates: list[Update]) -> None:
+        """On the engine's thread: wake every loop once with all its news."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[Update]] = {}
+        for update in updates:
+            by_loop.setdefault(update.listener.stream.loop, []).append(update)
+        for loop, news in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_hand_over, news)
+            except RuntimeError:  # the loop is closed: nobody listens any more
+                for update in news:
+                    self.thread.cancel(update.listener)
+
+
+def _hand_over(updates: list[Update]) -> None:
+    for update in updates:
+        update.listener.stream.take(update.listener.index, update)
+
+
+def _grow(whole: CompletionOutput, delta: CompletionDelta) -> None:
+    whole.text += delta.text
+    whole.token_ids += delta.token_ids
+    if delta.logprobs is not None:
+        whole.logprobs = [*(whole.logprobs or []), *delta.logprobs]
+        own = sum(e[t].logprob for e, t in zip(delta.logprobs, delta.token_ids, strict=True))
+        whole.cumulative_logprob = (whole.cumulative_logprob or 0.0) + own
+    whole.finish_reason, whole.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+def _unit(vector: np.ndarray | None) -> np.ndarray:
+    assert vector is not None, "the pass is not done"
+    return vector / max(float(np.linalg.norm(vector)), 1e-12)

@@ -1,0 +1,58 @@
+"""What every route needs: the engine, its names, the settings and the metrics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from fastapi import Request
+
+from jaxllm.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from jaxllm.engine.async_llm import AsyncLLM
+    from jaxllm.server.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How the server behaves towards clients. Seconds and bytes."""
+
+    served_model_names: tuple[str, ...]
+    api_keys: tuple[str, ...] = ()
+    max_body_bytes: int = 8 << 20
+    request_timeout: float = 1800.0
+    tool_call_parser: str = "auto"
+    pooling: str = "mean"
+    metrics_namespace: str = "jaxllm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """One per app."""
+
+    llm: AsyncLLM
+    settings: Settings
+    metrics: Metrics
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer under. Raises 404 for a model that is not served."""
+        names = self.settings.served_model_names
+        if name is not None and name not in names:
+            raise ApiError(
+                404, f"the model {name[:100]!r} is not served here; use {names[0]!r}",
+                param="model", code="model_not_found",
+            )  # fmt: skip
+        return name or names[0]
+
+
+def context_of(request: Request) -> Context:
+    """The context of the app that serves `request`."""
+    return request.app.state.context
+
+
+def request_id_of(request: Request) -> str:
+    """The id under which this request is logged."""
+    return request.state.request_id

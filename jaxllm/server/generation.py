@@ -1,0 +1,110 @@
+"""One HTTP request's generation: opens a stream on the engine, times it, counts it, ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from jaxllm.engine.async_llm import Stream
+from jaxllm.engine.engine_thread import CompletionDelta
+from jaxllm.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxllm.engine.sampling_params import SamplingParams
+from jaxllm.server.context import Context
+
+News = list[tuple[int, CompletionDelta]]
+
+
+class Generation:
+    """Iterate over lists of `(prompt index, delta)`; `close` in any case.
+
+    Iterating raises TimeoutError when the request takes too long.
+    """
+
+    def __init__(self, ctx: Context, stream: Stream, n: int):
+        self.outputs: list[RequestOutput] = stream.outputs
+        self.num_generated = 0
+        self._ctx, self._stream, self._n = ctx, stream, n
+        self._started = time.perf_counter()
+        self._deadline = asyncio.get_running_loop().time() + ctx.settings.request_timeout
+        self._last: dict[tuple[int, int], float] = {}
+        self._unfinished = len(stream.outputs) * n
+
+    @classmethod
+    async def open(
+        cls, ctx: Context, prompts: Sequence[Any], params: SamplingParams, request_id: str
+    ) -> Generation:  # fmt: skip
+        """Start; see `AsyncLLM.open` for what is raised."""
+        generation = cls(ctx, await ctx.llm.open(prompts, params, request_id), params.n)
+        ctx.metrics.prompt_tokens.inc(generation.num_prompt_tokens)
+        return generation
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> News:
+        async with asyncio.timeout_at(self._deadline):
+            news = await self._stream.__anext__()
+        self._observe(news)
+        return news
+
+    async def collect(self) -> list[list[CompletionOutput]]:
+        """Everything, per prompt and completion."""
+        whole = [[CompletionOutput(i) for i in range(self._n)] for _ in self.outputs]
+        try:
+            async for news in self:
+                for prompt, delta in news:
+                    _grow(whole[prompt][delta.index], delta)
+        finally:
+            self.close()
+        return whole
+
+    def close(self) -> None:
+        """Free what it holds; unfinished requests count as aborted."""
+        self._stream.cancel()
+        if self._unfinished:
+            self._ctx.metrics.finished("abort", self._unfinished)
+            self._unfinished = 0
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Over all prompts."""
+        return sum(len(output.prompt_token_ids) for output in self.outputs)
+
+    def usage(self, num_generated: int | None = None) -> dict[str, Any]:
+        """OpenAI's usage object."""
+        prompt, generated = self.num_prompt_tokens, self.num_generated if num_generated is None else num_generated
+        cached = sum(output.num_cached_tokens for output in self.outputs)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _observe(self, news: News) -> None:
+        now, metrics = time.perf_counter(), self._ctx.metrics
+        for prompt, delta in news:
+            count, key = len(delta.token_ids), (prompt, delta.index)
+            self.num_generated += count
+            metrics.generation_tokens.inc(count)
+            if (last := self._last.get(key)) is None:
+                metrics.first_token(now - self._started)
+            elif count:
+                metrics.inter_token((now - last) / count, count)
+            self._last[key] = now
+            if delta.finish_reason is not None:
+                self._unfinished -= 1
+                metrics.finished(delta.finish_reason)
+                metrics.latency(now - self._started)
+
+
+def _grow(whole: CompletionOutput, delta: CompletionDelta) -> None:
+    whole.text += delta.text
+    whole.token_ids += delta.token_ids
+    if delta.logprobs is not None:
+        merged: list[dict[int, Logprob]] = whole.logprobs if whole.logprobs is not None else []
+        merged += delta.logprobs
+        whole.logprobs = merged
+    whole.finish_reason, whole.stop_reason = delta.finish_reason, delta.stop_reason

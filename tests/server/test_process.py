@@ -1,0 +1,67 @@
+"""A server process: signals, exit codes, and what clients see of them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import signal
+import time
+
+import httpx
+
+from tests.server.live import process
+
+SERVE = "import sys; from jaxllm.cli import main; sys.exit(main(sys.argv[1:]))"
+# The second of two failures in a row: the engine gives up.
+DOOMED = """
+import sys
+from jaxllm.server import cli
+steps = 0
+def fail():
+    global steps
+    steps += 1
+    if steps > 20:
+        raise RuntimeError("injected")
+start = cli.start
+cli.start = lambda *args: start(*args, before_step=fail)
+from jaxllm.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+LONG = {"prompt": "abc", "max_tokens": 400, "temperature": 0, "ignore_eos": True, "stream": True}
+
+
+def stream(url: str) -> list[str]:
+    with httpx.stream("POST", f"{url}/v1/completions", json=LONG, timeout=60) as answer:
+        return [line[6:] for line in answer.iter_lines() if line.startswith("data: ")]
+
+
+def test_sigterm_finishes_every_accepted_request_and_refuses_new_ones(tiny_model):
+    with process(tiny_model, SERVE) as (child, url), concurrent.futures.ThreadPoolExecutor(16) as pool:
+        httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, timeout=60)
+        with httpx.Client(base_url=url) as kept:
+            kept.get("/health")
+            streams = [pool.submit(stream, url) for _ in range(16)]
+            while kept.get("/stats").json()["num_requests_running"] < 16 and not any(s.done() for s in streams):
+                time.sleep(0.005)
+            child.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            if not all(s.done() for s in streams):
+                refused = kept.post("/v1/completions", json={"prompt": "x"})
+                assert refused.status_code == 503 and refused.headers["retry-after"]
+                assert kept.get("/health").status_code == 503
+        for events in (s.result() for s in streams):
+            assert events[-1] == "[DONE]" and json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
+        assert child.wait(10) == 0, child.stderr.read()
+
+
+def test_dead_engine_gives_clean_errors_and_a_non_zero_exit(tiny_model):
+    with process(tiny_model, DOOMED) as (child, url):
+        started = time.monotonic()
+        events = stream(url)
+        error = json.loads(events[-2])["error"]
+        assert events[-1] == "[DONE]" and error["type"] == "server_error" and "injected" not in error["message"]
+        with contextlib.suppress(httpx.TransportError):  # it may be gone already
+            assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, timeout=10).status_code in (500, 503)
+        assert child.wait(5) == 1
+        assert time.monotonic() - started < 5

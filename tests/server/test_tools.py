@@ -1,0 +1,70 @@
+"""Tool calls in text, however the text is cut into pieces."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxllm.server.tools import Call, HermesParser, Llama3Parser, make_parser
+
+NAMES = ["f", "g"]
+ONE = '<tool_call>\n{"name": "f", "arguments": {"a": [1, "x<"]}}\n</tool_call>'
+CASES = [
+    ("just text < and <tool", "just text < and <tool", []),
+    (ONE, "", [("f", {"a": [1, "x<"]})]),
+    (
+        "I look.\n" + ONE + "\n" + ONE.replace('"f"', '"g"'),
+        "I look.",
+        [("f", {"a": [1, "x<"]}), ("g", {"a": [1, "x<"]})],
+    ),
+    ('<tool_call>{"name": "f", "arguments": {}}', "", [("f", {})]),
+    ("<tool_call>no json</tool_call>", "<tool_call>no json</tool_call>", []),
+    ('<tool_call>{"name": "unknown", "arguments": {}}</tool_call>', None, []),
+    ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', None, []),
+    ('<tool_call>{"name": "f", "argum', '<tool_call>{"name": "f", "argum', []),
+]
+
+
+def parse(parser, text, cuts):
+    pieces = []
+    for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+        pieces += parser.push(text[start:end])
+    pieces += parser.finish()
+    calls = [(p.name, json.loads(p.arguments)) for p in pieces if isinstance(p, Call)]
+    return "".join(p for p in pieces if isinstance(p, str)), calls
+
+
+@pytest.mark.parametrize(("text", "plain", "calls"), CASES)
+@given(data=st.data())
+def test_hermes_calls_do_not_depend_on_how_text_arrives(text, plain, calls, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    assert parse(HermesParser(NAMES), text, cuts) == (text if plain is None else plain, calls)
+
+
+LLAMA = [
+    ('{"name": "f", "parameters": {"a": 1}}', "", [("f", {"a": 1})]),
+    (
+        '<|python_tag|>{"name": "f", "parameters": {}}; {"name": "g", "parameters": {"b": 2}}',
+        "",
+        [("f", {}), ("g", {"b": 2})],
+    ),
+    ("plain {text}", "plain {text}", []),
+    ('{"not": "a call"}', '{"not": "a call"}', []),
+    ("", "", []),
+]
+
+
+@pytest.mark.parametrize(("text", "plain", "calls"), LLAMA)
+@given(data=st.data())
+def test_llama_calls_do_not_depend_on_how_text_arrives(text, plain, calls, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
+    assert parse(Llama3Parser(NAMES), text, cuts) == (plain, calls)
+
+
+def test_parser_follows_the_template():
+    assert isinstance(make_parser("auto", "... <tool_call> ...", NAMES, forced=False), HermesParser)
+    assert isinstance(make_parser("auto", "... ipython ...", NAMES, forced=False), Llama3Parser)
+    assert isinstance(make_parser("llama3_json", None, NAMES, forced=False), Llama3Parser)
