@@ -35,9 +35,14 @@ compiled_greedy = jax.jit(sample_greedy)
 
 def rows(**changes) -> SamplingRows:
     """Neutral parameters with some changed: one value for all rows, or one for each. Seeds are row numbers."""
-    fields = {"bias_ids": np.full((R, 300), V, np.int32), "bias_values": np.zeros((R, 300), np.float32)}
+    fields = {
+        "bias_ids": np.full((R, 300), V, np.int32),
+        "bias_values": np.zeros((R, 300), np.float32),
+        "masked": np.zeros(R, bool),
+        "allowed": np.zeros((R, -(-V // 32)), np.int32),
+    }
     for name, value in (NEUTRAL | {"seed": np.arange(R)} | changes).items():
-        if name not in ("bias_ids", "bias_values"):
+        if name not in ("bias_ids", "bias_values", "masked", "allowed"):
             value = np.broadcast_to(value, R).astype(INTEGERS.get(name, np.float32))
         fields[name] = value
     return SamplingRows(**fields)
@@ -305,3 +310,16 @@ def test_a_vocabulary_smaller_than_20_fills_up_with_impossible_entries():
     out = sample(logits, two, np.zeros((2, L), np.int32), np.array([1, 1]), np.full((2, STOPS), -1))
     assert np.asarray(out.top_ids)[:, :5].tolist() == np.argsort(-logits, axis=1).tolist()
     assert np.isneginf(np.asarray(out.top_logprobs)[:, 5:]).all()
+
+
+def test_masked_rows_sample_only_allowed_tokens():
+    logits = np.random.default_rng(5).normal(size=(R, V)).astype(np.float32)
+    allowed = np.zeros((R, -(-V // 32)), np.int32)
+    masked = np.arange(R) % 2 == 0
+    for row in range(R):
+        token = (7 * row + 3) % V
+        allowed[row, token // 32] = np.int32(np.uint32(1 << (token % 32)).astype(np.int32))
+    got = tokens(logits, rows(temperature=1.0, masked=masked, allowed=allowed))
+    free = tokens(logits, rows(temperature=1.0))
+    expected = np.where(masked, (7 * np.arange(R) + 3) % V, free)
+    np.testing.assert_array_equal(got, expected)
