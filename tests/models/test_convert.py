@@ -19,7 +19,7 @@ from jaxllm.models.orbax import restore_parameters
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
 
-NUM_MUTATIONS = 40
+NUM_MUTATIONS = 200
 
 
 def abstract(folder: Path, mesh: str):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxllm.cache.pages import write_pages
-from jaxllm.ops.attention import RaggedRows, ragged_paged_attention
+from jaxllm.ops.attention import AttentionSpec, RaggedRows, ragged_paged_attention
 from jaxllm.ops.attention.xla import single_query_attention
 
 GARBAGE = 1e30
@@ -50,7 +50,7 @@ class Shape:
     def attention(self):
         sizes = {"query_tile": self.tile, "key_block": self.block}
         chosen = {name: size for name, size in sizes.items() if size is not None}
-        return jax.jit(functools.partial(ragged_paged_attention, scale=self.scale, **chosen))
+        return jax.jit(functools.partial(ragged_paged_attention, spec=AttentionSpec(scale=self.scale), **chosen))
 
 
 SHAPES = [
@@ -161,7 +161,7 @@ def test_width_of_the_page_table_does_not_change_the_result():
 @pytest.mark.parametrize(("page_size", "kv_heads", "groups"), [(8, 2, 3), (32, 3, 1)])
 def test_decode_rows_equal_dense_attention_and_idle_rows_give_zeros(page_size, kv_heads, groups):
     shape = Shape(tokens=20, rows=20, page_size=page_size, kv_heads=kv_heads, groups=groups, longest=300)
-    attention = jax.jit(functools.partial(single_query_attention, scale=shape.scale))
+    attention = jax.jit(functools.partial(single_query_attention, spec=AttentionSpec(scale=shape.scale)))
     rng = np.random.default_rng(page_size)
     lengths = [rng.integers(1, 301, 20) * (rng.random(20) >= idle) for idle in (0.0, 0.3, 0.9, 1.0)]
     for kv_len in [*lengths, np.full(20, 300)]:  # the last: the pairs that fill up the work have no block of their own
