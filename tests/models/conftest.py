@@ -69,7 +69,7 @@ class Loaded:
         pages, rows = runner._pages, []
         head = jax.jit(lambda params, x: nnx.merge(programs.graph, params).logits(x, programs.placement.shard))
         for start in range(0, len(prompt), CHUNK):
-            hidden, pages = step(self.params, pages, jax.device_put(state, self.model.placement.replicated),
+            hidden, pages = step(runner._params, pages, jax.device_put(state, self.model.placement.replicated),
                                  _chunk(start, min(CHUNK, len(prompt) - start), shapes))  # fmt: skip
             rows.append(np.asarray(head(self.params, hidden)))
         runner._pages = pages

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from jaxllm.config import RopeScaling
+from jaxllm.config import Rope, RopeScaling
 from jaxllm.ops.rope import apply_rope, inverse_frequencies, rope_tables
 
 LLAMA3 = {
@@ -38,19 +38,20 @@ def theirs(head_dim: int, theta: float, scaling: dict | None) -> LlamaRotaryEmbe
     )
 
 
-def ours(head_dim: int, theta: float, scaling: dict | None) -> np.ndarray:
+def rope(head_dim: int, theta: float, scaling: dict | None) -> Rope:
     if scaling is None:
-        return inverse_frequencies(head_dim, theta, None)
-    return inverse_frequencies(
-        head_dim,
-        theta,
-        RopeScaling(
-            factor=scaling["factor"],
-            low_freq_factor=scaling["low_freq_factor"],
-            high_freq_factor=scaling["high_freq_factor"],
-            original_max_position=scaling["original_max_position_embeddings"],
-        ),
+        return Rope(dim=head_dim, theta=theta, scaling=None)
+    llama3 = RopeScaling(
+        factor=scaling["factor"],
+        low_freq_factor=scaling["low_freq_factor"],
+        high_freq_factor=scaling["high_freq_factor"],
+        original_max_position=scaling["original_max_position_embeddings"],
     )
+    return Rope(dim=head_dim, theta=theta, scaling=llama3)
+
+
+def ours(head_dim: int, theta: float, scaling: dict | None) -> np.ndarray:
+    return inverse_frequencies(rope(head_dim, theta, scaling))
 
 
 @pytest.mark.parametrize(("head_dim", "theta", "scaling"), CASES)
@@ -76,5 +77,5 @@ def test_rotation_equals_transformers_at_any_position(head_dim, theta, scaling):
     cos, sin = theirs(head_dim, theta, scaling)(torch.zeros(1), torch.from_numpy(positions)[None].long())
     heads_first = torch.from_numpy(q).permute(1, 0, 2)[None]
     expected, _ = apply_rotary_pos_emb(heads_first, heads_first, cos, sin)
-    out = apply_rope(q, rope_tables(positions, ours(head_dim, theta, scaling)))
+    out = apply_rope(q, rope_tables(positions, rope(head_dim, theta, scaling)))
     np.testing.assert_allclose(out, expected[0].permute(1, 0, 2).numpy(), atol=3e-4, rtol=0)

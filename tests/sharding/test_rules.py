@@ -88,7 +88,7 @@ def test_missing_file_is_named(tmp_path):
         ('[parameters]\nffn = "tp"\nffn = "dp"\n', ["mine.toml", "not valid TOML"]),
         ('[weights]\nffn = "tp"\n', ["unknown table 'weights'", "parameters and activations"]),
         ('parameters = "tp"\n', ["parameters must be a table"]),
-        ('[parameters]\nffn = "ep"\n', ["ffn = 'ep'", "dp, tp"]),
+        ('[parameters]\nffn = "xp"\n', ["ffn = 'xp'", "dp, ep, tp"]),
         ('[parameters]\nffn = ["dp", "tp"]\n', ["ffn = ['dp', 'tp']"]),
         ("[activations]\nffn = 2\n", ["ffn = 2"]),
         ('[parameters]\nfnn = "tp"\n', ["'fnn' is unknown", "ffn"]),
@@ -124,7 +124,7 @@ def test_mesh_text_becomes_sizes_in_its_order(text, sizes):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "tp", "tp=", "=3", "tp=0", "tp=-1", "tp=2.0", "tp=x", "ep=2", "tp=2,", "tp=2;dp=2", "TP=2"]
+    "text", ["", "tp", "tp=", "=3", "tp=0", "tp=-1", "tp=2.0", "tp=x", "xp=2", "tp=2,", "tp=2;dp=2", "TP=2"]
 )
 def test_bad_mesh_text_is_refused_with_an_example(text):
     message = refusal(parse_mesh, text)
