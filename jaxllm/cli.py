@@ -357,7 +357,7 @@ def _pull(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from jaxllm.checkpoints.convert import convert
+    from jaxllm.models.convert import convert
 
     path = convert(
         args.source, args.target, to=args.to, dtype=args.dtype, mesh=args.mesh, sharding_rules=args.sharding_rules

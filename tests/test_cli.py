@@ -165,7 +165,7 @@ def test_version_and_help_exit_with_0(capsys):
 
 
 DOUBLED = '[parameters]\nmodel_in = "tp"\nheads = "tp"\n[activations]\nheads = "tp"\n'
-UNKNOWN = '[parameters]\nffn = "ep"\n'
+UNKNOWN = '[parameters]\nffn = "xp"\n'
 
 
 @pytest.mark.parametrize(
@@ -183,9 +183,9 @@ UNKNOWN = '[parameters]\nffn = "ep"\n'
         (["--tokenizer", "./no/such/folder"], ["./no/such/folder"]),
         (["--mesh", "tp=9"], ["'tp=9'", "there are 8"]),
         (["--mesh", "tp=3"], ["num_heads=4", "tp=1, 2 or 4"]),
-        (["--mesh", "pp=2"], ["'pp=2'", "dp, tp"]),
+        (["--mesh", "pp=2"], ["'pp=2'", "dp, ep, tp"]),
         (["--sharding-rules", "nonesuch"], ["'nonesuch'", "megatron"]),
-        (["--sharding-rules", UNKNOWN], ["ffn = 'ep'", "dp, tp"]),
+        (["--sharding-rules", UNKNOWN], ["ffn = 'ep'", "dp, ep, tp"]),
         (["--sharding-rules", DOUBLED, "--mesh", "tp=2"], ["'tp' on two dims"]),
         (["--prompts-file", "no/such/file"], ["no/such/file", "No such file"]),
     ],

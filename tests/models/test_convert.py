@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from jaxllm.checkpoints import open_checkpoint
-from jaxllm.checkpoints.convert import convert
 from jaxllm.config import ModelConfig
 from jaxllm.engine.build import make_model
+from jaxllm.models.convert import convert
 from jaxllm.models.loader import load_parameters
 from jaxllm.models.orbax import restore_parameters
 from jaxllm.sharding.mesh import Placement, make_mesh
