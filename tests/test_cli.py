@@ -185,7 +185,7 @@ UNKNOWN = '[parameters]\nffn = "xp"\n'
         (["--mesh", "tp=3"], ["num_heads=4", "tp=1, 2 or 4"]),
         (["--mesh", "pp=2"], ["'pp=2'", "dp, ep, tp"]),
         (["--sharding-rules", "nonesuch"], ["'nonesuch'", "megatron"]),
-        (["--sharding-rules", UNKNOWN], ["ffn = 'ep'", "dp, ep, tp"]),
+        (["--sharding-rules", UNKNOWN], ["ffn = 'xp'", "dp, ep, tp"]),
         (["--sharding-rules", DOUBLED, "--mesh", "tp=2"], ["'tp' on two dims"]),
         (["--prompts-file", "no/such/file"], ["no/such/file", "No such file"]),
     ],
