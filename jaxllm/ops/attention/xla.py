@@ -32,7 +32,7 @@ def ragged_paged_attention(
     spec: AttentionSpec,
     sinks_KG: jax.Array | None = None,
     query_tile: int = 64,
-    key_block: int = 128,
+    key_block: int = 64,
 ) -> jax.Array:
     """Causal attention of every query over its own request's pages.
 
@@ -165,18 +165,20 @@ def _attend_rows(blocks: _Blocks, q_WKGH: jax.Array, page_ids: jax.Array, visibl
     return top.reshape(w, k, g), jnp.sum(p, axis=-1).reshape(w, k, g), out
 
 
-def _attend_tile(blocks: _Blocks, q_QKGH: jax.Array, page_ids: jax.Array, visible: jax.Array) -> Partial:
-    """Attend a tile of queries of one row to one block: as `_attend_rows`, with `[B]` pages, visible `[Q]`.
+def _attend_tile(blocks: _Blocks, q_KXH: jax.Array, page_ids: jax.Array, visible: jax.Array) -> Partial:
+    """Attend a tile of queries of one row to one block: as `_attend_rows`, with `[B]` pages.
 
-    Returns maximum and sum `[K, G, Q]`, values `[K, G, Q, H]`, float32.
+    The queries come scaled and with the heads in front, X = Q*G, and so do results and `visible` `[X]`: nothing of
+    the size of the scores is ever transposed.
+
+    Returns maximum and sum `[K, X]`, values `[K, X, H]`, float32.
     """
     keys_SKH, values_SKH = blocks.gather(page_ids)
-    q = (q_QKGH * blocks.spec.scale).astype(keys_SKH.dtype)
-    s_KGQS = jnp.einsum("QKGH,SKH->KGQS", q, keys_SKH, preferred_element_type=jnp.float32)
-    s_KGQS = blocks.score(s_KGQS, visible[:, None])
-    top = jnp.max(s_KGQS, axis=-1)
-    p = jnp.exp(s_KGQS - top[..., None])
-    out = jnp.einsum("KGQS,SKH->KGQH", p.astype(keys_SKH.dtype), values_SKH, preferred_element_type=jnp.float32)
+    s_KXS = jnp.einsum("KXH,SKH->KXS", q_KXH, keys_SKH, preferred_element_type=jnp.float32)
+    s_KXS = blocks.score(s_KXS, visible[:, None])
+    top = jnp.max(s_KXS, axis=-1)
+    p = jnp.exp(s_KXS - top[..., None])
+    out = jnp.einsum("KXS,SKH->KXH", p.astype(keys_SKH.dtype), values_SKH, preferred_element_type=jnp.float32)
     return top, jnp.sum(p, axis=-1), out
 
 
@@ -200,19 +202,20 @@ def _tiles(
         q_start, q_len, kv_len, begin = _take(facts, row)
         offset = (i - begin) * tile
         start = q_start + offset
-        q = jax.lax.dynamic_slice_in_dim(q_pad, start, tile)
-        sees = kv_len - q_len + offset + 1 + jnp.arange(tile)  # keys each query sees: its own and before
+        q = jax.lax.dynamic_slice_in_dim(q_pad, start, tile).transpose(1, 0, 2, 3).reshape(k, tile * g, -1)
+        q = (q * blocks.spec.scale).astype(blocks.pages_P2CKH.dtype)
+        sees = kv_len - q_len + offset + 1 + jnp.arange(tile * g) // g  # keys each query sees: its own and before
         last = jnp.minimum(kv_len, kv_len - q_len + offset + tile)
         page_ids = _take(blocks.table, row)
 
         def attend_block(j: jax.Array, state: Partial) -> Partial:
             return _merge(state, _attend_tile(blocks, q, _take(page_ids, j), sees - j * blocks.span))
 
-        state = _nothing((k, g, tile), h)
+        state = _nothing((k, tile * g), h)
         state = jax.lax.fori_loop(blocks.first(sees[0]), -(-last // blocks.span), attend_block, state)
-        state = _with_sinks(state, None if sinks_KG is None else sinks_KG[..., None])
-        is_mine = jnp.arange(tile) < q_len - offset
-        values = _finish(state, is_mine).transpose(2, 0, 1, 3).astype(out.dtype)
+        state = _with_sinks(state, None if sinks_KG is None else jnp.tile(sinks_KG, (1, tile)))
+        is_mine = jnp.arange(tile * g) // g < q_len - offset
+        values = _finish(state, is_mine).reshape(k, tile, g, h).transpose(1, 0, 2, 3).astype(out.dtype)
         return jax.lax.dynamic_update_slice_in_dim(out, values, start, axis=0)
 
     return jax.lax.fori_loop(0, ends[-1], attend_tile, out)[:num_tokens]
