@@ -1,7 +1,6 @@
 """The real SmolLM2 through the real engine, against a naive loop and against transformers.
 
-The product of chunk budgets, page sizes and meshes is covered by a Latin square on each mesh; with
-JAXLLM_FULL_TESTS=1 every combination runs.
+Every chunk budget, page size and mesh takes part; with JAXLLM_FULL_TESTS=1 every combination runs.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ LENGTHS = (1, 2, 7, 16, 33, 64, 100, 130)
 NUM_NEW = 10
 BUDGETS, PAGE_SIZES = (16, 64, 512), (8, 16, 32)
 FULL = bool(os.environ.get("JAXLLM_FULL_TESTS"))
-SQUARE = [(b, p, 1) for b, p in zip(BUDGETS, PAGE_SIZES, strict=True)] + [(16, 32, 3), (64, 8, 3), (512, 16, 3)]
-COMBINATIONS = list(itertools.product(BUDGETS, PAGE_SIZES, (1, 3))) if FULL else SQUARE
+SOME = [(16, 8, 1), (64, 16, 1), (512, 32, 1), (64, 8, 3)]
+COMBINATIONS = list(itertools.product(BUDGETS, PAGE_SIZES, (1, 3))) if FULL else SOME
 
 
 @pytest.fixture(scope="module")
