@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from jaxllm.engine.page_pool import PagePool
 from jaxllm.engine.request import Request, Status
 
+Ranked = tuple[tuple[int, int], Request]
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -58,9 +60,9 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_decode_steps = max_decode_steps
         self.running: list[Request] = []  # by rank: the first is the last to be preempted
-        self._waiting: list[tuple[tuple[int, int], Request]] = []
+        self._waiting: tuple[list[Ranked], list[Ranked]] = ([], [])  # heaps by rank: short prompts, long prompts
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
-        self.num_waiting = 0  # the heap may hold finished requests beside these
+        self.num_waiting = 0  # the heaps may hold finished requests beside these
         self.num_preemptions = 0
 
     @property
@@ -83,7 +85,7 @@ class Scheduler:
             )
 
     def _wait(self, request: Request) -> None:
-        heapq.heappush(self._waiting, (request.rank, request))
+        heapq.heappush(self._waiting[self._is_long(request.num_tokens)], (request.rank, request))
         self.num_waiting += 1
 
     def schedule(self) -> IterationPlan | None:
@@ -91,9 +93,7 @@ class Scheduler:
         if steps := self._loop_steps():
             return IterationPlan(self._decode_chunks(steps), is_decode_loop=True, num_steps=steps)
         chunks = self._decode_chunks(1)
-        budget = self.max_num_batched_tokens - len(chunks)
-        budget -= self._continue_prefills(chunks, budget)
-        admitted = self._admit(chunks, budget)
+        admitted = self._prefill(chunks, self.max_num_batched_tokens - len(chunks))
         if not chunks:
             return None
         chunks.sort(key=lambda chunk: chunk.count > 1)  # stable: single queries first
@@ -121,35 +121,63 @@ class Scheduler:
                 chunks.append(self._take(request, 1, granted))
         return chunks
 
-    # Rule 2: running prefills take what the budget leaves. Their pages came with admission.
+    # Rule 2: running prefills, then waiting requests, take what the decodes leave of the budget.
+    #
+    # What has more than half a budget left to prefill is long. One long prefill runs at a time and leaves half to short
+    # prompts, if there are any: their first token waits for an iteration, not for all of somebody's prompt.
 
-    def _continue_prefills(self, chunks: list[Chunk], budget: int) -> int:
-        used = 0
-        for request in self.running:
-            if request.num_left > 1 and used < budget:
-                count = min(request.num_left, budget - used)
-                chunks.append(self._take(request, count, int(count == request.num_left)))
-                used += count
-        return used
+    def _prefill(self, chunks: list[Chunk], budget: int) -> list[Request]:
+        running = [r for r in self.running if r.num_left > 1]
+        long = next((r for r in running if self._is_long(r.num_left)), None)
+        kept = min(long.num_left, budget - budget // 2) if long else 0
+        for request in running:
+            if request is not long:
+                budget -= self._continue(request, chunks, budget - kept)
+        admitted = self._admit(chunks, budget - kept, long)
+        budget -= sum(chunk.count for chunk in chunks[-len(admitted) :] if admitted)
+        if long:
+            budget -= self._continue(long, chunks, budget)
+            if not self._is_long(long.num_left):
+                admitted += self._admit(chunks, budget, None)
+        return admitted
 
-    # Rule 3: waiting requests are admitted in order while pages, slots and budget allow.
+    def _is_long(self, num_tokens: int) -> bool:
+        return num_tokens > self.max_num_batched_tokens // 2
 
-    def _admit(self, chunks: list[Chunk], budget: int) -> list[Request]:
+    def _continue(self, request: Request, chunks: list[Chunk], budget: int) -> int:
+        """Give a request up to `budget` tokens of the iteration; returns how many."""
+        count = min(request.num_left, budget)
+        if count > 0:
+            chunks.append(self._take(request, count, int(count == request.num_left)))
+        return max(0, count)
+
+    def _admit(self, chunks: list[Chunk], budget: int, long: Request | None) -> list[Request]:
+        """Admit waiting requests while slots, pages and the budget allow.
+
+        In order of rank, except that short prompts pass those that wait for the `long` prefill under way. Whoever
+        is first of all gets the slot and pages when it ends, so nobody is passed for ever.
+        """
         admitted: list[Request] = []
-        while self._waiting and budget > 0 and self._free_slots:
-            request = self._waiting[0][1]
-            if request.finished:
-                heapq.heappop(self._waiting)
-                continue
+        while budget > 0 and self._free_slots and (queue := self._next_queue(long)):
+            request = queue[0][1]
             if request.num_pending or not self._place(request):
                 break
-            heapq.heappop(self._waiting)
+            heapq.heappop(queue)
             self.num_waiting -= 1
             admitted.append(request)
-            count = min(request.num_left, budget)
-            chunks.append(self._take(request, count, int(count == request.num_left)))
-            budget -= count
+            budget -= self._continue(request, chunks, budget)
         return admitted
+
+    def _next_queue(self, long: Request | None) -> list[Ranked] | None:
+        """The queue whose head is next; beside a long prefill only short prompts of its priority or a better one."""
+        for queue in self._waiting:
+            while queue and queue[0][1].finished:
+                heapq.heappop(queue)
+        queues = [queue for queue in self._waiting if queue]
+        if long is not None:
+            short = self._waiting[0]
+            return short if short and short[0][1].priority <= long.priority else None
+        return min(queues, key=lambda queue: queue[0][0], default=None)
 
     def _place(self, request: Request) -> bool:
         """Give a waiting request a slot and pages for all it has, reusing cached prefixes.

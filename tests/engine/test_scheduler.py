@@ -57,10 +57,17 @@ class Harness:
         assert len({id(c.request) for c in plan.chunks}) == len(plan.chunks)
         counts = [c.count > 1 for c in plan.chunks]
         assert counts == sorted(counts), "single queries come first"
-        waiting = [r for _, r in s._waiting if not r.finished]
-        assert s.num_waiting == len(waiting)
+        short, long = ([r for _, r in queue if not r.finished] for queue in s._waiting)
+        assert s.num_waiting == len(short) + len(long)
         for request in plan.admitted:
-            assert all(request.rank < other.rank for other in waiting), "someone was overtaken"
+            assert all(request.rank < other.rank for other in short), "a short prompt was overtaken"
+            passed = [other for other in long if other.rank < request.rank]
+            assert not passed or self.beside_long_prefill(plan, request), "a long prompt was overtaken for nothing"
+
+    def beside_long_prefill(self, plan: IterationPlan, request: Request) -> bool:
+        budget = self.scheduler.max_num_batched_tokens
+        before = [(c.request, c.request.num_left + c.count) for c in plan.chunks if c.request not in plan.admitted]
+        return any(left > budget // 2 and r.priority >= request.priority for r, left in before)
 
     def run(self, max_steps: int = 5000) -> None:
         for _ in range(max_steps):
@@ -103,6 +110,29 @@ def test_decodes_are_carried_and_prefills_get_what_they_leave() -> None:
         assert [c.count for c in plan.chunks[:2]] == [1, 1], "both decodes take part in every iteration"
         assert plan.num_tokens == 16
         assert [c.request.request_id for c in plan.chunks] == ["a", "b", "long"]
+
+
+def test_short_prompts_pass_the_long_ones_that_wait_and_take_at_most_half_of_an_iteration() -> None:
+    h = make(num_pages=400, budget=16, seqs=8, depth=1)
+    for i in range(3):
+        h.scheduler.add(request(f"long{i}", list(range(100 * i, 100 * i + 64)), max_tokens=1))
+    h.step()
+    for name in ("s0", "s1", "s2"):
+        h.scheduler.add(request(name, [ord(c) for c in name] * 2, max_tokens=1))
+    plans = [h.step() for _ in range(2)]
+    counts = [{c.request.request_id: c.count for c in plan.chunks} for plan in plans if plan]
+    assert counts == [{"s0": 4, "s1": 4, "long0": 8}, {"s2": 4, "long0": 12}]
+
+
+def test_short_prompts_without_end_do_not_starve_a_long_one() -> None:
+    h = make(num_pages=400, budget=16, seqs=2, depth=1)
+    long = [request(f"long{i}", list(range(100 * i, 100 * i + 64)), max_tokens=1) for i in range(2)]
+    for r in long:
+        h.scheduler.add(r)
+    for i in range(40):
+        h.scheduler.add(request(f"s{i}", [i] * 8, max_tokens=3))
+        h.step()
+    assert all(r.finished for r in long)
 
 
 def test_a_short_newcomer_samples_in_the_iteration_that_admits_it() -> None:
