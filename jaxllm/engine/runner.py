@@ -62,18 +62,23 @@ class RunnerShapes:
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """Work on its way: the chunks that sample and the arrays that will hold what they sampled."""
+    """Work on its way: the chunks that sample and what they sampled, or hidden states where none does."""
 
     plan: IterationPlan
     sampling: Sequence[Chunk]
-    sampled: Sampled | None
+    result: Sampled | jax.Array
     dispatched: float
 
     def read(self) -> list[tuple[Chunk, Sampled]]:
-        """Wait, and return each sampling chunk's tokens (and logprobs) with idle steps dropped."""
-        if self.sampled is None:
+        """Wait, and return each sampling chunk's tokens (and logprobs) with idle steps dropped.
+
+        It waits for iterations that sample nothing too: else all chunks of a long prompt would be on the device's queue
+        at once, before whoever comes next.
+        """
+        if not isinstance(self.result, Sampled):
+            jax.block_until_ready(self.result)
             return []
-        arrays = jax.tree.map(np.asarray, self.sampled)
+        arrays = jax.tree.map(np.asarray, self.result)
         if not self.plan.is_decode_loop:
             arrays = jax.tree.map(lambda a: a[None], arrays)
         return [(chunk, _row(arrays, row, chunk.num_samples)) for row, chunk in enumerate(self.sampling)]
@@ -128,19 +133,19 @@ class ModelRunner:
             row[: len(request.token_ids)] = request.token_ids
             self._state = self._program("admit", 0, True)(self._state, np.int32(request.slot), row)
         sampling = [chunk for chunk in plan.chunks if chunk.num_samples]
-        sampled = self._decode(plan) if plan.is_decode_loop else self._ragged(plan, sampling)
-        if sampled is not None:
-            for array in jax.tree.leaves(sampled):
+        result = self._decode(plan) if plan.is_decode_loop else self._ragged(plan, sampling)
+        if isinstance(result, Sampled):
+            for array in jax.tree.leaves(result):
                 array.copy_to_host_async()
-        return InFlight(plan, sampling, sampled, started)
+        return InFlight(plan, sampling, result, started)
 
-    def _ragged(self, plan: IterationPlan, sampling: Sequence[Chunk]) -> Sampled | None:
+    def _ragged(self, plan: IterationPlan, sampling: Sequence[Chunk]) -> Sampled | jax.Array:
         bucket = batches.bucket_for(plan.num_tokens, self.shapes.token_buckets)
         batch = batches.ragged_batch(plan, bucket, self.shapes.row_buckets[-1], self.shapes.pages_per_row)
         step = self._program("ragged", bucket, True)
         hidden_RD, self._pages = step(self._params, self._pages, self._state, batch)
         if not sampling:
-            return None
+            return hidden_RD
         rows = self._rows(sampling)
         sample = self._program("sample", len(rows.slot), rows.sampling is None)
         sampled, self._state = sample(self._params, hidden_RD, self._state, rows)
