@@ -278,7 +278,11 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How one engine runs. Names as vLLM spells them; sizes in tokens, requests or bytes."""
+    """How one engine runs. Names as vLLM spells them; sizes in tokens, requests or bytes.
+
+    With `deterministic` every iteration runs in one shape, whatever takes part: a request's greedy and seeded tokens
+    are bitwise the same alone and in any mix. That shape has `token_budget` tokens, for a decode as for a prefill.
+    """
 
     model: str = "smollm2-135m-instruct"
     tokenizer: str | None = None
@@ -287,7 +291,7 @@ class EngineConfig:
     seed: int = 0
     max_model_len: int | None = None
     max_num_seqs: int = 32
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None
     page_size: int = 16
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.92
@@ -296,6 +300,7 @@ class EngineConfig:
     sharding_rules: str = "megatron"
     skip_tokenizer_init: bool = False
     max_decode_steps: int = 8
+    deterministic: bool = False
     load_format: str = "auto"
 
     def __post_init__(self) -> None:
@@ -309,13 +314,18 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1")
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}; "
                 "every running request needs one token per iteration, so raise the first or lower the second"
             )
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}; it must be in (0, 1]")
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of one iteration."""
+        return self.max_num_batched_tokens or max(64 if self.deterministic else 512, self.max_num_seqs)
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> EngineConfig:

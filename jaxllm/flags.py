@@ -25,7 +25,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and output of one request")
     group.add_argument("--max-num-seqs", type=int, default=default.max_num_seqs, help="requests that run together")
     group.add_argument(
-        "--max-num-batched-tokens", type=int, default=default.max_num_batched_tokens, help="tokens per iteration"
+        "--max-num-batched-tokens", type=int, metavar="TOKENS", help="per iteration; default 512, deterministic 64"
     )
     group.add_argument("--page-size", type=int, default=default.page_size, help="tokens per page of the KV cache")
     group.add_argument("--kv-cache-memory-bytes", type=int, metavar="BYTES", help="memory for the KV cache")
@@ -34,6 +34,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--mesh", default=default.mesh, help="devices, for example 'tp=3' or 'dp=2,tp=4'")
     group.add_argument("--sharding-rules", default=default.sharding_rules, help="shipped name or a .toml file")
     group.add_argument("--max-decode-steps", type=int, default=default.max_decode_steps, help="iterations per dispatch")
+    group.add_argument(
+        "--deterministic", action="store_true", help="the same tokens alone and in any batch, bit by bit; slower"
+    )
     group.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=default.enable_prefix_caching
     )

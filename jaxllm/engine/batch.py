@@ -116,14 +116,19 @@ def ragged_batch(plan: IterationPlan, num_tokens: int, num_rows: int, width: int
     )
 
 
-def row_batch(chunks: Sequence[Chunk], num_rows: int, spare_slot: int, vocab_size: int) -> RowBatch:
-    """The sampling rows of a plan: `length` is where each row's next token goes."""
+def row_batch(
+    chunks: Sequence[Chunk], num_rows: int, spare_slot: int, vocab_size: int, *, greedy: bool = True
+) -> RowBatch:
+    """The sampling rows of a plan: `length` is where each row's next token goes.
+
+    Where `greedy` allows it, rows that are all plainly greedy need no sampling parameters.
+    """
     requests = [chunk.request for chunk in chunks]
     stop_ids = np.full((num_rows, MAX_STOP_IDS), -1, np.int32)
     for row, request in enumerate(requests):
         ids = sorted(request.stop_ids)[:MAX_STOP_IDS]
         stop_ids[row, : len(ids)] = ids
-    greedy = all(request.params.plain_greedy for request in requests)
+    greedy = greedy and all(request.params.plain_greedy for request in requests)
     return RowBatch(
         slot=_pad([request.slot for request in requests], num_rows, fill=spare_slot),
         length=_pad([chunk.start + chunk.count for chunk in chunks], num_rows, fill=1),

@@ -163,11 +163,12 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
         )
     return RunnerShapes(
         max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_batched_tokens=config.token_budget,
         max_model_len=max_model_len,
         num_pages=num_pages,
         page_size=config.page_size,
-        max_decode_steps=config.max_decode_steps,
+        max_decode_steps=0 if config.deterministic else config.max_decode_steps,
+        deterministic=config.deterministic,
         kv_dtype=kv_dtype,
         residual_dtype=jnp.dtype(jnp.float32) if on_cpu else weights,
     )

@@ -43,6 +43,7 @@ class RunnerShapes:
     max_decode_steps: int
     kv_dtype: jnp.dtype
     residual_dtype: jnp.dtype
+    deterministic: bool = False
 
     @property
     def pages_per_row(self) -> int:
@@ -52,12 +53,21 @@ class RunnerShapes:
     @property
     def token_buckets(self) -> tuple[int, ...]:
         """Sizes of the ragged step."""
+        if self.deterministic:
+            return (self.max_num_batched_tokens,)
         return batches.make_buckets(min(64, self.max_num_batched_tokens), self.max_num_batched_tokens, 4)
 
     @property
     def row_buckets(self) -> tuple[int, ...]:
         """Sizes of the sampling step and the decode loop: 4 rows cost what 1 costs (see docs/performance.md)."""
+        if self.deterministic:
+            return (max(4, self.max_num_seqs),)
         return batches.make_buckets(4, max(4, self.max_num_seqs), 2)
+
+    @property
+    def sampling_programs(self) -> tuple[str, ...]:
+        """Programs that sample; without a decode loop every iteration is a ragged step."""
+        return ("sample", "decode") if self.max_decode_steps else ("sample",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +151,7 @@ class ModelRunner:
 
     def _ragged(self, plan: IterationPlan, sampling: Sequence[Chunk]) -> Sampled | jax.Array:
         bucket = batches.bucket_for(plan.num_tokens, self.shapes.token_buckets)
-        batch = batches.ragged_batch(plan, bucket, self.shapes.row_buckets[-1], self.shapes.pages_per_row)
+        batch = self._batch(plan, bucket)
         step = self._program("ragged", bucket, True)
         hidden_RD, self._pages = step(self._params, self._pages, self._state, batch)
         if not sampling:
@@ -161,11 +171,16 @@ class ModelRunner:
         row[: len(chunk.request.token_ids)] = chunk.request.token_ids
         self._state = self._program("admit", 0, True)(self._state, np.int32(chunk.request.slot), row)
         bucket = batches.bucket_for(plan.num_tokens, self.scoring_buckets)
-        batch = batches.ragged_batch(plan, bucket, self.shapes.row_buckets[-1], self.shapes.pages_per_row)
+        batch = self._batch(plan, bucket)
         step = self._program("hidden", bucket, True)
         batch = dataclasses.replace(batch, sample_at=np.arange(bucket, dtype=np.int32))
         hidden_TD, self._pages = step(self._params, self._pages, self._state, batch)
         return hidden_TD
+
+    def _batch(self, plan: IterationPlan, bucket: int) -> batches.RaggedBatch:
+        batch = batches.ragged_batch(plan, bucket, self.shapes.row_buckets[-1], self.shapes.pages_per_row)
+        # A token must not know whether it came as a decode or in a chunk: its row is attended in the same way.
+        return dataclasses.replace(batch, num_single=np.int32(0)) if self.shapes.deterministic else batch
 
     def score(self, hidden_TD: jax.Array, targets_T: np.ndarray) -> Sampled:
         """See `Programs.score`."""
@@ -193,7 +208,9 @@ class ModelRunner:
 
     def _rows(self, chunks: Sequence[Chunk]) -> batches.RowBatch:
         bucket = batches.bucket_for(len(chunks), self.shapes.row_buckets)
-        rows = batches.row_batch(chunks, bucket, self.shapes.max_num_seqs, self.model.cfg.vocab_size)
+        rows = batches.row_batch(
+            chunks, bucket, self.shapes.max_num_seqs, self.model.cfg.vocab_size, greedy=not self.shapes.deterministic
+        )
         if rows.sampling is None or rows.sampling.masked.any():
             return rows
         if bucket not in self._no_masks:  # stays on the device: no row looks at it
@@ -227,8 +244,10 @@ class ModelRunner:
     def prepare(self) -> None:
         """Begin to compile, in threads, what the first short request needs."""
         tokens, rows = self.shapes.token_buckets[0], self.shapes.row_buckets[0]
-        for name, bucket in (("ragged", tokens), ("decode", rows), ("sample", rows), ("admit", 0)):
-            self._submit((name, bucket, True))
+        self._submit(("admit", 0, True))
+        self._submit(("ragged", tokens, True))
+        for name in self.shapes.sampling_programs:
+            self._submit((name, rows, not self.shapes.deterministic))
 
     def warm_up(self, *, sampling: bool = True, scoring: bool = False) -> None:
         """Compile every program there is, in threads; afterwards a compilation is a defect.
@@ -238,8 +257,9 @@ class ModelRunner:
             scoring: also those of embeddings and prompt logprobs.
         """
         keys: list[Key] = [("admit", 0, True), *(("ragged", t, True) for t in self.shapes.token_buckets)]
-        for greedy in (True, False) if sampling else (True,):
-            keys += [(name, r, greedy) for r in self.shapes.row_buckets for name in ("sample", "decode")]
+        variants = (False,) if self.shapes.deterministic else (True, False) if sampling else (True,)
+        for greedy in variants:
+            keys += [(name, r, greedy) for r in self.shapes.row_buckets for name in self.shapes.sampling_programs]
         if scoring:
             keys += [(name, t, True) for t in self.scoring_buckets for name in ("hidden", "score", "pool")]
         for future in [self._submit(key) for key in keys]:
@@ -260,6 +280,7 @@ def make_programs(model: AbstractModel, shapes: RunnerShapes) -> Programs:
         placement=model.placement,
         residual_dtype=shapes.residual_dtype,
         max_steps=shapes.max_decode_steps,
+        query_tile=16 if shapes.deterministic else 64,  # there every decode is a tile of its own
     )
 
 

@@ -52,7 +52,10 @@ class IterationPlan:
 
 
 class Scheduler:
-    """First come, first served by priority, under a token budget, a request limit and a page pool."""
+    """First come, first served by priority, under a token budget, a request limit and a page pool.
+
+    `max_decode_steps=0`: no decode loops, every plan is a ragged step.
+    """
 
     def __init__(self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, max_decode_steps: int = 1):
         self.pool = pool
@@ -97,7 +100,9 @@ class Scheduler:
         if not chunks:
             return None
         chunks.sort(key=lambda chunk: chunk.count > 1)  # stable: single queries first
-        only_decodes = not admitted and all(c.count == 1 and c.num_samples == 1 for c in chunks)
+        only_decodes = (
+            self.max_decode_steps > 0 and not admitted and all(c.count == 1 and c.num_samples == 1 for c in chunks)
+        )
         return IterationPlan(chunks, admitted, is_decode_loop=only_decodes)
 
     # Rule 1: every running decode takes one token per iteration.

@@ -59,6 +59,7 @@ class Programs:
     placement: Placement
     residual_dtype: jnp.dtype
     max_steps: int
+    query_tile: int
 
     def ragged_step(
         self, params: Any, pages: Pages, state: SlotState, batch: RaggedBatch
@@ -70,7 +71,7 @@ class Programs:
         targets = _cache_slots(batch.page_table, row, position, valid, pages[0].shape[2])
 
         def attend(q, layer_pages, rows: RaggedRows, spec: AttentionSpec, sinks) -> jax.Array:
-            return ragged_paged_attention(q, layer_pages, rows, spec=spec, sinks_KG=sinks)
+            return ragged_paged_attention(q, layer_pages, rows, spec=spec, sinks_KG=sinks, query_tile=self.query_tile)
 
         x_TD, pages = self._forward(
             params, pages, state.history[batch.slot[row], position], position, targets, attend, rows
