@@ -142,10 +142,22 @@ async def _measure(args: argparse.Namespace, objectives: dict[str, float]) -> li
             planned = at_rate(planned, rate or math.inf, args.burstiness, seed)
         elif args.time_scale != 1.0:
             planned = stretched(planned, args.time_scale)
+        before = await _device_work(target)
         outcomes, elapsed = await send_all(target, model, planned, args.max_concurrency)
         report = summarise(outcomes, elapsed, args.percentile_metrics.split(","), objectives)
+        if before and (after := await _device_work(target)):
+            report["server_iteration_ms"] = 1e3 * (after[0] - before[0]) / max(1, after[1] - before[1])
         reports.append({"model": model, "request_rate": _json_rate(rate, args), **report})
     return reports
+
+
+async def _device_work(target: Target) -> tuple[float, int] | None:
+    """Device seconds and iterations of the server so far; None where it does not tell."""
+    try:
+        stats = await target.get("/stats")
+        return stats["device_seconds_total"], stats["iterations_total"]
+    except (HttpError, KeyError, ValueError):
+        return None
 
 
 def _json_rate(rate: float | None, args: argparse.Namespace) -> float | str:
@@ -251,6 +263,8 @@ def format_report(report: dict[str, Any]) -> str:
         if values := report.get(f"{metric}_ms"):
             known = {name: f"{value:.1f}" for name, value in values.items() if value is not None}
             lines.append(f"{metric:>5} ms  " + "  ".join(f"{name} {value}" for name, value in known.items()))
+    if "server_iteration_ms" in report:
+        lines.append(f"one iteration of the server took {report['server_iteration_ms']:.1f} ms on average")
     if "goodput" in report:
         lines.append(f"goodput {report['goodput']:.2f} requests/s within {report['goodput_objectives_ms']}")
     lines += [f"failed: {count} x {error}" for error, count in report["errors"].items()]

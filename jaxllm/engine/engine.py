@@ -203,6 +203,6 @@ class Engine:
 
     def _record(self, work: InFlight, read: Sequence[tuple[Chunk, Sampled]]) -> None:
         now, compilations = time.perf_counter(), self.runner.num_compilations
-        self.records.extend(self.accounting.arrived(
+        self.records.append(self.accounting.arrived(
             work.plan, read, dispatched=work.dispatched, now=now, num_compilations=compilations
         ))  # fmt: skip
