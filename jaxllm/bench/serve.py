@@ -58,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-len", type=int, default=64, help="tokens generated per prompt")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="lengths and arrival times from a .csv or .jsonl")
     parser.add_argument(
+        "--scale-lengths",
+        action="store_true",
+        help="shrink the trace to the server's context; default: skip longer ones",
+    )
+    parser.add_argument(
         "--request-rate", default=None, metavar="R[,R...]",
         help="requests per second, or inf; several make a sweep; default: the trace's own times, else inf",
     )  # fmt: skip
@@ -135,7 +140,7 @@ async def _measure(args: argparse.Namespace, objectives: dict[str, float]) -> li
         seed = args.seed + number  # a repeated prompt would come out of the prefix cache
         if args.trace:
             longest = card.get("max_model_len", 2**31)
-            planned = read_trace(args.trace, args.num_prompts, vocab, longest, seed)
+            planned = read_trace(args.trace, args.num_prompts, vocab, longest, seed, scale=args.scale_lengths)
         else:
             planned = random_prompts(args.num_prompts, args.input_len, args.output_len, vocab, seed)
         if rate is not None or not args.trace:

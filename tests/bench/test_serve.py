@@ -49,6 +49,8 @@ def test_traces_are_replayed_at_their_own_times(tmp_path):
     first, second = stretched(read_trace(azure, 10, 50, max_len=100, seed=0), 2.0)
     assert (first.at, len(first.prompt), first.output_len) == (0.0, 3, 2)
     assert second.at == pytest.approx(5.0) and len(second.prompt) == 4
+    scaled = read_trace(azure, 10, 50, max_len=451, seed=0, scale=True)
+    assert [(len(p.prompt), p.output_len) for p in scaled] == [(1, 1), (450, 1), (2, 2)], "half of everything"
     mooncake = tmp_path / "m.jsonl"
     rows = [{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [7, i]} for i in (8, 9)]
     mooncake.write_text("\n".join(map(json.dumps, rows)))

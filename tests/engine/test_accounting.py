@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import pytest
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.bench import cli as bench_cli
 from jaxllm.bench.throughput import format_report, measure_throughput
+from jaxllm.bench.workload import random_prompts
+from jaxllm.cli import main
 from jaxllm.engine.accounting import Accounting, Ceilings, summed
 from jaxllm.engine.ceilings import engine_cost
 from jaxllm.engine.request import Request
@@ -156,9 +160,25 @@ def test_weights_are_counted_as_they_lie_on_the_mesh(tiny_llama: Path) -> None:
 
 
 def test_throughput_reports_utilisation(llm: LLM) -> None:
-    report = measure_throughput(llm, num_prompts=4, input_len=8, output_len=8, num_iters=1)
+    report = measure_throughput(llm, lambda seed: random_prompts(4, 8, 8, 256, seed), 1)
     assert 0 < report["mfu"] < 2 and 0 < report["mbu"] < 2
     assert "MFU" in format_report(report) and "host CPU (measured)" in format_report(report)
+
+
+def test_replaying_a_trace_compiles_nothing_after_warm_up(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.csv"
+    lengths = [(37 * i % 900 + 1, 13 * i % 40 + 1) for i in range(60)]
+    rows = "".join(f"{prompt},{output}\n" for prompt, output in lengths)
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n" + rows)
+    monkeypatch.setattr(bench_cli, "load_llm", lambda args: llm)
+    flags = ["--num-prompts=60", f"--trace={trace}", "--scale-lengths", "--num-iters=1", "--json"]
+    assert main(["bench", "throughput", *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    factor = 512 / max(prompt + output for prompt, output in lengths)
+    assert report["prompt_tokens"] == sum(max(1, int(prompt * factor)) for prompt, _ in lengths)
+    assert report["compilations_after_warmup"] == 0
 
 
 def test_records_can_be_summed() -> None:
