@@ -143,7 +143,7 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
 
     from jaxllm.cache.pages import token_bytes
     from jaxllm.engine.runner import RunnerShapes
-    from jaxllm.ops.attention import choose_backend
+    from jaxllm.ops.attention import choose_backend, fit_backend
 
     platform = model.placement.mesh.devices.flat[0].platform
     on_cpu = platform == "cpu"
@@ -165,6 +165,8 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
             f"the KV cache holds {max(capacity, 0)} tokens, fewer than max_model_len={max_model_len}; raise "
             f"kv_cache_memory_bytes to {needed} or lower max_model_len"
         )
+    axis = model.placement.heads_axis()
+    local_heads = model.cfg.num_kv_heads * model.kv_copies // (model.placement.mesh.shape[axis] if axis else 1)
     return RunnerShapes(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.token_budget,
@@ -175,7 +177,7 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
         deterministic=config.deterministic,
         kv_dtype=kv_dtype,
         residual_dtype=jnp.dtype(jnp.float32) if on_cpu else weights,
-        attention=choose_backend(config.attention_backend, platform),
+        attention=fit_backend(choose_backend(config.attention_backend, platform), model.cfg, kv_dtype, local_heads),
     )
 
 

@@ -2,7 +2,7 @@
 
 from jaxllm.ops.attention.kv import QuantizedPages, split_pages
 from jaxllm.ops.attention.metadata import AttentionSpec, RaggedRows, SingleRows
-from jaxllm.ops.attention.select import XLA, AttentionBackend, attention, choose_backend
+from jaxllm.ops.attention.select import XLA, AttentionBackend, attention, choose_backend, fit_backend
 from jaxllm.ops.attention.xla import ragged_paged_attention
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "SingleRows",
     "attention",
     "choose_backend",
+    "fit_backend",
     "ragged_paged_attention",
     "split_pages",
 ]

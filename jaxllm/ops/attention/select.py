@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jaxllm.config import ATTENTION_BACKENDS
+from jaxllm.config import ATTENTION_BACKENDS, ModelConfig
 from jaxllm.ops.attention import xla
 from jaxllm.ops.attention.metadata import AttentionSpec, RaggedRows, SingleRows
 
@@ -42,6 +42,22 @@ class AttentionBackend:
 
 
 XLA = AttentionBackend()
+
+
+def fit_backend(backend: AttentionBackend, cfg: ModelConfig, dtype: Any, num_kv_heads: int) -> AttentionBackend:
+    """Give up the TPU kernel, which fixes the layout of the pages, for a model that it cannot serve.
+
+    Args:
+        dtype: of the cache.
+        num_kv_heads: that one device holds.
+    """
+    if backend.name == "pallas_tpu":
+        from jaxllm.ops.attention import pallas_tpu
+
+        if reason := pallas_tpu.unsupported(cfg, dtype, num_kv_heads):
+            _say_once(backend.name, reason)
+            return XLA
+    return backend
 
 
 def choose_backend(requested: str, platform: str) -> AttentionBackend:
@@ -87,6 +103,10 @@ def attention(
         if (reason := kernel.unsupported(pages, spec)) is None:
             return kernel.attention(q, pages, rows, spec=spec, sinks_KG=sinks_KG, interpret=backend.interpret)
         _say_once(backend.name, reason)
+    if backend.name == "pallas_tpu":
+        from jaxllm.ops.attention import pallas_tpu
+
+        return pallas_tpu.attention(q, pages, rows, spec=spec)
     if isinstance(rows, SingleRows):
         return xla.single_query_attention(q, pages, rows.kv_len, rows.page_table, spec=spec, sinks_KG=sinks_KG)
     return xla.ragged_paged_attention(q, pages, rows, spec=spec, sinks_KG=sinks_KG, query_tile=backend.query_tile)
