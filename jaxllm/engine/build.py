@@ -141,26 +141,32 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
     """Fix every static size. Raises ValueError where the cache cannot hold one request of `max_model_len`."""
     import jax.numpy as jnp
 
+    from jaxllm.cache.pages import token_bytes
     from jaxllm.engine.runner import RunnerShapes
+    from jaxllm.ops.attention import choose_backend, fit_backend
 
-    on_cpu = model.placement.mesh.devices.flat[0].platform == "cpu"
+    platform = model.placement.mesh.devices.flat[0].platform
+    on_cpu = platform == "cpu"
     weights = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
     # XLA's CPU backend converts a whole bfloat16 cache to write one row; float32 is written in place.
     kv_dtype = jnp.dtype(jnp.float32) if on_cpu else weights
     if config.kv_dtype != "auto":
-        kv_dtype = jnp.dtype(config.kv_dtype)
-    token_bytes = model.cfg.kv_bytes_per_token(kv_dtype.itemsize) * model.kv_copies
-    num_pages = _cache_bytes(config, model) // (token_bytes * config.page_size)
+        kv_dtype = jnp.dtype("float8_e4m3fn" if config.kv_dtype == "fp8" else config.kv_dtype)
+    bytes_per_token = token_bytes(model.cfg, kv_dtype, model.kv_copies)
+    num_pages = _cache_bytes(config, model) // (bytes_per_token * config.page_size)
     capacity = (num_pages - 1) * config.page_size
     longest = model.cfg.max_position_embeddings
     max_model_len = config.max_model_len or min(longest, max(capacity, 0))
     if max_model_len > longest:
         raise ValueError(f"max_model_len={max_model_len} exceeds the {longest} positions of the model; lower it")
     if capacity < max_model_len or capacity < 1:
+        needed = bytes_per_token * (max_model_len + 2 * config.page_size)
         raise ValueError(
             f"the KV cache holds {max(capacity, 0)} tokens, fewer than max_model_len={max_model_len}; raise "
-            f"kv_cache_memory_bytes to {token_bytes * (max_model_len + 2 * config.page_size)} or lower max_model_len"
+            f"kv_cache_memory_bytes to {needed} or lower max_model_len"
         )
+    axis = model.placement.heads_axis()
+    local_heads = model.cfg.num_kv_heads * model.kv_copies // (model.placement.mesh.shape[axis] if axis else 1)
     return RunnerShapes(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.token_budget,
@@ -171,6 +177,7 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
         deterministic=config.deterministic,
         kv_dtype=kv_dtype,
         residual_dtype=jnp.dtype(jnp.float32) if on_cpu else weights,
+        attention=fit_backend(choose_backend(config.attention_backend, platform), model.cfg, kv_dtype, local_heads),
     )
 
 

@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.cache.pages import allocate_pages, page_dims, page_shape
+from jaxllm.cache.pages import PageLayout, allocate_pages
 from jaxllm.engine import batch as batches
 from jaxllm.engine.sampling import Sampled
 from jaxllm.engine.scheduler import Chunk, IterationPlan
 from jaxllm.engine.step import Programs, SlotState
 from jaxllm.models.loader import AbstractModel
+from jaxllm.ops.attention import XLA, AttentionBackend
 
 log = logging.getLogger(__name__)
 Key = tuple[str, int, bool]  # program, bucket, plainly greedy
@@ -44,6 +45,14 @@ class RunnerShapes:
     kv_dtype: jnp.dtype
     residual_dtype: jnp.dtype
     deterministic: bool = False
+    attention: AttentionBackend = XLA
+
+    def page_layout(self, kv_copies: int) -> PageLayout:
+        """Of one layer's cache."""
+        return PageLayout(
+            num_pages=self.num_pages, page_size=self.page_size, kv_copies=kv_copies, dtype=self.kv_dtype,
+            interleaved=self.attention.interleaved_pages,
+        )  # fmt: skip
 
     @property
     def pages_per_row(self) -> int:
@@ -111,7 +120,7 @@ class ModelRunner:
         self.shapes = shapes
         self.programs = make_programs(model, shapes)
         self._params: list[jax.Array] = []
-        self._pages: list[jax.Array] = []
+        self._pages: list[Any] = []  # per layer an array, or a pytree of page-major arrays
         self._state: Any = None
         self._no_masks: dict[int, jax.Array] = {}
         self._compiled: dict[Key, Future[Any]] = {}
@@ -129,11 +138,9 @@ class ModelRunner:
     def reset(self) -> None:
         """Empty pages and slots: at the start, and after a failed iteration took the donated ones with it."""
         self._pages, self._state = [], None  # free the old ones first
-        model, shapes = self.model, self.shapes
-        self._pages = allocate_pages(
-            model.cfg, shapes.num_pages, shapes.page_size, model.kv_copies, shapes.kv_dtype, model.placement
-        )
-        self._state = _empty_state(shapes, model)
+        model = self.model
+        self._pages = allocate_pages(model.cfg, self.shapes.page_layout(model.kv_copies), model.placement)
+        self._state = _empty_state(self.shapes, model)
 
     def dispatch(self, plan: IterationPlan) -> InFlight:
         """Put one plan's work on the device queue."""
@@ -280,7 +287,8 @@ def make_programs(model: AbstractModel, shapes: RunnerShapes) -> Programs:
         placement=model.placement,
         residual_dtype=shapes.residual_dtype,
         max_steps=shapes.max_decode_steps,
-        query_tile=16 if shapes.deterministic else 64,  # there every decode is a tile of its own
+        # Deterministic iterations have a tile for every decode.
+        backend=dataclasses.replace(shapes.attention, query_tile=16) if shapes.deterministic else shapes.attention,
     )
 
 
@@ -290,7 +298,7 @@ def lower(
     """Lower one program; `params`, `pages` and `state` may be arrays or shapes with shardings."""
     name, bucket, greedy = key
     whole = model.placement.replicated
-    paged = [model.placement.sharding(*page_dims(model.cfg))] * model.cfg.num_layers
+    paged = jax.tree.map(lambda leaf: leaf.sharding, _abstract_pages(model, shapes))
     rows = batches.row_batch([], bucket, shapes.max_num_seqs, model.cfg.vocab_size)
     if not greedy:
         rows = batches.RowBatch(
@@ -327,11 +335,13 @@ def abstract_arrays(model: AbstractModel, shapes: RunnerShapes) -> tuple[Any, An
         return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
 
     params = jax.tree.leaves(jax.tree.map(shaped, model.state, model.shardings()))
-    shape = page_shape(model.cfg, shapes.num_pages, shapes.page_size, model.kv_copies)
-    page = jax.ShapeDtypeStruct(shape, shapes.kv_dtype, sharding=model.placement.sharding(*page_dims(model.cfg)))
     state = jax.eval_shape(functools.partial(_zero_state, shapes))
     whole = model.placement.replicated
-    return params, [page] * model.cfg.num_layers, jax.tree.map(lambda s: shaped(s, whole), state)
+    return params, _abstract_pages(model, shapes), jax.tree.map(lambda s: shaped(s, whole), state)
+
+
+def _abstract_pages(model: AbstractModel, shapes: RunnerShapes) -> list[Any]:
+    return [shapes.page_layout(model.kv_copies).abstract(model.cfg, model.placement)] * model.cfg.num_layers
 
 
 def _zero_state(shapes: RunnerShapes) -> SlotState:

@@ -19,16 +19,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxllm.cache.pages import page_dims, query_dims, write_pages
+from jaxllm.cache.pages import page_size_of, page_specs, query_dims, write_pages
 from jaxllm.config import ModelConfig
 from jaxllm.engine import sampling
 from jaxllm.engine.batch import RaggedBatch, RowBatch
 from jaxllm.models.decoder import Context, Decoder
-from jaxllm.ops.attention import AttentionSpec, RaggedRows, ragged_paged_attention
-from jaxllm.ops.attention.xla import single_query_attention
+from jaxllm.ops.attention import XLA, AttentionBackend, AttentionSpec, RaggedRows, SingleRows, attention
 from jaxllm.sharding.mesh import Placement
 
-Pages = Sequence[jax.Array]
+Pages = Sequence[Any]  # per layer an array, or a pytree of arrays
 
 
 @jax.tree_util.register_dataclass
@@ -59,23 +58,18 @@ class Programs:
     placement: Placement
     residual_dtype: jnp.dtype
     max_steps: int
-    query_tile: int
+    backend: AttentionBackend = XLA
 
     def ragged_step(
         self, params: Any, pages: Pages, state: SlotState, batch: RaggedBatch
-    ) -> tuple[jax.Array, list[jax.Array]]:
+    ) -> tuple[jax.Array, list[Any]]:
         """One forward over a flat batch: hidden states of the sampling rows `[R, D]`, and the pages."""
         position, row = batch.token_position, batch.token_row
         rows = RaggedRows(batch.q_start, batch.q_len, batch.kv_len, batch.num_single, batch.page_table)
         valid = jnp.arange(position.shape[0]) < batch.num_tokens
-        targets = _cache_slots(batch.page_table, row, position, valid, pages[0].shape[2])
-
-        def attend(q, layer_pages, rows: RaggedRows, spec: AttentionSpec, sinks) -> jax.Array:
-            return ragged_paged_attention(q, layer_pages, rows, spec=spec, sinks_KG=sinks, query_tile=self.query_tile)
-
-        x_TD, pages = self._forward(
-            params, pages, state.history[batch.slot[row], position], position, targets, attend, rows
-        )
+        targets = _cache_slots(batch.page_table, row, position, valid, page_size_of(pages[0]))
+        tokens = state.history[batch.slot[row], position]
+        x_TD, pages = self._forward(params, pages, tokens, position, targets, rows)
         return x_TD[batch.sample_at], pages
 
     def sample_step(
@@ -89,7 +83,7 @@ class Programs:
 
     def decode_loop(
         self, params: Any, pages: Pages, state: SlotState, batch: RowBatch, table_RM: jax.Array, num_steps: jax.Array
-    ) -> tuple[sampling.Sampled, list[jax.Array], SlotState]:
+    ) -> tuple[sampling.Sampled, list[Any], SlotState]:
         """Up to `num_steps` iterations of one token per row; rows that stop stay idle, all idle ends the loop.
 
         Returns samples with a leading step dim `[max_steps, R]`; tokens are -1 where a row was idle.
@@ -100,17 +94,14 @@ class Programs:
         def is_active(state: SlotState, length: jax.Array) -> jax.Array:
             return ~state.done[batch.slot] & (length < batch.limit)
 
-        def attend(q, layer_pages, lengths: tuple[jax.Array, jax.Array], spec: AttentionSpec, sinks) -> jax.Array:
-            return single_query_attention(q, layer_pages, *lengths, spec=spec, sinks_KG=sinks)
-
         def one_step(carry):
             i, length, pages, state, out = carry
             active = is_active(state, length)
             position = length - 1
-            targets = _cache_slots(table_RM, row, position, active, pages[0].shape[2])
-            kv_len = jnp.where(active, length, 0)
+            targets = _cache_slots(table_RM, row, position, active, page_size_of(pages[0]))
+            rows = SingleRows(jnp.where(active, length, 0), table_RM)
             tokens = state.history[batch.slot, position]
-            x_RD, pages = self._forward(params, pages, tokens, position, targets, attend, (kv_len, table_RM))
+            x_RD, pages = self._forward(params, pages, tokens, position, targets, rows)
             logits_RV = self._model(params).logits(x_RD, self.placement.shard)
             sampled, state = _sample_and_store(logits_RV, state, batch, length, active)
             out = jax.tree.map(lambda all_steps, step: all_steps.at[i].set(step), out, sampled)
@@ -149,50 +140,51 @@ class Programs:
         return nnx.merge(self.graph, jax.tree.unflatten(self.params_tree, params))
 
     def _forward(
-        self, params: Any, pages: Pages, tokens, position, targets, attend: Callable, metadata: Any
-    ) -> tuple[jax.Array, list[jax.Array]]:
+        self, params: Any, pages: Pages, tokens, position, targets, rows: RaggedRows | SingleRows
+    ) -> tuple[jax.Array, list[Any]]:
         """The decoder over the cache. Each layer writes its rows before it attends, so rows may share pages."""
         updated = list(pages)
-        write_and_attend = functools.cache(functools.partial(self._over_heads, attend, metadata))
+        write_and_attend = functools.cache(functools.partial(self._over_heads, rows, pages[0]))
 
         def attend_layer(
             layer: int, q_TKGH: jax.Array, kv_TK2H: jax.Array, spec: AttentionSpec, sinks_KG: jax.Array | None
         ) -> jax.Array:
             run = write_and_attend(spec)
-            out, updated[layer] = run(q_TKGH, kv_TK2H, updated[layer], targets, metadata, sinks_KG)
+            out, updated[layer] = run(q_TKGH, kv_TK2H, updated[layer], targets, rows, sinks_KG)
             return out
 
         context = Context(attend_layer, self.placement.shard, self.placement.over_shards, self.residual_dtype)
         return self._model(params)(tokens, position, context), updated
 
-    def _over_heads(self, attend: Callable, metadata: Any, spec: AttentionSpec) -> Callable:
+    def _over_heads(self, rows: RaggedRows | SingleRows, pages: Any, spec: AttentionSpec) -> Callable:
         """Cache write and attention, on each device for the heads it holds: no collective can arise inside.
 
         Made once for each kind of layer, so that it is traced once per kind and not once per layer.
         """
 
-        def local(q, kv, layer_pages, targets, metadata, sinks):
+        def local(q, kv, layer_pages, targets, rows, sinks):
             layer_pages = write_pages(layer_pages, kv, targets)
-            return attend(q, layer_pages, metadata, spec, sinks), layer_pages
+            out = attention(q, layer_pages, rows, spec=spec, sinks_KG=sinks, backend=self.backend)
+            return out, layer_pages
 
         if self.placement.mesh.size == 1:
             return jax.jit(local)
-        query, cached = query_dims(self.cfg), page_dims(self.cfg)
+        query, spec_of = query_dims(self.cfg), self.placement.spec
+        cached = page_specs(self.cfg, pages, spec_of)
         dims_of_kv = (query[0], None, None, None) if self.cfg.latent else query
-        whole = jax.tree.map(lambda _: PartitionSpec(), metadata)
-        spec_of = self.placement.spec
+        whole = jax.tree.map(lambda _: PartitionSpec(), rows)
         over_heads = jax.shard_map(
             local,
             mesh=self.placement.mesh,
             in_specs=(
                 spec_of(query),
                 spec_of(dims_of_kv),
-                spec_of(cached),
+                cached,
                 PartitionSpec(),
                 whole,
                 spec_of(query[1:3]),
             ),
-            out_specs=(spec_of(query), spec_of(cached)),
+            out_specs=(spec_of(query), cached),
             check_vma=False,
         )
         return jax.jit(over_heads)
