@@ -19,8 +19,8 @@ Dims = tuple[str | None, ...]
 
 
 def page_dims(cfg: ModelConfig) -> Dims:
-    """What the dims of one layer's array mean; a latent row belongs to all heads, so nothing cuts it."""
-    return (None,) * 5 if cfg.latent else (None, None, None, "heads", "head_dim")
+    """What the dims of one layer's array mean; a latent row belongs to all heads, so heads do not cut it."""
+    return ("pages", None, None, None, None) if cfg.latent else ("pages", None, None, "heads", "head_dim")
 
 
 def query_dims(cfg: ModelConfig) -> Dims:
@@ -38,7 +38,7 @@ def page_shape(cfg: ModelConfig, num_pages: int, page_size: int, kv_copies: int)
 def allocate_pages(
     cfg: ModelConfig, num_pages: int, page_size: int, kv_copies: int, dtype: jnp.dtype, placement: Placement
 ) -> list[jax.Array]:
-    """One zeroed array per layer, cut by heads as the rules say."""
+    """One zeroed array per layer, cut by pages (into replicas) and heads as the rules say."""
     shape = page_shape(cfg, num_pages, page_size, kv_copies)
     zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=placement.sharding(*page_dims(cfg)))
     return [zeros() for _ in range(cfg.num_layers)]
