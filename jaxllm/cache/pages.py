@@ -34,7 +34,7 @@ class PageLayout:
     interleaved: bool = False
 
     def abstract(self, cfg: ModelConfig, placement: Placement) -> Any:
-        """One layer's pages as shapes with shardings, cut by heads as the rules say."""
+        """One layer's pages as shapes with shardings, cut by pages (into replicas) and heads as the rules say."""
         shape, dims = page_shape(cfg, self), page_dims(cfg, interleaved=self.interleaved)
         values = jax.ShapeDtypeStruct(shape, self.dtype, sharding=placement.sharding(*dims))
         if not is_quantized(self.dtype):
@@ -44,10 +44,10 @@ class PageLayout:
 
 
 def page_dims(cfg: ModelConfig, *, interleaved: bool = False) -> Dims:
-    """What the dims of one layer's array mean; a latent row belongs to all heads, so nothing cuts it."""
+    """What the dims of one layer's array mean; a latent row belongs to all heads, so heads do not cut it."""
     if cfg.latent:
-        return (None,) * 5
-    return (None, None, "heads", "head_dim") if interleaved else (None, None, None, "heads", "head_dim")
+        return ("pages", None, None, None, None)
+    return ("pages", None, "heads", "head_dim") if interleaved else ("pages", None, None, "heads", "head_dim")
 
 
 def page_specs(cfg: ModelConfig, pages: Any, spec: Callable[[Dims], Any]) -> Any:

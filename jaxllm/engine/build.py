@@ -165,13 +165,14 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
             f"the KV cache holds {max(capacity, 0)} tokens, fewer than max_model_len={max_model_len}; raise "
             f"kv_cache_memory_bytes to {needed} or lower max_model_len"
         )
-    axis = model.placement.heads_axis()
-    local_heads = model.cfg.num_kv_heads * model.kv_copies // (model.placement.mesh.shape[axis] if axis else 1)
+    local_heads = model.cfg.num_kv_heads * model.kv_copies // model.placement.parts("heads")
     return RunnerShapes(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.token_budget,
         max_model_len=max_model_len,
         num_pages=num_pages,
+        num_replicas=model.placement.parts("pages"),
+        token_multiple=model.placement.token_multiple(),
         page_size=config.page_size,
         max_decode_steps=0 if config.deterministic else config.max_decode_steps,
         deterministic=config.deterministic,
@@ -182,18 +183,17 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
 
 
 def _cache_bytes(config: EngineConfig, model: AbstractModel) -> int:
-    """Bytes for pages over all devices that share them."""
+    """Bytes for the pages of one replica, over all devices that share them."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     mesh = model.placement.mesh
     stats = mesh.devices.flat[0].memory_stats()
     if not stats or mesh.devices.flat[0].platform == "cpu":
-        return _CPU_CACHE_BYTES
+        return _CPU_CACHE_BYTES // model.placement.parts("pages")
     taken = stats["bytes_in_use"] + model.parameter_bytes_per_device() + _TEMPORARY_BYTES
     free = int(stats["bytes_limit"] * config.gpu_memory_utilization) - taken
-    axis = model.placement.heads_axis()
-    is_cut = axis is not None and model.cfg.latent is None  # a latent row lies whole on every device
-    return max(free, 0) * (mesh.shape[axis] if is_cut else 1)
+    is_cut = model.cfg.latent is None  # a latent row lies whole on every device
+    return max(free, 0) * (model.placement.parts("heads") if is_cut else 1)
 
 
 def _tokenizer(config: EngineConfig, path: Path | None) -> Tokenizer | None:

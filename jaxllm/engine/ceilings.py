@@ -21,9 +21,8 @@ from jaxllm.roofline.cost_model import ModelCost, model_cost
 
 def engine_cost(model: AbstractModel, kv_dtype: jnp.dtype) -> ModelCost:
     """The model's cost with the bytes that its shards really have: copies, padding and dtypes as they lie."""
-    mesh = model.placement.mesh
-    axis = model.placement.heads_axis()
-    cuts = mesh.shape[axis] if axis and not model.cfg.latent else 1  # latent rows are never cut
+    mesh, placement = model.placement.mesh, model.placement
+    cuts = placement.parts("pages") * (1 if model.cfg.latent else placement.parts("heads"))  # latent rows are whole
     cost = model_cost(model.cfg, kv_copies=model.kv_copies)
     kv_bytes = token_bytes(model.cfg, kv_dtype, model.kv_copies) / model.cfg.num_layers
     blocks, tables = _weight_bytes(model)

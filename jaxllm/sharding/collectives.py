@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from jaxllm.config import EngineConfig, ModelConfig
@@ -17,6 +18,10 @@ KINDS: tuple[str, ...] = ("all-reduce", "all-gather", "reduce-scatter", "all-to-
 _INSTRUCTION = re.compile(
     r"= (?P<type>\([^=]*?\)|\S+) (?P<kind>" + "|".join(KINDS) + r")(?:-start)?\((?P<rest>.*)$", re.MULTILINE
 )
+# A TPU program spells a reduce-scatter as a fusion that calls an all-reduce and a slice.
+_SCATTER_BODY = re.compile(r"^%all-reduce-scatter\S* \([^\n]*\{\n.*?^\}", re.MULTILINE | re.DOTALL)
+_SCATTER_CALL = re.compile(r" fusion(\([^\n]*calls=%all-reduce-scatter)")
+_CHAIN = re.compile(r'\bchain_id="(\d+)"')
 _BLOCK = re.compile(r'op_name="[^"]*?block_(\d+)')
 _ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 _ITEM_BYTES = {
@@ -34,36 +39,51 @@ _ITEM_BYTES = {
 }
 
 
-def count_collectives(config: EngineConfig, num_tokens: int = 16) -> dict[str, Any]:
-    """Compile one ragged step of `num_tokens` tokens and count. Keys as in `jaxllm collectives --json`."""
+def count_collectives(config: EngineConfig, num_tokens: int = 16, devices: list[Any] | None = None) -> dict[str, Any]:
+    """Compile one ragged step of `num_tokens` tokens and count. Keys as in `jaxllm collectives --json`.
+
+    `devices` may be those of a topology description: its program is compiled ahead of time, on any machine.
+    Where blocks differ (dense and routed layers), `per_block` is that of the block with most.
+    """
     from jaxllm.models.presets import model_config as read_config
 
     model_config = read_config(config.model)
-    text, sizes = _compiled_text(config, model_config, num_tokens)
+    text, sizes = _compiled_text(config, model_config, num_tokens, devices)
     per_block: dict[str, Counter[int]] = {kind: Counter() for kind in KINDS}
     total, num_bytes = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
-    for match in _INSTRUCTION.finditer(text):
+    for match in _distinct(text):
         kind = match["kind"]
         total[kind] += 1
         num_bytes[kind] += _bytes(match["type"])
         if block := _BLOCK.search(match["rest"]):
             per_block[kind][int(block[1])] += 1
     layers = model_config.num_layers
-    uneven = [kind for kind, counts in per_block.items() if counts and set(counts.values()) != {counts[0]}]
-    assert not uneven, f"blocks differ in their {uneven[0]} counts: {per_block[uneven[0]]}"
     return {
         "model": config.model,
         "mesh": sizes,
         "sharding_rules": config.sharding_rules,
         "num_layers": layers,
         "num_tokens": num_tokens,
-        "per_block": {kind: counts[0] for kind, counts in per_block.items()},
+        "per_block": {kind: max(counts.values(), default=0) for kind, counts in per_block.items()},
         "total": total,
         "bytes": num_bytes,
     }
 
 
-def _compiled_text(config: EngineConfig, cfg: ModelConfig, num_tokens: int) -> tuple[str, dict[str, int]]:
+def _distinct(text: str) -> Iterator[re.Match[str]]:
+    """Each collective once: a TPU program that overlaps one with products repeats it in each link of a chain."""
+    text = _SCATTER_CALL.sub(r" reduce-scatter\1", _SCATTER_BODY.sub("", text))
+    seen: set[str] = set()
+    for match in _INSTRUCTION.finditer(text):
+        chain = _CHAIN.search(match["rest"])
+        if chain is None or chain[1] not in seen:
+            seen.update(chain.groups() if chain else ())
+            yield match
+
+
+def _compiled_text(
+    config: EngineConfig, cfg: ModelConfig, num_tokens: int, devices: list[Any] | None
+) -> tuple[str, dict[str, int]]:
     import jax.numpy as jnp
 
     from jaxllm.engine.build import make_model
@@ -71,7 +91,7 @@ def _compiled_text(config: EngineConfig, cfg: ModelConfig, num_tokens: int) -> t
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
 
-    placement = Placement(make_mesh(config.mesh), load_rules(config.sharding_rules))
+    placement = Placement(make_mesh(config.mesh, devices), load_rules(config.sharding_rules))
     model = make_model(config, cfg, placement)
     dtype = jnp.dtype(jnp.float32)
     shapes = RunnerShapes(
@@ -83,6 +103,8 @@ def _compiled_text(config: EngineConfig, cfg: ModelConfig, num_tokens: int) -> t
         max_decode_steps=1,
         kv_dtype=dtype,
         residual_dtype=dtype,
+        num_replicas=placement.parts("pages"),
+        token_multiple=placement.token_multiple(),
     )
     arrays = abstract_arrays(model, shapes)
     program = lower(make_programs(model, shapes), shapes, model, ("ragged", num_tokens, True), *arrays).compile()
