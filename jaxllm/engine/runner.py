@@ -50,7 +50,7 @@ class RunnerShapes:
     token_multiple: int = 1
 
     def page_layout(self, kv_copies: int) -> PageLayout:
-        """Of one layer's cache."""
+        """Of one layer's cache, the pages of all replicas."""
         return PageLayout(
             num_pages=self.num_pages * self.num_replicas, page_size=self.page_size, kv_copies=kv_copies,
             dtype=self.kv_dtype, interleaved=self.attention.interleaved_pages,

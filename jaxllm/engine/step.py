@@ -34,7 +34,7 @@ from jaxllm.ops.attention.ring import RingBatch, ring_attention, zigzag
 from jaxllm.sharding.mesh import Placement
 
 Pages = Sequence[Any]  # per layer an array, or a pytree of arrays
-Rows = RaggedRows | SingleRows | RingBatch  # who owns which queries and pages
+Rows = RaggedRows | SingleRows | RingBatch
 
 
 @jax.tree_util.register_dataclass
@@ -75,16 +75,15 @@ class Programs:
         rows = RaggedRows(batch.q_start, batch.q_len, batch.kv_len, batch.num_single, batch.page_table)
         per_section = position.shape[0] // batch.num_tokens.size
         valid = (jnp.arange(per_section) < batch.num_tokens[..., None]).reshape(-1)
-        sample_at, placement = batch.sample_at, self.placement
-        ring = placement.ring_size() > 1 and per_section % (2 * placement.ring_size()) == 0
-        if ring:
-            order = zigzag(position.shape[0], placement.ring_size(), batch.num_tokens.size)
+        sample_at, ring = batch.sample_at, self.placement.ring_size()
+        if is_cut := ring > 1 and per_section % (2 * ring) == 0:
+            order = zigzag(position.shape[0], ring, batch.num_tokens.size)
             position, row, valid = position[order], row[order], valid[order]
             sample_at = jnp.asarray(np.argsort(order))[sample_at]
         targets = _cache_slots(batch.page_table, row, position, valid, page_size_of(pages[0]))
         tokens = state.history[batch.slot[row], position]
-        metadata = RingBatch(rows, jnp.where(valid, row, -1), position) if ring else rows
-        x_TD, pages = self._forward(params, pages, tokens, position, targets, metadata)
+        owners = RingBatch(rows, jnp.where(valid, row, -1), position) if is_cut else rows
+        x_TD, pages = self._forward(params, pages, tokens, position, targets, owners)
         return x_TD[sample_at], pages
 
     def sample_step(
@@ -171,10 +170,8 @@ class Programs:
 
     def _forward(self, params: Any, pages: Pages, tokens, position, targets, rows: Rows) -> tuple[jax.Array, list[Any]]:
         """The decoder over the cache. Each layer writes its rows before it attends, so rows may share pages."""
-        placement = (self.placement if isinstance(rows, RingBatch) else self.placement.unringed()).fitted(
-            tokens.shape[0]
-        )
-        updated = list(pages)
+        placement = self.placement if isinstance(rows, RingBatch) else self.placement.unringed()
+        updated, placement = list(pages), placement.fitted(tokens.shape[0])
         tokens, position = placement.shard(tokens, "tokens"), placement.shard(position, "tokens")
         targets = placement.shard(targets, "pages")
         write_and_attend = functools.cache(functools.partial(self._over_heads, rows, pages[0]))
@@ -214,11 +211,10 @@ class Programs:
         if placement.mesh.size == 1:
             return jax.jit(local)
         cached, heads = page_specs(self.cfg, pages, placement.spec), placement.spec(query_dims(self.cfg)[1:])
-        section = placement.spec(("pages",))[0]
-        replica = PartitionSpec(section) if section else PartitionSpec()
-        tokens = placement.spec(("tokens",))[0] if isinstance(rows, RingBatch) else section
-        queries = PartitionSpec(tokens, *heads)
-        keys = PartitionSpec(tokens) if self.cfg.latent else queries
+        replica = placement.spec(("pages",)) if placement.parts("pages") > 1 else PartitionSpec()
+        tokens = placement.spec(("tokens" if isinstance(rows, RingBatch) else "pages",))
+        queries = PartitionSpec(*tokens, *heads)
+        keys = tokens if self.cfg.latent else queries
         over_heads = jax.shard_map(
             local,
             mesh=placement.mesh,

@@ -165,15 +165,21 @@ def kv_copies(config: ModelConfig, rules: ShardingRules, mesh: Mapping[str, int]
 
     Raises ValueError naming the legal sizes where the cut would fall inside a head.
     """
-    axes = rules.parameters.get("heads")
-    size = num_parts(axes, mesh)
     legal = [s for s in range(1, config.num_heads + 1) if _heads_cut(config, s)]
-    if size not in legal:
-        raise ValueError(
-            f"num_heads={config.num_heads} and num_kv_heads={config.num_kv_heads} do not divide by mesh axis "
-            f"{_named(axes)}={size} between heads; use {_named(axes)}={_alternatives(legal)}"
-        )
-    return max(1, size // config.num_kv_heads)
+    copies = 1
+    for axes in (rules.parameters.get("heads"), rules.activations.get("heads")):
+        size = num_parts(axes, mesh)
+        if size not in legal:
+            raise ValueError(
+                f"num_heads={config.num_heads} and num_kv_heads={config.num_kv_heads} do not divide by mesh axis "
+                f"{_named(axes)}={size} between heads; use {_named(axes)}={_alternatives(legal)}"
+            )
+        copies = max(copies, size // config.num_kv_heads)
+    return copies
+
+
+def _named(axes: Axes) -> str:
+    return "*".join(as_tuple(axes))
 
 
 def _named(axes: Axes) -> str:

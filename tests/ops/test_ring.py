@@ -78,8 +78,8 @@ def run(spec: AttentionSpec, sinks: np.ndarray | None, size: int) -> tuple[np.nd
     [
         (4, AttentionSpec(scale=0.4), False),
         (2, AttentionSpec(scale=0.4, window=7, softcap=2.0), True),
-        (8, AttentionSpec(scale=0.4, window=30), False),
-        (4, AttentionSpec(scale=0.4, value_width=6), True),
+        (4, AttentionSpec(scale=0.4, window=30), False),
+        (2, AttentionSpec(scale=0.4, value_width=6), True),
     ],
 )
 def test_ring_equals_a_dense_reference(size: int, spec: AttentionSpec, with_sinks: bool) -> None:

@@ -176,6 +176,12 @@ def test_legal_sizes_leave_every_device_whole_heads(heads, kv_heads, legal):
         assert heads % stored == 0
 
 
+def test_heads_cut_as_activations_alone_are_checked_too():
+    rules = ShardingRules("mine", {}, {"heads": ("dp", "tp")})
+    assert refusal(kv_copies, SMOLLM2, rules, {"dp": 2, "tp": 2}).endswith("dp*tp=4 between heads; use dp*tp=1, 3 or 9")
+    assert kv_copies(SMOLLM2, rules, {"dp": 3, "tp": 3}) == 3
+
+
 def test_heads_that_lie_on_no_axis_need_no_copies():
     assert kv_copies(SMOLLM2, ShardingRules("none"), {"tp": 2}) == 1
     assert kv_copies(SMOLLM2, HEADS_ON_TP, {"dp": 2}) == 1

@@ -8,8 +8,7 @@ Order: the batch is cut into 2p pieces and device `i` of `p` holds pieces `i` an
 have the same number of (query, key) pairs to work on at each step, although later tokens see more keys.
 
 Dimension letters: T tokens of the whole batch, U tokens of a piece (T / 2p), K key/value heads, G query heads per
-key/value head, H head width, X = U * G queries of a piece, S keys attended together, R rows, P pages, C tokens per
-page, B pages per block.
+key/value head, H head width, X = U * G queries of a piece, S keys attended together, R rows.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.ops.attention.kv import split_pages
+from jaxllm.ops.attention.kv import dequantize, quantize, split_pages
 from jaxllm.ops.attention.metadata import AttentionSpec, RaggedRows
 from jaxllm.ops.attention.xla import _MASKED, Partial, _Blocks, _finish, _merge, _nothing, _take, _with_sinks
 
@@ -78,12 +77,10 @@ def ring_attention(
     Returns:
         Outputs `[2U, K, G, H]` and the pages. `size - 1` collective-permutes are sent.
     """
+    passing = _as_cached(kv_TK2H, pages)
     me, piece = jax.lax.axis_index(axis), q_TKGH.shape[0] // 2
-    values, scales = split_pages(pages)
-    dtype = values.dtype if scales is None else kv_TK2H.dtype  # what passes is not yet rounded to 8 bits
-    queries = [_Queries.of(q_TKGH, batch, me, half, size, dtype, spec) for half in range(2)]
+    queries = [_Queries.of(q_TKGH, batch, me, half, size, passing.dtype, spec) for half in range(2)]
     states = [queries[half].nothing(spec) for half in range(2)]
-    passing = kv_TK2H.astype(dtype)
     forward = [(i, (i + 1) % size) for i in range(size)]
     for step in range(size):
         held, source = passing, (me - step) % size
@@ -99,6 +96,12 @@ def ring_attention(
         state = _merge(state, _cached(q, pages, batch.rows, spec))
         outs.append(q.finish(_with_sinks(state, None if sinks_KG is None else jnp.tile(sinks_KG, (1, piece)))))
     return jnp.concatenate(outs).astype(q_TKGH.dtype), pages
+
+
+def _as_cached(kv_TK2H: jax.Array, pages: Any) -> jax.Array:
+    """Keys and values as the cache would give them back."""
+    values, scales = split_pages(pages)
+    return kv_TK2H.astype(values.dtype) if scales is None else dequantize(*quantize(kv_TK2H, values.dtype))
 
 
 def _place(device: jax.Array, half: int, size: int) -> tuple[jax.Array, jax.Array]:
