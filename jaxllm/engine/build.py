@@ -166,6 +166,7 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
             f"kv_cache_memory_bytes to {needed} or lower max_model_len"
         )
     local_heads = model.cfg.num_kv_heads * model.kv_copies // model.placement.parts("heads")
+    backend = fit_backend(choose_backend(config.attention_backend, platform), model.cfg, kv_dtype, local_heads)
     return RunnerShapes(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.token_budget,

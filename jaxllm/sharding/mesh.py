@@ -109,10 +109,6 @@ class Placement:
         """Whole on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def heads_axis(self) -> Axes:
-        """The axis that cuts attention heads, if any."""
-        return self.spec(("heads",))[0]
-
     def parts(self, dim: str) -> int:
         """Into how many parts an activation's dim is cut."""
         return num_parts(self.rules.activations.get(dim), self.sizes)

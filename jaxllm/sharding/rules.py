@@ -182,10 +182,6 @@ def _named(axes: Axes) -> str:
     return "*".join(as_tuple(axes))
 
 
-def _named(axes: Axes) -> str:
-    return "*".join(as_tuple(axes))
-
-
 def _heads_cut(config: ModelConfig, size: int) -> bool:
     """Whether `size` devices each get whole query heads and the key/value heads they need."""
     n, k = config.num_heads, config.num_kv_heads

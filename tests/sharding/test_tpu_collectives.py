@@ -75,7 +75,10 @@ def count(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict]:
     ],
 )
 def test_every_block_costs_what_the_rule_file_says(count, rules, mesh, per_block):
-    """Whatever the number of tokens (all rules at both sizes with JAXLLM_FULL_TESTS=1); what is left outside of blocks is the tables' and no more than a few."""
+    """Whatever the number of tokens (all rules at both sizes with JAXLLM_FULL_TESTS=1).
+
+    What is left outside of blocks is the tables' and no more than a few.
+    """
     for tokens in TOKENS if FULL or rules in ("megatron_sp", "context") else TOKENS[:1]:
         counts = count("dense", mesh, rules, tokens)
         assert counts["per_block"] == NONE | per_block
