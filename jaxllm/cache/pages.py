@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
-from jaxllm.ops.attention.kv import SCALE_DTYPE, QuantizedPages, is_quantized, quantize, split_pages
+from jaxllm.ops.attention.kv import SCALE_DTYPE, QuantizedPages, from_bits, is_quantized, quantize, split_pages, to_bits
 from jaxllm.sharding.mesh import Placement
 
 Dims = tuple[str | None, ...]
@@ -115,9 +115,6 @@ def write_pages(pages: Any, kv_TK2H: jax.Array, slots_T: jax.Array) -> Any:
 
 
 def _set_rows(flat: jax.Array, at: jax.Array, rows: jax.Array) -> jax.Array:
-    """`flat[at] = rows`. XLA's CPU backend would convert a whole 8-bit float array to write a row: write its bits."""
-    rows, dtype = rows.astype(flat.dtype), flat.dtype
-    if dtype.itemsize == 1 and jnp.issubdtype(dtype, jnp.floating):
-        flat, rows = (jax.lax.bitcast_convert_type(x, jnp.uint8) for x in (flat, rows))
-    flat = flat.at[at].set(rows, mode="promise_in_bounds", wrap_negative_indices=False)
-    return flat if flat.dtype == dtype else jax.lax.bitcast_convert_type(flat, dtype)
+    """`flat[at] = rows`."""
+    bits, rows = to_bits(flat), to_bits(rows.astype(flat.dtype))
+    return from_bits(bits.at[at].set(rows, mode="promise_in_bounds", wrap_negative_indices=False), flat.dtype)

@@ -59,6 +59,21 @@ def quantize(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     return (jnp.round(y) if jnp.dtype(dtype) == jnp.int8 else y).astype(dtype), scale
 
 
+def to_bits(x: jax.Array) -> jax.Array:
+    """Small floats as integers of the same bits, the rest as it is.
+
+    XLA's CPU backend would convert a whole array of small floats to read or write some of its rows.
+    """
+    if x.dtype.itemsize > 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+
+
+def from_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Undo `to_bits`."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+
+
 def dequantize(values: jax.Array, scales: jax.Array | None) -> jax.Array:
     """What the numbers stand for: float32, or the values as they are where there are no scales."""
     return values if scales is None else values.astype(jnp.float32) * scales.astype(jnp.float32)[..., None]

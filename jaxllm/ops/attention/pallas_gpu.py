@@ -31,7 +31,7 @@ from jaxllm.ops.attention.metadata import AttentionSpec, RaggedRows, SingleRows
 _MASKED = -1e30  # finite: differences of two masked scores must not be NaN
 _LOG2E = math.log2(math.e)
 _MIN_WIDTH = 16  # of a matrix product's every side
-_PROGRAMS_WANTED = 512  # about four for each processor of a large GPU
+_PROGRAMS_WANTED = 1024  # several for each processor of a large GPU, also where half of the rows are idle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.ops.attention.kv import dequantize, split_pages
+from jaxllm.ops.attention.kv import dequantize, from_bits, split_pages, to_bits
 from jaxllm.ops.attention.metadata import AttentionSpec, RaggedRows
 
 _MASKED = -1e30  # finite: differences of two masked scores must not be NaN
@@ -141,8 +141,9 @@ class _Blocks:
 
         def taken(array: jax.Array) -> jax.Array:
             num_pages, halves, page_size, *rest = array.shape
-            flat = array.reshape(halves * num_pages, page_size, *rest)
-            return _take(flat, halves * page_ids + half).reshape(*page_ids.shape[:-1], self.span, *rest)
+            flat = to_bits(array).reshape(halves * num_pages, page_size, *rest)
+            taken = _take(flat, halves * page_ids + half).reshape(*page_ids.shape[:-1], self.span, *rest)
+            return from_bits(taken, array.dtype)
 
         return dequantize(taken(self.values), None if self.scales is None else taken(self.scales))
 
