@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import json
 import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--burstiness", type=float, default=1.0, help="1 is Poisson, above it more even")
     parser.add_argument("--time-scale", type=float, default=1.0, help="stretches the trace's own times")
     parser.add_argument("--max-concurrency", type=int, metavar="N", help="requests under way at most")
+    parser.add_argument(
+        "--background-clients", type=int, default=0, metavar="N", help="clients that send long prompts without pause"
+    )
+    parser.add_argument("--background-len", type=int, default=4096, metavar="TOKENS", help="of each of those prompts")
     parser.add_argument("--percentile-metrics", default="ttft,tpot,itl", metavar="M[,M...]")
     parser.add_argument("--goodput", nargs="+", default=[], metavar="METRIC:MS", help="for example ttft:200 tpot:50")
     parser.add_argument("--seed", type=int, default=0)
@@ -92,7 +98,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("num_prompts", "input_len", "output_len", "burstiness", "time_scale", "max_concurrency"):
+    if args.background_clients < 0:
+        raise ValueError(f"--background-clients is {args.background_clients}; it must be at least 0")
+    at_least_one = ("num_prompts", "input_len", "output_len", "max_concurrency", "background_len")
+    for name in (*at_least_one, "burstiness", "time_scale"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
@@ -148,12 +157,32 @@ async def _measure(args: argparse.Namespace, objectives: dict[str, float]) -> li
         elif args.time_scale != 1.0:
             planned = stretched(planned, args.time_scale)
         before = await _device_work(target)
-        outcomes, elapsed = await send_all(target, model, planned, args.max_concurrency)
+        with _background(target, model, args.background_clients, args.background_len, vocab):
+            outcomes, elapsed = await send_all(target, model, planned, args.max_concurrency)
         report = summarise(outcomes, elapsed, args.percentile_metrics.split(","), objectives)
         if before and (after := await _device_work(target)):
             report["server_iteration_ms"] = 1e3 * (after[0] - before[0]) / max(1, after[1] - before[1])
         reports.append({"model": model, "request_rate": _json_rate(rate, args), **report})
     return reports
+
+
+@contextlib.contextmanager
+def _background(target: Target, model: str, num_clients: int, length: int, vocab: int) -> Iterator[None]:
+    """Clients that send prompts nobody measures, each the next as soon as one token has come back."""
+
+    async def client(number: int) -> None:
+        for seed in itertools.count(number, num_clients):
+            (request,) = random_prompts(1, length, 1, vocab, 10**6 + seed)
+            if error := (await _send(target, model, request)).error:
+                print(f"bench serve: a background request failed: {error}", file=sys.stderr)
+                return
+
+    from jaxllm.bench.workload import random_prompts
+
+    tasks = [asyncio.ensure_future(client(number)) for number in range(num_clients)]
+    yield
+    for task in tasks:
+        task.cancel()
 
 
 async def _device_work(target: Target) -> tuple[float, int] | None:

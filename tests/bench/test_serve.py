@@ -70,8 +70,17 @@ def test_bench_measures_a_running_server(tmp_path, capsys):
     picture = tmp_path / "load.png"
     with serving(write_tiny_llama(tmp_path / "model")) as live:
         flags = ["--base-url", live.url, "--api-key", KEY, "--num-prompts", "8", "--output-len", "5", "--json"]
-        code = cli.main(["bench", "serve", *flags, "--request-rate", "50,inf", "--goodput", "e2e:60000",
-                         "--max-concurrency", "4", "--plot", str(picture)])  # fmt: skip
+        load = [
+            "--request-rate",
+            "50,inf",
+            "--max-concurrency",
+            "4",
+            "--background-clients",
+            "1",
+            "--background-len",
+            "90",
+        ]
+        code = cli.main(["bench", "serve", *flags, *load, "--goodput", "e2e:60000", "--plot", str(picture)])
         wrong = cli.main(["bench", "serve", "--base-url", live.url, "--api-key", "wrong"])
     reports = json.loads(capsys.readouterr().out)["sweep"]
     assert code == 0 and wrong == 1
