@@ -15,6 +15,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 KV_DTYPES = (*DTYPES, "int8", "fp8")
 ATTENTION_BACKENDS = ("auto", "xla", "pallas_gpu", "pallas_tpu")
 LOAD_FORMATS = ("auto", "dummy")
+PREEMPTION_MODES = ("auto", "recompute", "swap")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +207,12 @@ class ModelConfig:
         """How many keys a query of this layer sees at most."""
         return self.local.window if self.local and layer in self.local.layers else None
 
+    @property
+    def cache_window(self) -> int | None:
+        """Keys beyond which no layer looks back; None where some layer sees all."""
+        is_local = self.local is not None and set(range(self.num_layers)) <= set(self.local.layers)
+        return self.local.window if self.local and is_local else None
+
     def rope(self, layer: int) -> Rope | None:
         """This layer's rotary embedding."""
         dim = self.head_dim if self.rotary_dim is None else self.rotary_dim
@@ -305,6 +312,10 @@ class EngineConfig:
     deterministic: bool = False
     load_format: str = "auto"
     attention_backend: str = "auto"
+    host_kv_bytes: int = 0
+    disk_kv_bytes: int = 0
+    disk_kv_path: str | None = None
+    preemption_mode: str = "auto"
 
     def __post_init__(self) -> None:
         words = {"dtype": DTYPES, "kv_dtype": KV_DTYPES, "load_format": LOAD_FORMATS,
@@ -322,6 +333,7 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}; "
                 "every running request needs one token per iteration, so raise the first or lower the second"
             )
+        self._check_tiers()
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}; it must be in (0, 1]")
 
@@ -329,6 +341,19 @@ class EngineConfig:
     def token_budget(self) -> int:
         """Tokens of one iteration."""
         return self.max_num_batched_tokens or max(64 if self.deterministic else 512, self.max_num_seqs)
+
+    def _check_tiers(self) -> None:
+        for name in ("host_kv_bytes", "disk_kv_bytes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name}={value!r}; it must be a whole number, 0 for none")
+        if self.disk_kv_bytes and not self.host_kv_bytes:
+            raise ValueError("disk_kv_bytes needs host_kv_bytes: pages reach the disk through host memory; set both")
+        if bool(self.disk_kv_bytes) != (self.disk_kv_path is not None):
+            raise ValueError("disk_kv_bytes and disk_kv_path belong together; set both or neither")
+        if self.preemption_mode not in PREEMPTION_MODES:
+            modes = ", ".join(PREEMPTION_MODES)
+            raise ValueError(f"preemption_mode={self.preemption_mode!r} is not known; use one of {modes}")
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> EngineConfig:
