@@ -8,6 +8,7 @@ Dimension letters: P pages, L layers, G pages moved together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,11 +72,11 @@ def from_logical(array: np.ndarray, kv_copies: int, *, interleaved: bool) -> np.
     return np.moveaxis(array, 1, 3).reshape(layers, tokens, heads * halves, *rest)
 
 
-def slab_bytes(slab: Any) -> int:
-    """Bytes of one page over all devices, copies included."""
-    leaves = jax.tree.leaves(slab)
+def device_bytes(arrays: Any) -> int:
+    """Bytes over all devices of arrays given as shapes with shardings, copies included."""
     return sum(
-        int(np.prod(s.sharding.shard_shape(s.shape))) * s.dtype.itemsize * len(s.sharding.device_set) for s in leaves
+        math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize * len(s.sharding.device_set)
+        for s in jax.tree.leaves(arrays)
     )
 
 

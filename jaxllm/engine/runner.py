@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.cache.moves import MOVE_BATCH, MOVES, lower_move, slab_bytes, slab_struct
+from jaxllm.cache.moves import MOVE_BATCH, MOVES, device_bytes, lower_move, slab_struct
 from jaxllm.cache.pages import PageLayout, allocate_pages
 from jaxllm.engine import batch as batches
 from jaxllm.engine.sampling import Sampled
@@ -233,8 +233,9 @@ class ModelRunner:
 
     @functools.cached_property
     def page_bytes(self) -> int:
-        """Of one page over all layers and devices."""
-        return slab_bytes(self.slab())
+        """Of one page over all layers and the devices that hold it."""
+        pages = _abstract_pages(self.model, self.shapes)
+        return device_bytes(pages) // (self.shapes.num_pages * self.shapes.num_replicas)
 
     def slab(self) -> Any:
         """Shapes and shardings of one page over all layers."""

@@ -183,6 +183,19 @@ def test_completions_of_one_prompt_share_its_last_page_too(tiny_llama: Path, exp
     assert [c.token_ids for c in output.outputs] == [expected[0]] * 4
 
 
+def test_completions_share_their_prompt_on_every_replica(tiny_llama: Path, expected: list) -> None:
+    llm = make_llm(tiny_llama, mesh="dp=2")
+    params = SamplingParams(temperature=0.0, n=2, max_tokens=12, ignore_eos=True)
+    outputs = llm.generate(prompts(), params)
+    assert [[c.token_ids for c in o.outputs] for o in outputs] == [[tokens] * 2 for tokens in expected]
+    metrics = llm.get_metrics()
+    assert 0 < metrics["kv_page_copies_total"] <= len(expected)
+    usable = llm.engine.runner.shapes.num_pages - 1
+    assert metrics["kv_device_capacity_bytes"] == 2 * usable * PAGE_BYTES
+    with pytest.raises(ValueError, match="without data parallelism"):
+        make_llm(tiny_llama, mesh="dp=2", host_kv_bytes=100 * PAGE_BYTES)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_any_mix_of_features_under_preemption_and_abort_gives_the_same_tokens(
     plain: LLM, tiny_llama: Path, tmp_path: Path, seed: int
