@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.config import ModelConfig
-from jaxllm.ops.attention.kv import SCALE_DTYPE, QuantizedPages, from_bits, is_quantized, quantize, split_pages, to_bits
+from jaxllm.ops.attention.kv import SCALE_DTYPE, QuantizedPages, as_bits, is_quantized, quantize, split_pages
 from jaxllm.sharding.mesh import Placement
 
 Dims = tuple[str | None, ...]
@@ -116,5 +116,8 @@ def write_pages(pages: Any, kv_TK2H: jax.Array, slots_T: jax.Array) -> Any:
 
 def set_rows(flat: jax.Array, at: jax.Array, rows: jax.Array) -> jax.Array:
     """`flat[at] = rows`."""
-    bits, rows = to_bits(flat), to_bits(rows.astype(flat.dtype))
-    return from_bits(bits.at[at].set(rows, mode="promise_in_bounds", wrap_negative_indices=False), flat.dtype)
+
+    def moved(flat: jax.Array, rows: jax.Array) -> jax.Array:
+        return flat.at[at].set(rows, mode="promise_in_bounds", wrap_negative_indices=False)
+
+    return as_bits(moved, flat, rows.astype(flat.dtype))

@@ -13,6 +13,7 @@ Dimension letters: P pages, C tokens per page, K key/value heads, H head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,19 +60,21 @@ def quantize(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     return (jnp.round(y) if jnp.dtype(dtype) == jnp.int8 else y).astype(dtype), scale
 
 
-def to_bits(x: jax.Array) -> jax.Array:
-    """Small floats as integers of the same bits, the rest as it is.
+def as_bits(function: Callable[..., jax.Array], x: jax.Array, *others: jax.Array) -> jax.Array:
+    """`function(x, *others)`, which only moves rows of arrays of one dtype; on a CPU, small floats as integers.
 
-    XLA's CPU backend would convert a whole array of small floats to read or write some of its rows.
+    XLA's CPU backend would convert a whole array of small floats to read or write some of its rows. Elsewhere they
+    are moved as they are: there the change of type could cost a pass over the cache.
     """
     if x.dtype.itemsize > 2 or not jnp.issubdtype(x.dtype, jnp.floating):
-        return x
-    return jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        return function(x, *others)
+    integer = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
 
+    def moved(*arrays: jax.Array) -> jax.Array:
+        bits = (jax.lax.bitcast_convert_type(a, integer) for a in arrays)
+        return jax.lax.bitcast_convert_type(function(*bits), x.dtype)
 
-def from_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Undo `to_bits`."""
-    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
+    return jax.lax.platform_dependent(x, *others, cpu=moved, default=function)
 
 
 def dequantize(values: jax.Array, scales: jax.Array | None) -> jax.Array:

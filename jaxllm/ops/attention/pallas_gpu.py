@@ -68,6 +68,8 @@ def unsupported(pages: Any, spec: AttentionSpec) -> str | None:
     width, value_width = values.shape[-1], spec.value_width or values.shape[-1]
     if width % _MIN_WIDTH or value_width % _MIN_WIDTH:
         return f"head widths {width} and {value_width} are not multiples of {_MIN_WIDTH}"
+    if values.dtype.itemsize == 1 and 2**31 < values.size <= 2**32:
+        return "an 8-bit layer of 2 to 4 GiB, whose offsets JAX counts in 32 bits with a sign"
     if spec.value_width is not None and value_width not in (sum(w for _, w in _parts(width)[:n]) for n in range(1, 9)):
         return f"value width {value_width} does not end at a power-of-two part of {width}"
     return None

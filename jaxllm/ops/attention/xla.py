@@ -12,13 +12,14 @@ together.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.ops.attention.kv import dequantize, from_bits, split_pages, to_bits
+from jaxllm.ops.attention.kv import as_bits, dequantize, split_pages
 from jaxllm.ops.attention.metadata import AttentionSpec, RaggedRows
 
 _MASKED = -1e30  # finite: differences of two masked scores must not be NaN
@@ -139,13 +140,14 @@ class _Blocks:
     def _half(self, page_ids: jax.Array, half: int) -> jax.Array:
         """Keys (0) or values (1) `[..., S, K, H]`."""
 
-        def taken(array: jax.Array) -> jax.Array:
+        def rows_of(array: jax.Array) -> jax.Array:
             num_pages, halves, page_size, *rest = array.shape
-            flat = to_bits(array).reshape(halves * num_pages, page_size, *rest)
-            taken = _take(flat, halves * page_ids + half).reshape(*page_ids.shape[:-1], self.span, *rest)
-            return from_bits(taken, array.dtype)
+            flat = array.reshape(halves * num_pages, page_size, *rest)
+            taken = functools.partial(_take, index=halves * page_ids + half)
+            rows = taken(flat) if self.scales is None else as_bits(taken, flat)
+            return rows.reshape(*page_ids.shape[:-1], self.span, *rest)
 
-        return dequantize(taken(self.values), None if self.scales is None else taken(self.scales))
+        return dequantize(rows_of(self.values), None if self.scales is None else rows_of(self.scales))
 
     def score(self, scores: jax.Array, visible: jax.Array) -> jax.Array:
         """Soft-cap the scores `[..., S]` and mask what a query does not see; `visible [..., 1]`."""
