@@ -1,4 +1,4 @@
-"""The command line: `jaxllm generate | chat | serve | pull | convert | bench | collectives | roofline`.
+"""The command line: `jaxllm generate | chat | serve | pull | convert | bench | plan | collectives | roofline`.
 
 Arguments in, text or one JSON object (`--json`) on standard output; progress and errors go to standard error.
 Exit code 0, 1 (failed), 2 (usage), 130 (Ctrl-C). Imports what a command needs when it runs.
@@ -21,6 +21,7 @@ from jaxllm.flags import add_engine_flags, add_sampling_flags, engine_arguments,
 from jaxllm.interrupts import EXIT_CODE, counted_interrupts, forget_interrupt
 from jaxllm.roofline import cli as roofline_cli
 from jaxllm.server import cli as server_cli
+from jaxllm.sharding import plan_cli
 
 if TYPE_CHECKING:
     from jaxllm import LLM, RequestOutput, SamplingParams
@@ -95,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
 
     collectives = command("collectives", _collectives, "Count the collectives in the compiled program of a mesh.")
     add_engine_flags(collectives)
+
+    plan = command("plan", _plan, "Check a deployment on a TPU slice that is not there, by compiling for it.")
+    plan_cli.add_arguments(plan)
+    add_engine_flags(plan)
 
     roofline_cli.add_arguments(command("roofline", roofline_cli.run, "Lower bounds of a model on a chip."))
 
@@ -255,6 +260,10 @@ def _collectives(args: argparse.Namespace) -> int:
     counts = count_collectives(EngineConfig(**engine_arguments(args)))
     print(json.dumps(counts) if args.json else format_counts(counts))
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    return plan_cli.run(args, engine_arguments(args))
 
 
 if __name__ == "__main__":

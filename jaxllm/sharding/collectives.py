@@ -9,15 +9,21 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.config import EngineConfig, ModelConfig
 
 KINDS: tuple[str, ...] = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _INSTRUCTION = re.compile(
-    r"= (?P<type>\([^=]*?\)|\S+) (?P<kind>" + "|".join(KINDS) + r")(?:-start)?\((?P<rest>.*)$", re.MULTILINE
+    r"= (?P<type>\([^=]*?\)|\S+) (?P<kind>" + "|".join(KINDS) + r")(?P<start>-start)?\((?P<rest>.*)$", re.MULTILINE
+)
+# Three spellings of who takes part: [groups,size]<=[...], lists of lists, a mesh with some of its axes.
+_GROUPS = re.compile(
+    r"replica_groups=(?:\[\d+,(?P<iota>\d+)\]|\{\{(?P<first>[\d,]+)\}|mesh\[(?P<mesh>[^\]]*)\] \{(?P<axes>[^}]*)\})"
 )
 _BLOCK = re.compile(r'op_name="[^"]*?block_(\d+)')
+_SOURCE = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
 _ITEM_BYTES = {
     "pred": 1,
@@ -34,20 +40,71 @@ _ITEM_BYTES = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """One collective in a compiled program.
+
+    Attributes:
+        num_bytes: what each device ends with.
+        group_size: devices that take part together; 0 where the text does not say.
+        block: of the decoder, or None outside of all.
+        source: the operation it was made for, as the compiler knows it.
+        position: where in the text; the order within a computation is the order of execution.
+    """
+
+    kind: str
+    num_bytes: int
+    group_size: int
+    block: int | None
+    source: str
+    position: int
+
+
+def find_collectives(text: str) -> list[Found]:
+    """Every collective of a compiled program's text."""
+    found = []
+    for match in _INSTRUCTION.finditer(text):
+        rest = match["rest"]
+        block, source = _BLOCK.search(rest), _SOURCE.search(rest)
+        found.append(
+            Found(
+                kind=match["kind"],
+                num_bytes=_bytes(match["type"], is_start=match["start"] is not None),
+                group_size=_group_size(rest),
+                block=int(block[1]) if block else None,
+                source=source[1] if source else "",
+                position=match.start(),
+            )
+        )
+    return found
+
+
+def _group_size(attributes: str) -> int:
+    if "source_target_pairs={{" in attributes:
+        return 2
+    if (match := _GROUPS.search(attributes)) is None:
+        return 0
+    if match["iota"]:
+        return int(match["iota"])
+    if match["first"]:
+        return match["first"].count(",") + 1
+    sizes = dict(part.split("=") for part in match["mesh"].split(","))
+    return math.prod(int(sizes[axis.strip()]) for axis in match["axes"].split(",") if axis.strip())
+
+
+def count_by_kind(found: list[Found]) -> dict[str, int]:
+    """How many there are of each kind."""
+    return {kind: sum(f.kind == kind for f in found) for kind in KINDS}
+
+
 def count_collectives(config: EngineConfig, num_tokens: int = 16) -> dict[str, Any]:
     """Compile one ragged step of `num_tokens` tokens and count. Keys as in `jaxllm collectives --json`."""
     from jaxllm.models.presets import model_config as read_config
 
     model_config = read_config(config.model)
     text, sizes = _compiled_text(config, model_config, num_tokens)
-    per_block: dict[str, Counter[int]] = {kind: Counter() for kind in KINDS}
-    total, num_bytes = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
-    for match in _INSTRUCTION.finditer(text):
-        kind = match["kind"]
-        total[kind] += 1
-        num_bytes[kind] += _bytes(match["type"])
-        if block := _BLOCK.search(match["rest"]):
-            per_block[kind][int(block[1])] += 1
+    found = find_collectives(text)
+    per_block = {kind: Counter(f.block for f in found if f.kind == kind and f.block is not None) for kind in KINDS}
     layers = model_config.num_layers
     uneven = [kind for kind, counts in per_block.items() if counts and set(counts.values()) != {counts[0]}]
     assert not uneven, f"blocks differ in their {uneven[0]} counts: {per_block[uneven[0]]}"
@@ -58,8 +115,8 @@ def count_collectives(config: EngineConfig, num_tokens: int = 16) -> dict[str, A
         "num_layers": layers,
         "num_tokens": num_tokens,
         "per_block": {kind: counts[0] for kind, counts in per_block.items()},
-        "total": total,
-        "bytes": num_bytes,
+        "total": count_by_kind(found),
+        "bytes": {kind: sum(f.num_bytes for f in found if f.kind == kind) for kind in KINDS},
     }
 
 
@@ -89,12 +146,16 @@ def _compiled_text(config: EngineConfig, cfg: ModelConfig, num_tokens: int) -> t
     return program.as_text(), placement.sizes
 
 
-def _bytes(array_type: str) -> int:
-    """Bytes of one instruction's result on one device; a tuple is the sum of its parts."""
-    return sum(
+def _bytes(array_type: str, *, is_start: bool) -> int:
+    """Bytes of one instruction's result on one device; a tuple is the sum of its parts.
+
+    An asynchronous start gives back its operands beside its results; the results are the larger.
+    """
+    sizes = [
         math.prod(int(n) for n in dims.split(",") if n) * _ITEM_BYTES.get(name, 4)
         for name, dims in _ARRAY.findall(array_type)
-    )
+    ]
+    return max(sizes, default=0) if is_start else sum(sizes)
 
 
 def format_counts(counts: dict[str, Any]) -> str:
