@@ -297,6 +297,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.92
     enable_prefix_caching: bool = True
     mesh: str = "tp=1"
+    device_offset: int = 0
     sharding_rules: str = "megatron"
     skip_tokenizer_init: bool = False
     max_decode_steps: int = 8

@@ -32,6 +32,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu-memory-utilization", type=float, default=default.gpu_memory_utilization)
     group.add_argument("--seed", type=int, default=default.seed)
     group.add_argument("--mesh", default=default.mesh, help="devices, for example 'tp=3' or 'dp=2,tp=4'")
+    group.add_argument("--device-offset", type=int, default=0, metavar="N", help="leave the first N devices to others")
     group.add_argument("--sharding-rules", default=default.sharding_rules, help="shipped name or a .toml file")
     group.add_argument("--max-decode-steps", type=int, default=default.max_decode_steps, help="iterations per dispatch")
     group.add_argument(

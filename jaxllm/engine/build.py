@@ -53,7 +53,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
         from jaxllm.sharding.mesh import Placement, make_mesh
 
         use_compilation_cache()
-        model = make_model(config, model_config, Placement(make_mesh(config.mesh), rules))
+        model = make_model(config, model_config, Placement(make_mesh(config.mesh, offset=config.device_offset), rules))
         runner = ModelRunner(model, runner_shapes(config, model))
         runner.prepare()  # programs compile while the weights are read
         params = _parameters(config, source, model)
