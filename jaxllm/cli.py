@@ -95,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--json", action="store_true", help="print one JSON object on standard output")
 
     collectives = command("collectives", _collectives, "Count the collectives in the compiled program of a mesh.")
+    collectives.add_argument("--topology", help="count in the TPU program of a slice, for example v5e:2x4")
+    collectives.add_argument("--plot", type=Path, metavar="FILE", help="draw what each device holds into this PNG file")
     add_engine_flags(collectives)
 
     plan = command("plan", _plan, "Check a deployment on a TPU slice that is not there, by compiling for it.")
@@ -255,9 +257,18 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _collectives(args: argparse.Namespace) -> int:
+    if args.topology:
+        from jaxllm.sharding.topology import prepare_environment
+
+        prepare_environment()  # before anything loads JAX
+    from jaxllm.sharding.block_plot import check_plotting, save_plot
     from jaxllm.sharding.collectives import count_collectives, format_counts
 
-    counts = count_collectives(EngineConfig(**engine_arguments(args)))
+    if args.plot:
+        check_plotting()
+    counts = count_collectives(EngineConfig(**engine_arguments(args)), topology=args.topology)
+    if args.plot:
+        save_plot(counts, args.plot)
     print(json.dumps(counts) if args.json else format_counts(counts))
     return 0
 

@@ -7,6 +7,7 @@ arguments -> `EngineConfig`. Knows nothing of arrays, devices or files.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -303,6 +304,10 @@ class EngineConfig:
     max_decode_steps: int = 8
     deterministic: bool = False
     load_format: str = "auto"
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    distributed: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dtype", "kv_dtype"):
@@ -327,6 +332,11 @@ class EngineConfig:
     def token_budget(self) -> int:
         """Tokens of one iteration."""
         return self.max_num_batched_tokens or max(64 if self.deterministic else 512, self.max_num_seqs)
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether this is one of several processes; launchers say so in the environment."""
+        return self.distributed or bool(self.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"))
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> EngineConfig:

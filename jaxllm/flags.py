@@ -41,6 +41,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=default.enable_prefix_caching
     )
+    group = parser.add_argument_group("several processes (docs/pods.md)")
+    group.add_argument("--coordinator-address", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num-processes", type=int, metavar="N")
+    group.add_argument("--process-id", type=int, metavar="I")
+    group.add_argument("--distributed", action="store_true", help="take these from Slurm, GKE or the TPU slice")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
 
 

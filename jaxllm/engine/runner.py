@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,11 @@ from jaxllm.engine import batch as batches
 from jaxllm.engine.sampling import Sampled
 from jaxllm.engine.scheduler import Chunk, IterationPlan
 from jaxllm.engine.step import Programs, SlotState
+from jaxllm.engine.wire import decode, encode
 from jaxllm.models.loader import AbstractModel
+
+if TYPE_CHECKING:
+    from jaxllm.engine.processes import Leader
 
 log = logging.getLogger(__name__)
 Key = tuple[str, int, bool]  # program, bucket, plainly greedy
@@ -113,6 +117,8 @@ class ModelRunner:
         self._params: list[jax.Array] = []
         self._pages: list[jax.Array] = []
         self._state: Any = None
+        self._hidden: Any = None  # what the last ragged step left
+        self.leader: Leader | None = None
         self._no_masks: dict[int, jax.Array] = {}
         self._compiled: dict[Key, Future[Any]] = {}
         self._compilers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
@@ -128,7 +134,9 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Empty pages and slots: at the start, and after a failed iteration took the donated ones with it."""
-        self._pages, self._state = [], None  # free the old ones first
+        if self.leader is not None:
+            self.leader.send(encode(("reset", 0, True), ()))
+        self._pages, self._state, self._hidden = [], None, None  # free the old ones first
         model, shapes = self.model, self.shapes
         self._pages = allocate_pages(
             model.cfg, shapes.num_pages, shapes.page_size, model.kv_copies, shapes.kv_dtype, model.placement
@@ -141,7 +149,7 @@ class ModelRunner:
         for request in plan.admitted:
             row = np.zeros(self.shapes.max_model_len, np.int32)
             row[: len(request.token_ids)] = request.token_ids
-            self._state = self._program("admit", 0, True)(self._state, np.int32(request.slot), row)
+            self.execute(("admit", 0, True), np.int32(request.slot), row)
         sampling = [chunk for chunk in plan.chunks if chunk.num_samples]
         result = self._decode(plan) if plan.is_decode_loop else self._ragged(plan, sampling)
         if isinstance(result, Sampled):
@@ -152,14 +160,11 @@ class ModelRunner:
     def _ragged(self, plan: IterationPlan, sampling: Sequence[Chunk]) -> Sampled | jax.Array:
         bucket = batches.bucket_for(plan.num_tokens, self.shapes.token_buckets)
         batch = self._batch(plan, bucket)
-        step = self._program("ragged", bucket, True)
-        hidden_RD, self._pages = step(self._params, self._pages, self._state, batch)
+        hidden_RD = self.execute(("ragged", bucket, True), batch)
         if not sampling:
             return hidden_RD
         rows = self._rows(sampling)
-        sample = self._program("sample", len(rows.slot), rows.sampling is None)
-        sampled, self._state = sample(self._params, hidden_RD, self._state, rows)
-        return sampled
+        return self.execute(("sample", len(rows.slot), rows.sampling is None), rows)
 
     def hidden_states(self, plan: IterationPlan) -> jax.Array:
         """Forward one chunk of a request in the spare slot, and return every token's hidden state `[T, D]`.
@@ -169,13 +174,11 @@ class ModelRunner:
         (chunk,) = plan.chunks
         row = np.zeros(self.shapes.max_model_len, np.int32)
         row[: len(chunk.request.token_ids)] = chunk.request.token_ids
-        self._state = self._program("admit", 0, True)(self._state, np.int32(chunk.request.slot), row)
+        self.execute(("admit", 0, True), np.int32(chunk.request.slot), row)
         bucket = batches.bucket_for(plan.num_tokens, self.scoring_buckets)
         batch = self._batch(plan, bucket)
-        step = self._program("hidden", bucket, True)
         batch = dataclasses.replace(batch, sample_at=np.arange(bucket, dtype=np.int32))
-        hidden_TD, self._pages = step(self._params, self._pages, self._state, batch)
-        return hidden_TD
+        return self.execute(("hidden", bucket, True), batch)
 
     def _batch(self, plan: IterationPlan, bucket: int) -> batches.RaggedBatch:
         batch = batches.ragged_batch(plan, bucket, self.shapes.row_buckets[-1], self.shapes.pages_per_row)
@@ -184,11 +187,13 @@ class ModelRunner:
 
     def score(self, hidden_TD: jax.Array, targets_T: np.ndarray) -> Sampled:
         """See `Programs.score`."""
-        return self._program("score", len(targets_T), True)(self._params, hidden_TD, targets_T)
+        assert hidden_TD is self._hidden, "other work came in between"
+        return self.execute(("score", len(targets_T), True), targets_T)
 
     def pool(self, hidden_TD: jax.Array, weights_T: np.ndarray) -> jax.Array:
         """See `Programs.pool`."""
-        return self._program("pool", len(weights_T), True)(self._params, hidden_TD, weights_T)
+        assert hidden_TD is self._hidden, "other work came in between"
+        return self.execute(("pool", len(weights_T), True), weights_T)
 
     @property
     def scoring_buckets(self) -> tuple[int, ...]:
@@ -200,19 +205,51 @@ class ModelRunner:
         rows = self._rows(plan.chunks)
         requests = [chunk.request for chunk in plan.chunks]
         table = batches.page_table(requests, len(rows.slot), self.shapes.pages_per_row)
-        loop = self._program("decode", len(rows.slot), rows.sampling is None)
-        sampled, self._pages, self._state = loop(
-            self._params, self._pages, self._state, rows, table, np.int32(plan.num_steps)
-        )
+        key = ("decode", len(rows.slot), rows.sampling is None)
+        return self.execute(key, rows, table, np.int32(plan.num_steps))
+
+    def execute(self, key: Key, *inputs: Any) -> Any:
+        """Dispatch one program on what lies on the devices and these host arrays: the same on every process."""
+        if self.leader is not None:
+            self.leader.send(encode(key, inputs))
+        program, name = self._program(*key), key[0]
+        if name == "admit":
+            self._state = program(self._state, *inputs)
+            return None
+        if name in ("ragged", "hidden"):
+            self._hidden, self._pages = program(self._params, self._pages, self._state, *inputs)
+            return self._hidden
+        if name in ("score", "pool"):
+            return program(self._params, self._hidden, *inputs)
+        rows = self._without_idle_masks(inputs[0])
+        if name == "sample":
+            sampled, self._state = program(self._params, self._hidden, self._state, rows)
+        else:
+            sampled, self._pages, self._state = program(self._params, self._pages, self._state, rows, *inputs[1:])
         return sampled
+
+    def obey(self, message: bytes) -> bool:
+        """Do what the runner of process 0 did (see `jaxllm.engine.processes`). False: it has stopped."""
+        key, inputs = decode(message, self.model.cfg.vocab_size)
+        if key[0] == "reset":
+            self.reset()
+        elif key[0] == "warm_up":
+            self.warm_up(sampling=bool(key[1] & 1), scoring=bool(key[1] & 2))
+        elif key[0] != "stop":
+            self.execute(key, *inputs)
+        return key[0] != "stop"
 
     def _rows(self, chunks: Sequence[Chunk]) -> batches.RowBatch:
         bucket = batches.bucket_for(len(chunks), self.shapes.row_buckets)
         rows = batches.row_batch(
             chunks, bucket, self.shapes.max_num_seqs, self.model.cfg.vocab_size, greedy=not self.shapes.deterministic
         )
+        return rows
+
+    def _without_idle_masks(self, rows: batches.RowBatch) -> batches.RowBatch:
         if rows.sampling is None or rows.sampling.masked.any():
             return rows
+        bucket = len(rows.slot)
         if bucket not in self._no_masks:  # stays on the device: no row looks at it
             self._no_masks[bucket] = jax.device_put(rows.sampling.allowed, self.model.placement.replicated)
         sampling = dataclasses.replace(rows.sampling, allowed=self._no_masks[bucket])
@@ -256,6 +293,8 @@ class ModelRunner:
             sampling: also the programs of requests that are not plainly greedy.
             scoring: also those of embeddings and prompt logprobs.
         """
+        if self.leader is not None:
+            self.leader.send(encode(("warm_up", sampling + 2 * scoring, True), ()))
         keys: list[Key] = [("admit", 0, True), *(("ragged", t, True) for t in self.shapes.token_buckets)]
         variants = (False,) if self.shapes.deterministic else (True, False) if sampling else (True,)
         for greedy in variants:

@@ -6,13 +6,17 @@ ragged step from shapes alone: no weights are read. The truth is the program tex
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.config import EngineConfig, ModelConfig
+
+if TYPE_CHECKING:
+    from jaxllm.models.loader import AbstractModel
 
 KINDS: tuple[str, ...] = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _INSTRUCTION = re.compile(
@@ -97,13 +101,18 @@ def count_by_kind(found: list[Found]) -> dict[str, int]:
     return {kind: sum(f.kind == kind for f in found) for kind in KINDS}
 
 
-def count_collectives(config: EngineConfig, num_tokens: int = 16) -> dict[str, Any]:
-    """Compile one ragged step of `num_tokens` tokens and count. Keys as in `jaxllm collectives --json`."""
+def count_collectives(config: EngineConfig, num_tokens: int = 16, topology: str | None = None) -> dict[str, Any]:
+    """Compile one ragged step of `num_tokens` tokens and count. Keys as in `jaxllm collectives --json`.
+
+    With a `topology` (`v5e:2x4`) it is the TPU program of that slice, in bfloat16, else that of the devices here, in
+    float32.
+    """
     from jaxllm.models.presets import model_config as read_config
+    from jaxllm.sharding.block_table import block_table
 
     model_config = read_config(config.model)
-    text, sizes = _compiled_text(config, model_config, num_tokens)
-    found = find_collectives(text)
+    text, model = _compiled_text(config, model_config, num_tokens, topology)
+    sizes, found = model.placement.sizes, find_collectives(text)
     per_block = {kind: Counter(f.block for f in found if f.kind == kind and f.block is not None) for kind in KINDS}
     layers = model_config.num_layers
     uneven = [kind for kind, counts in per_block.items() if counts and set(counts.values()) != {counts[0]}]
@@ -117,20 +126,27 @@ def count_collectives(config: EngineConfig, num_tokens: int = 16) -> dict[str, A
         "per_block": {kind: counts[0] for kind, counts in per_block.items()},
         "total": count_by_kind(found),
         "bytes": {kind: sum(f.num_bytes for f in found if f.kind == kind) for kind in KINDS},
+        "topology": topology,
+        "block": block_table(model.cfg, model.placement, model.kv_copies, num_tokens, found),
     }
 
 
-def _compiled_text(config: EngineConfig, cfg: ModelConfig, num_tokens: int) -> tuple[str, dict[str, int]]:
+def _compiled_text(
+    config: EngineConfig, cfg: ModelConfig, num_tokens: int, topology: str | None
+) -> tuple[str, AbstractModel]:
     import jax.numpy as jnp
 
     from jaxllm.engine.build import make_model
     from jaxllm.engine.runner import RunnerShapes, abstract_arrays, lower, make_programs
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
+    from jaxllm.sharding.topology import no_program_cache, open_topology
 
-    placement = Placement(make_mesh(config.mesh), load_rules(config.sharding_rules))
+    devices = list(open_topology(topology).devices) if topology else None
+    mesh = make_mesh(config.mesh, devices, offset=config.device_offset)
+    placement = Placement(mesh, load_rules(config.sharding_rules))
     model = make_model(config, cfg, placement)
-    dtype = jnp.dtype(jnp.float32)
+    dtype = jnp.dtype(jnp.bfloat16 if topology else jnp.float32)
     shapes = RunnerShapes(
         max_num_seqs=4,
         max_num_batched_tokens=num_tokens,
@@ -142,8 +158,9 @@ def _compiled_text(config: EngineConfig, cfg: ModelConfig, num_tokens: int) -> t
         residual_dtype=dtype,
     )
     arrays = abstract_arrays(model, shapes)
-    program = lower(make_programs(model, shapes), shapes, model, ("ragged", num_tokens, True), *arrays).compile()
-    return program.as_text(), placement.sizes
+    lowered = lower(make_programs(model, shapes), shapes, model, ("ragged", num_tokens, True), *arrays)
+    with no_program_cache() if topology else contextlib.nullcontext():
+        return lowered.compile().as_text(), model
 
 
 def _bytes(array_type: str, *, is_start: bool) -> int:
@@ -159,7 +176,9 @@ def _bytes(array_type: str, *, is_start: bool) -> int:
 
 
 def format_counts(counts: dict[str, Any]) -> str:
-    """A table for a person."""
+    """Tables for a person: the counts, and what each device holds."""
+    from jaxllm.sharding.block_table import format_block
+
     mesh = ",".join(f"{axis}={size}" for axis, size in counts["mesh"].items())
     lines = [
         f"{counts['model']}, mesh {mesh}, rules {counts['sharding_rules']}: one forward pass of "
@@ -169,4 +188,4 @@ def format_counts(counts: dict[str, Any]) -> str:
     for kind in KINDS:
         row = f"{counts['per_block'][kind]:>10}{counts['total'][kind]:>8}{counts['bytes'][kind]:>14,}"
         lines.append(f"{kind:<20}{row}")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", *format_block(counts["block"])])
