@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import hmac
 import os
+import queue
 import secrets
 import socket
 import struct
@@ -32,6 +33,7 @@ from jaxllm.engine.wire import MAX_BYTES, encode
 
 _BEAT_SECONDS, _SILENCE_SECONDS, _JOIN_SECONDS = 1.0, 10.0, 120.0
 _LENGTH = struct.Struct("<I")  # 0: a beat
+STOP = encode(("stop", 0, True), ())
 _TOKEN_BYTES = 32
 _HELLO = struct.Struct("<I")  # process id, after the token
 
@@ -54,6 +56,8 @@ def initialize(config: EngineConfig) -> None:
     if jax.config.values.get("jax_cpu_collectives_implementation") in (None, "none", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _keep_stdout_clean()
+    if "jax_enable_recoverability" in jax.config.values:  # else the runtime aborts before we can say who is gone
+        jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(*given, initialization_timeout=int(_JOIN_SECONDS))
     except (RuntimeError, ValueError) as error:
@@ -233,7 +237,7 @@ class Leader:
         """The last message: the followers end well."""
         for peer in self._peers:
             peer.closing = True
-        self.send(encode(("stop", 0, True), ()))
+        self.send(STOP)
 
 
 class Follower:
@@ -246,11 +250,20 @@ class Follower:
             raise ValueError(f"process 0 cannot be reached at {host}:{port}: {error}") from None
         connection.sendall(token + _HELLO.pack(process_id))
         self._peer = _Peer(connection, "process 0")
+        self._messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="read", daemon=True).start()
+
+    def _read(self) -> None:
+        """Beside the work, so that the end of process 0 is seen while this process computes or compiles."""
+        while not self._peer.closing:
+            message = self._peer.receive()
+            self._peer.closing = message == STOP
+            self._messages.put(message)
 
     def run(self, execute: Callable[[bytes], bool]) -> NoReturn:
         """Do as process 0 says until it says stop (exit code 0); what fails here ends all (exit code 1)."""
         try:
-            while execute(self._peer.receive()):
+            while execute(self._messages.get()):
                 pass
         except Exception:
             traceback.print_exc()
