@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+KV_DTYPES = (*DTYPES, "int8", "fp8")
+ATTENTION_BACKENDS = ("auto", "xla", "pallas_gpu", "pallas_tpu")
 LOAD_FORMATS = ("auto", "dummy")
 
 
@@ -304,17 +306,18 @@ class EngineConfig:
     max_decode_steps: int = 8
     deterministic: bool = False
     load_format: str = "auto"
+    attention_backend: str = "auto"
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
     distributed: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "kv_dtype"):
-            if (value := getattr(self, name)) not in DTYPES:
-                raise ValueError(f"{name}={value!r} is not supported; use one of {', '.join(DTYPES)}")
-        if self.load_format not in LOAD_FORMATS:
-            raise ValueError(f"load_format={self.load_format!r} is not supported; use one of {', '.join(LOAD_FORMATS)}")
+        words = {"dtype": DTYPES, "kv_dtype": KV_DTYPES, "load_format": LOAD_FORMATS,
+                 "attention_backend": ATTENTION_BACKENDS}  # fmt: skip
+        for name, known in words.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name}={value!r} is not supported; use one of {', '.join(known)}")
         at_least_one = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "max_decode_steps")
         for name in (*at_least_one, "kv_cache_memory_bytes"):
             value = getattr(self, name)

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.config import DTYPES, LOAD_FORMATS, EngineConfig
+from jaxllm.config import ATTENTION_BACKENDS, DTYPES, KV_DTYPES, LOAD_FORMATS, EngineConfig
 from jaxllm.interrupts import raise_if_interrupted
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer", help="take the tokenizer from this model instead")
     group.add_argument("--load-format", choices=LOAD_FORMATS, default=default.load_format, help="dummy: random weights")
     group.add_argument("--dtype", choices=DTYPES, default=default.dtype, help="of the weights")
-    group.add_argument("--kv-dtype", choices=DTYPES, default=default.kv_dtype, help="of the KV cache")
+    group.add_argument("--kv-dtype", choices=KV_DTYPES, default=default.kv_dtype, help="of the KV cache")
     group.add_argument("--max-model-len", type=int, metavar="TOKENS", help="prompt and output of one request")
     group.add_argument("--max-num-seqs", type=int, default=default.max_num_seqs, help="requests that run together")
     group.add_argument(
@@ -40,6 +40,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=default.enable_prefix_caching
+    )
+    group.add_argument(
+        "--attention-backend",
+        choices=ATTENTION_BACKENDS,
+        default=default.attention_backend,
+        help="auto: by the platform",
     )
     group = parser.add_argument_group("several processes (docs/pods.md)")
     group.add_argument("--coordinator-address", metavar="HOST:PORT", help="of process 0")

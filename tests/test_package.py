@@ -77,6 +77,7 @@ FORBIDDEN = {
     "engine/request.py": ARRAYS,
     "engine/scheduler.py": ARRAYS,
     "engine/page_pool.py": ARRAYS,
+    "engine/replicas.py": ARRAYS,
     "engine/sampling_params.py": ARRAYS,
     "engine/outputs.py": ARRAYS,
     "models": {ENGINE, "jaxllm.cli"},

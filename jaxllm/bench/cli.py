@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jaxllm.bench import serve as bench_serve
 from jaxllm.flags import add_engine_flags, engine_arguments, load_llm
+
+if TYPE_CHECKING:
+    from jaxllm import LLM
+    from jaxllm.bench.workload import Planned
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     throughput.add_argument("--num-prompts", type=int, default=32)
     throughput.add_argument("--input-len", type=int, default=16, help="tokens per prompt")
     throughput.add_argument("--output-len", type=int, default=64, help="tokens generated per prompt")
+    throughput.add_argument("--trace", type=Path, metavar="FILE", help="take the lengths from a .csv or .jsonl instead")
+    throughput.add_argument(
+        "--scale-lengths", action="store_true", help="shrink the trace to --max-model-len; default: skip what is longer"
+    )
     throughput.add_argument("--num-iters", type=int, default=3, help="repeats; the median is reported")
 
     latency = benches.add_parser("latency", help="one batch that arrives together: TTFT, TPOT, ITL, end to end")
@@ -56,10 +66,20 @@ def _throughput(args: argparse.Namespace) -> int:
     from jaxllm.bench.throughput import format_report, measure_throughput
 
     _check_counts(args, "num_prompts", "input_len", "output_len", "num_iters")
-    sizes = {name: getattr(args, name) for name in ("num_prompts", "input_len", "output_len", "num_iters")}
-    report = measure_throughput(load_llm(args), **sizes)
+    llm = load_llm(args)
+    report = measure_throughput(llm, lambda seed: _workload(args, llm, seed), args.num_iters)
     print(json.dumps(report) if args.json else format_report(report))
     return 0
+
+
+def _workload(args: argparse.Namespace, llm: LLM, seed: int) -> list[Planned]:
+    from jaxllm.bench.workload import random_prompts, read_trace
+
+    vocab_size = llm.model_config.vocab_size
+    if args.trace:
+        longest = llm.engine.runner.shapes.max_model_len
+        return read_trace(args.trace, args.num_prompts, vocab_size, longest, seed, scale=args.scale_lengths)
+    return random_prompts(args.num_prompts, args.input_len, args.output_len, vocab_size, seed)
 
 
 def _latency(args: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxllm.bench.throughput import random_prompts
+from jaxllm.bench.workload import random_prompts
 from jaxllm.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def _arrivals(llm: LLM, batch_size: int, input_len: int, output_len: int, seed: 
     engine = llm.engine
     params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
     started = time.perf_counter()
-    prompts = random_prompts(llm, batch_size, input_len, seed)
-    times: dict[str, list[float]] = {engine.add_request(p, params).request_id: [] for p in prompts}
+    planned = random_prompts(batch_size, input_len, output_len, llm.model_config.vocab_size, seed)
+    times: dict[str, list[float]] = {engine.add_request(p.prompt, params).request_id: [] for p in planned}
     while engine.has_work:
         for news in engine.step():
             times[news.request.request_id] += [time.perf_counter() - started] * len(news.tokens)

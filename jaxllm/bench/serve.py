@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import json
 import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,12 +60,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-len", type=int, default=64, help="tokens generated per prompt")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="lengths and arrival times from a .csv or .jsonl")
     parser.add_argument(
+        "--scale-lengths",
+        action="store_true",
+        help="shrink the trace to the server's context; default: skip longer ones",
+    )
+    parser.add_argument(
         "--request-rate", default=None, metavar="R[,R...]",
         help="requests per second, or inf; several make a sweep; default: the trace's own times, else inf",
     )  # fmt: skip
     parser.add_argument("--burstiness", type=float, default=1.0, help="1 is Poisson, above it more even")
     parser.add_argument("--time-scale", type=float, default=1.0, help="stretches the trace's own times")
     parser.add_argument("--max-concurrency", type=int, metavar="N", help="requests under way at most")
+    parser.add_argument(
+        "--background-clients", type=int, default=0, metavar="N", help="clients that send long prompts without pause"
+    )
+    parser.add_argument("--background-len", type=int, default=4096, metavar="TOKENS", help="of each of those prompts")
     parser.add_argument("--percentile-metrics", default="ttft,tpot,itl", metavar="M[,M...]")
     parser.add_argument("--goodput", nargs="+", default=[], metavar="METRIC:MS", help="for example ttft:200 tpot:50")
     parser.add_argument("--seed", type=int, default=0)
@@ -87,7 +98,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("num_prompts", "input_len", "output_len", "burstiness", "time_scale", "max_concurrency"):
+    if args.background_clients < 0:
+        raise ValueError(f"--background-clients is {args.background_clients}; it must be at least 0")
+    at_least_one = ("num_prompts", "input_len", "output_len", "max_concurrency", "background_len")
+    for name in (*at_least_one, "burstiness", "time_scale"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
@@ -135,17 +149,49 @@ async def _measure(args: argparse.Namespace, objectives: dict[str, float]) -> li
         seed = args.seed + number  # a repeated prompt would come out of the prefix cache
         if args.trace:
             longest = card.get("max_model_len", 2**31)
-            planned = read_trace(args.trace, args.num_prompts, vocab, longest, seed)
+            planned = read_trace(args.trace, args.num_prompts, vocab, longest, seed, scale=args.scale_lengths)
         else:
             planned = random_prompts(args.num_prompts, args.input_len, args.output_len, vocab, seed)
         if rate is not None or not args.trace:
             planned = at_rate(planned, rate or math.inf, args.burstiness, seed)
         elif args.time_scale != 1.0:
             planned = stretched(planned, args.time_scale)
-        outcomes, elapsed = await send_all(target, model, planned, args.max_concurrency)
+        before = await _device_work(target)
+        with _background(target, model, args.background_clients, args.background_len, vocab):
+            outcomes, elapsed = await send_all(target, model, planned, args.max_concurrency)
         report = summarise(outcomes, elapsed, args.percentile_metrics.split(","), objectives)
+        if before and (after := await _device_work(target)):
+            report["server_iteration_ms"] = 1e3 * (after[0] - before[0]) / max(1, after[1] - before[1])
         reports.append({"model": model, "request_rate": _json_rate(rate, args), **report})
     return reports
+
+
+@contextlib.contextmanager
+def _background(target: Target, model: str, num_clients: int, length: int, vocab: int) -> Iterator[None]:
+    """Clients that send prompts nobody measures, each the next as soon as one token has come back."""
+
+    async def client(number: int) -> None:
+        for seed in itertools.count(number, num_clients):
+            (request,) = random_prompts(1, length, 1, vocab, 10**6 + seed)
+            if error := (await _send(target, model, request)).error:
+                print(f"bench serve: a background request failed: {error}", file=sys.stderr)
+                return
+
+    from jaxllm.bench.workload import random_prompts
+
+    tasks = [asyncio.ensure_future(client(number)) for number in range(num_clients)]
+    yield
+    for task in tasks:
+        task.cancel()
+
+
+async def _device_work(target: Target) -> tuple[float, int] | None:
+    """Device seconds and iterations of the server so far; None where it does not tell."""
+    try:
+        stats = await target.get("/stats")
+        return stats["device_seconds_total"], stats["iterations_total"]
+    except (HttpError, KeyError, ValueError):
+        return None
 
 
 def _json_rate(rate: float | None, args: argparse.Namespace) -> float | str:
@@ -251,6 +297,8 @@ def format_report(report: dict[str, Any]) -> str:
         if values := report.get(f"{metric}_ms"):
             known = {name: f"{value:.1f}" for name, value in values.items() if value is not None}
             lines.append(f"{metric:>5} ms  " + "  ".join(f"{name} {value}" for name, value in known.items()))
+    if "server_iteration_ms" in report:
+        lines.append(f"one iteration of the server took {report['server_iteration_ms']:.1f} ms on average")
     if "goodput" in report:
         lines.append(f"goodput {report['goodput']:.2f} requests/s within {report['goodput_objectives_ms']}")
     lines += [f"failed: {count} x {error}" for error, count in report["errors"].items()]

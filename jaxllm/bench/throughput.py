@@ -1,4 +1,4 @@
-"""Offline throughput: prompts of one length -> tokens per second of prefill and of decode.
+"""Offline throughput: a workload whose requests all arrive at once -> tokens per second of prefill and of decode.
 
 The two phases are timed apart: prefill as a run that generates one token, decode as the full run. Medians over
 repeats, after a warm-up that compiles every program. MFU and MBU are those of the full runs, against the data sheet
@@ -12,38 +12,45 @@ import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from jaxllm.engine.ceilings import measured_ceilings
 from jaxllm.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from jaxllm.bench.workload import Planned
     from jaxllm.engine.llm import LLM
 
 
-def measure_throughput(
-    llm: LLM, *, num_prompts: int, input_len: int, output_len: int, num_iters: int
-) -> dict[str, Any]:
-    """Generate `num_prompts * output_len` tokens `num_iters` times; see `conventions` for the keys of the result."""
+def measure_throughput(llm: LLM, workload: Callable[[int], Sequence[Planned]], num_iters: int) -> dict[str, Any]:
+    """Run the workload to its end `num_iters` times.
+
+    Args:
+        llm: the engine.
+        workload: seed -> requests. No two seeds may share tokens: nothing may come out of the prefix cache.
+        num_iters: repeats; medians are reported.
+    """
     llm.engine.runner.warm_up(sampling=False)
-    _run(llm, num_prompts, input_len, 2, seed=0)
+    requests = workload(0)
+    num_prompts, prompt_tokens = len(requests), sum(len(r.prompt) for r in requests)
+    output_tokens = sum(r.output_len for r in requests)
+    _run(llm, requests[: 2 * llm.config.max_num_seqs], max_tokens=2)
     accounting = llm.engine.accounting
     accounting.ceilings = accounting.ceilings or measured_ceilings(llm.engine.runner.model)
-    prefills = [_run(llm, num_prompts, input_len, 1, seed=1 + i) for i in range(num_iters)]
+    prefills = [_run(llm, workload(1 + i), max_tokens=1) for i in range(num_iters)]
     before = dataclasses.replace(accounting.totals)
-    totals = [_run(llm, num_prompts, input_len, output_len, seed=1001 + i) for i in range(num_iters)]
+    totals = [_run(llm, workload(1001 + i)) for i in range(num_iters)]
     rates = accounting.totals.since(before).rates(accounting.ceilings)
     prefill_s, elapsed_s = statistics.median(prefills), statistics.median(totals)
     return {
         "model": llm.config.model,
         "num_prompts": num_prompts,
-        "prompt_tokens": num_prompts * input_len,
-        "output_tokens": num_prompts * output_len,
+        "prompt_tokens": prompt_tokens,
+        "output_tokens": output_tokens,
         "elapsed_s": elapsed_s,
-        "output_tokens_per_s": num_prompts * output_len / elapsed_s,
-        "prefill_tokens_per_s": num_prompts * input_len / prefill_s,
+        "output_tokens_per_s": output_tokens / elapsed_s,
+        "prefill_tokens_per_s": prompt_tokens / prefill_s,
         "compilations_after_warmup": llm.engine.runner.num_compilations_after_warmup,
         "mfu": rates["mfu"],
         "mbu": rates["mbu"],
@@ -52,20 +59,17 @@ def measure_throughput(
     }
 
 
-def random_prompts(llm: LLM, num_prompts: int, input_len: int, seed: int) -> list[list[int]]:
-    """Token ids that no other seed repeats, so that no run profits from another's cached pages."""
-    shape = (num_prompts, input_len)
-    return np.random.default_rng(seed).integers(0, llm.model_config.vocab_size, shape).tolist()
-
-
-def _run(llm: LLM, num_prompts: int, input_len: int, output_len: int, seed: int) -> float:
-    """Seconds to run distinct random prompts to their full length; nothing may be reused between runs."""
-    prompts = [{"prompt_token_ids": ids} for ids in random_prompts(llm, num_prompts, input_len, seed)]
-    params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False)
+def _run(llm: LLM, requests: Sequence[Planned], max_tokens: int | None = None) -> float:
+    """Seconds to run the requests to their full length, or to `max_tokens`."""
+    prompts = [{"prompt_token_ids": request.prompt} for request in requests]
+    lengths = [min(request.output_len, max_tokens or request.output_len) for request in requests]
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False) for length in lengths
+    ]
     started = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     elapsed = time.perf_counter() - started
-    assert all(len(o.outputs[0].token_ids) == output_len for o in outputs), "a request ended early"
+    assert [len(o.outputs[0].token_ids) for o in outputs] == lengths, "a request ended early"
     return elapsed
 
 

@@ -6,15 +6,18 @@ Inputs: sizes, a seed, a file. Output: a list of `Planned` requests. Knows nothi
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+Row = tuple[float, int, int, list[int]]  # arrival in seconds, prompt and output tokens, hash ids
 
 _BLOCK = 512  # tokens that one hash id of a Mooncake trace stands for
 # Column names of the public traces: arrival, prompt tokens, output tokens.
@@ -42,26 +45,36 @@ def random_prompts(
     return [Planned(at=0.0, prompt=row, output_len=output_len) for row in tokens.tolist()]
 
 
-def read_trace(path: Path, num_prompts: int, vocab_size: int, max_len: int, seed: int) -> list[Planned]:
+def read_trace(
+    path: Path, num_prompts: int, vocab_size: int, max_len: int, seed: int, *, scale: bool = False
+) -> list[Planned]:
     """The first `num_prompts` requests of a trace that fit into `max_len` tokens, at the trace's own times.
 
-    Prompts are random tokens; requests that share hash ids share those blocks.
+    With `scale` they are simply the first, all lengths shrunk by one factor so that the longest just fits. Prompts are
+    random tokens; requests that share hash ids share those blocks.
     """
-    planned: list[Planned] = []
-    for at, input_len, output_len, hashes in _rows(path):
-        if len(planned) == num_prompts:
-            break
-        if input_len < 1 or output_len < 1 or input_len + output_len > max_len:
-            continue
-        prompt = _prompt(input_len, hashes, len(planned), vocab_size, seed)
-        planned.append(Planned(at=at, prompt=prompt, output_len=output_len))
+    rows = (row for row in _rows(path) if row[1] > 0 and row[2] > 0)
+    if scale:
+        rows = _shrunk(list(itertools.islice(rows, num_prompts)), max_len)
+    fitting = (row for row in rows if row[1] + row[2] <= max_len)
+    planned = [
+        Planned(at=at, prompt=_prompt(input_len, hashes, i, vocab_size, seed), output_len=output_len)
+        for i, (at, input_len, output_len, hashes) in enumerate(itertools.islice(fitting, num_prompts))
+    ]
     if not planned:
         raise ValueError(f"--trace {path} has no request that fits into {max_len} tokens")
     first = planned[0].at
     return [Planned(at=p.at - first, prompt=p.prompt, output_len=p.output_len) for p in planned]
 
 
-def _rows(path: Path) -> Iterator[tuple[float, int, int, list[int]]]:
+def _shrunk(rows: Sequence[Row], max_len: int) -> Iterator[Row]:
+    longest = max((prompt + output for _, prompt, output, _ in rows), default=1)
+    factor = min(1.0, max_len / longest)
+    for at, prompt, output, hashes in rows:
+        yield at, max(1, int(prompt * factor)), max(1, int(output * factor)), hashes
+
+
+def _rows(path: Path) -> Iterator[Row]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = map(json.loads, file) if path.suffix == ".jsonl" else csv.DictReader(file)

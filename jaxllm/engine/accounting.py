@@ -4,8 +4,7 @@ Plain Python, sums over rows only: it costs the host a few microseconds per iter
 and the ceilings of a machine as numbers; nothing of arrays or text. Not safe for two threads.
 
 The device runs ahead of the host, so what can be seen is when the results of an iteration arrive. Its seconds are
-the time since the results of the one before arrived (or since its dispatch, where the device was idle). An
-iteration that samples nothing is never waited for: it shares the time of the next that is, by FLOPs.
+the time since the results of the one before arrived, or since its dispatch, where the device was idle.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxllm.engine.scheduler import Chunk, IterationPlan
 from jaxllm.roofline.cost_model import Cost, ModelCost
@@ -31,19 +30,6 @@ class Ceilings:
     source: str
 
 
-class _Work(NamedTuple):
-    """The first fields of an `IterationRecord`: all that is known before its time is."""
-
-    num_tokens: int
-    num_decodes: int
-    num_steps: int
-    request_ids: tuple[str, ...]
-    num_prefill_tokens: int
-    num_sampled: int
-    flops: float
-    bytes: float
-
-
 @dataclass(frozen=True, slots=True)
 class IterationRecord:
     """What one dispatched plan did; a decode loop is one plan of several steps.
@@ -53,8 +39,9 @@ class IterationRecord:
         num_steps: steps that were allowed; fewer ran where every row stopped.
         num_prefill_tokens, num_sampled: over all steps that ran.
         flops, bytes: of the model and its cache, over all devices.
-        seconds: of the iteration itself, pipeline latency excluded; None where it could not be seen.
-        mfu, mbu: fractions of the ceilings; None where these or the seconds are unknown, or a program was compiled.
+        seconds: of the iteration itself, pipeline latency excluded.
+        compiled: a program was compiled meanwhile, so the time is not the device's.
+        mfu, mbu: fractions of the ceilings; None where these are unknown or a program was compiled.
     """
 
     num_tokens: int
@@ -65,10 +52,10 @@ class IterationRecord:
     num_sampled: int
     flops: float
     bytes: float
-    seconds: float | None = None
-    mfu: float | None = None
-    mbu: float | None = None
-    compiled: bool = False
+    seconds: float
+    compiled: bool
+    mfu: float | None
+    mbu: float | None
 
 
 @dataclass(slots=True)
@@ -89,7 +76,7 @@ class Totals:
         self.generation_tokens += record.num_sampled
         self.flops += record.flops
         self.bytes += record.bytes
-        self.seconds += record.seconds or 0.0
+        self.seconds += record.seconds
 
     def since(self, before: Totals) -> Totals:
         """What came after an earlier copy of these."""
@@ -115,16 +102,14 @@ class Accounting:
     ceilings: Ceilings | None = None
     totals: Totals = field(default_factory=Totals)
     _recent: deque[IterationRecord] = field(default_factory=lambda: deque(maxlen=_RECENT))
-    _unseen: list[_Work] = field(default_factory=list)  # done or not: nobody waited for them
     _last_arrival: float = 0.0
-    _last_seen: float = 0.0
     _num_compilations: int = 0
 
     def arrived(
         self, plan: IterationPlan, results: Sequence[tuple[Chunk, Any]], *, dispatched: float, now: float,
         num_compilations: int,
-    ) -> list[IterationRecord]:  # fmt: skip
-        """The results of `plan` are here. Returns the records that this completes, oldest first.
+    ) -> IterationRecord:  # fmt: skip
+        """The results of `plan` are here: what it did.
 
         Args:
             plan: what was dispatched.
@@ -132,35 +117,30 @@ class Accounting:
             dispatched, now: in seconds of one clock.
             num_compilations: of the runner so far; where it has grown, the time was not the device's.
         """
-        done: list[IterationRecord] = []
-        if dispatched > self._last_arrival:  # the device had run dry: what it did before ended unseen
-            done, self._unseen = [IterationRecord(*work) for work in self._unseen], []
-            self._last_seen = dispatched
-        self._last_arrival = now
-        self._unseen.append(self._work(plan, results))
-        if results:
-            compiled, self._num_compilations = num_compilations > self._num_compilations, num_compilations
-            done += _timed(self._unseen, now - self._last_seen, self.ceilings, compiled)
-            self._unseen, self._last_seen = [], now
-        for record in done:
-            self.totals.add(record)
-            if record.seconds and not record.compiled:
-                self._recent.append(record)
-        return done
+        seconds = now - max(dispatched, self._last_arrival)
+        compiled = num_compilations > self._num_compilations
+        self._last_arrival, self._num_compilations = now, num_compilations
+        record = self._record(plan, results, seconds, compiled)
+        self.totals.add(record)
+        if not compiled:
+            self._recent.append(record)
+        return record
 
     def recent(self) -> dict[str, float | None]:
-        """Rates over the last iterations that were seen and compiled nothing."""
+        """Rates over the last iterations that compiled nothing."""
         return summed(self._recent).rates(self.ceilings)
 
-    def _work(self, plan: IterationPlan, results: Sequence[tuple[Chunk, Any]]) -> _Work:
-        """What the plan came to."""
+    def _record(
+        self, plan: IterationPlan, results: Sequence[tuple[Chunk, Any]], seconds: float, compiled: bool
+    ) -> IterationRecord:
         chunks = plan.chunks
         counts = [chunk.count for chunk in chunks]
         if plan.is_decode_loop:
             cost, num_sampled = self._loop_cost(results)
         else:
             cost, num_sampled = self._step_cost(chunks, sum(counts), len(results)), len(results)
-        return _Work(
+        ceilings = None if compiled or seconds <= 0 else self.ceilings
+        return IterationRecord(
             num_tokens=sum(counts),
             num_decodes=counts.count(1),
             num_steps=plan.num_steps,
@@ -169,6 +149,10 @@ class Accounting:
             num_sampled=num_sampled,
             flops=cost.flops,
             bytes=cost.bytes,
+            seconds=seconds,
+            compiled=compiled,
+            mfu=cost.flops / seconds / ceilings.flops_per_s if ceilings else None,
+            mbu=cost.bytes / seconds / ceilings.bytes_per_s if ceilings else None,
         )
 
     def _step_cost(self, chunks: Sequence[Chunk], num_tokens: int, num_samples: int) -> Cost:
@@ -190,17 +174,3 @@ def summed(records: Iterable[IterationRecord]) -> Totals:
     for record in records:
         totals.add(record)
     return totals
-
-
-def _timed(group: Sequence[_Work], seconds: float, ceilings: Ceilings | None, compiled: bool) -> list[IterationRecord]:
-    """Share the time of iterations that were waited for together by their FLOPs."""
-    flops = sum(work.flops for work in group) or 1.0
-    records = []
-    for work in group:
-        mine = seconds * work.flops / flops
-        mfu = mbu = None
-        if ceilings is not None and mine > 0 and not compiled:
-            mfu = work.flops / mine / ceilings.flops_per_s
-            mbu = work.bytes / mine / ceilings.bytes_per_s
-        records.append(IterationRecord(*work, mine, mfu, mbu, compiled))
-    return records

@@ -126,7 +126,7 @@ class AsyncLLM:
         self.engine, self.model_config = built.engine, built.model_config
         self._jobs = Jobs(built.engine, built.tokenizer)
         self._generation_config = built.generation_config
-        self._capacity = self.config.max_num_seqs + max_num_queued_requests
+        self._capacity = self.engine.runner.shapes.spare_slot + max_num_queued_requests  # slots of all replicas
         self._stuck_seconds = stuck_seconds
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="prepare")
         self._streams: set[Stream] = set()

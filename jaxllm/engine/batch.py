@@ -1,9 +1,11 @@
 """An `IterationPlan` -> the flat NumPy arrays that one compiled program takes.
 
-Static shapes in few sizes: tokens are padded to a token bucket, sampling rows to a row bucket. Knows requests
-and plans on one side and array layouts on the other; nothing of devices.
+Static shapes in few sizes: tokens are padded to a token bucket, sampling rows to a row bucket. With several
+data-parallel replicas every array is a row of equal sections, one per replica, so that a device finds its own
+tokens, rows and pages in its own part. Knows requests and plans on one side and array layouts on the other;
+nothing of devices.
 
-Dimension letters: T tokens (bucket), R rows, M pages per row, X stop ids.
+Dimension letters: T tokens (bucket), R rows, M pages per row, X stop ids, Z replicas.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ class RaggedBatch:
 
     Attributes:
         token_row, token_position: `[T]`, which row a token belongs to and where in its sequence it stands.
-        num_tokens: scalar; tokens at or beyond it are padding.
-        slot, q_start, q_len, kv_len: `[R]` per row; `num_single` rows of one query come first.
-        page_table: `[R, M]`.
+        num_tokens: scalar; tokens at or beyond it are padding. `[Z]` with several replicas, for each section.
+        slot, q_start, q_len, kv_len: `[R]` per row; `num_single` (`[Z]`) rows of one query come first. `q_start`
+            counts from the section's own first token.
+        page_table: `[R, M]`, numbers of the replica's own pages.
         sample_at: `[R]`, flat index of each sampling row's last token, in the order of the sampling rows.
     """
 
@@ -85,6 +88,37 @@ def make_buckets(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
     return tuple(reversed(sizes))
 
 
+def by_replica(chunks: Sequence[Chunk], num_replicas: int) -> list[Sequence[Chunk]]:
+    """The chunks of each replica, in their order."""
+    if num_replicas == 1:
+        return [chunks]
+    parts: list[list[Chunk]] = [[] for _ in range(num_replicas)]
+    for chunk in chunks:
+        parts[chunk.request.replica].append(chunk)
+    return list(parts)
+
+
+def fullest(chunks: Sequence[Chunk], num_replicas: int) -> int:
+    """Rows of the replica that has most."""
+    return max(map(len, by_replica(chunks, num_replicas)))
+
+
+def row_numbers(chunks: Sequence[Chunk], num_rows: int, num_replicas: int) -> Sequence[int]:
+    """In which row of the sections (of `num_rows` each) every chunk stands."""
+    if num_replicas == 1:
+        return range(len(chunks))
+    at = {
+        id(c): z * num_rows + i for z, part in enumerate(by_replica(chunks, num_replicas)) for i, c in enumerate(part)
+    }
+    return [at[id(chunk)] for chunk in chunks]
+
+
+def page_tables(chunks: Sequence[Chunk], num_rows: int, width: int, num_replicas: int = 1) -> np.ndarray:
+    """`[R, M]` page numbers of the chunks' requests, `num_rows` rows for each replica."""
+    parts = by_replica(chunks, num_replicas)
+    return np.concatenate([page_table([chunk.request for chunk in part], num_rows, width) for part in parts])
+
+
 def page_table(requests: Sequence[Request], num_rows: int, width: int) -> np.ndarray:
     """`[R, M]` page numbers, zero where a row has none."""
     table = np.zeros((num_rows, width), np.int32)
@@ -93,42 +127,58 @@ def page_table(requests: Sequence[Request], num_rows: int, width: int) -> np.nda
     return table
 
 
-def ragged_batch(plan: IterationPlan, num_tokens: int, num_rows: int, width: int) -> RaggedBatch:
-    """Lay the plan's chunks end to end: one row per chunk, one entry per token."""
-    counts = np.array([chunk.count for chunk in plan.chunks], np.int32)
-    starts = np.array([chunk.start for chunk in plan.chunks], np.int32)
+def ragged_batch(plan: IterationPlan, num_tokens: int, num_rows: int, width: int, num_replicas: int = 1) -> RaggedBatch:
+    """Lay the plan's chunks end to end: one row per chunk, one entry per token; sizes are those of one replica."""
+    parts = [_section(part, num_tokens, num_rows, width) for part in by_replica(plan.chunks, num_replicas)]
+    if num_replicas == 1:
+        return parts[0]
+    for z, part in enumerate(parts):
+        part.token_row[:] += z * num_rows
+        part.sample_at[:] += z * num_tokens
+    return jax.tree.map(lambda *sections: np.concatenate([np.atleast_1d(a) for a in sections]), *parts)
+
+
+def _section(chunks: Sequence[Chunk], num_tokens: int, num_rows: int, width: int) -> RaggedBatch:
+    counts = np.array([chunk.count for chunk in chunks], np.int32)
+    starts = np.array([chunk.start for chunk in chunks], np.int32)
     offsets = np.cumsum(counts, dtype=np.int32) - counts
     total, rows = int(counts.sum()), len(counts)
     token_row = np.repeat(np.arange(rows, dtype=np.int32), counts)
     position = np.arange(total, dtype=np.int32) - (offsets - starts)[token_row]
-    ends = [int(offsets[i] + counts[i]) - 1 for i, chunk in enumerate(plan.chunks) if chunk.num_samples]
+    ends = [int(offsets[i] + counts[i]) - 1 for i, chunk in enumerate(chunks) if chunk.num_samples]
     return RaggedBatch(
         token_row=_pad(token_row, num_tokens),
         token_position=_pad(position, num_tokens),
         num_tokens=np.int32(total),
-        slot=_pad([chunk.request.slot for chunk in plan.chunks], num_rows),
+        slot=_pad([chunk.request.slot for chunk in chunks], num_rows),
         q_start=_pad(offsets, num_rows),
         q_len=_pad(counts, num_rows),
         kv_len=_pad(starts + counts, num_rows),
         num_single=np.int32((counts == 1).sum()),
-        page_table=page_table([chunk.request for chunk in plan.chunks], num_rows, width),
+        page_table=page_table([chunk.request for chunk in chunks], num_rows, width),
         sample_at=_pad(ends, num_rows),
     )
 
 
 def row_batch(
-    chunks: Sequence[Chunk], num_rows: int, spare_slot: int, vocab_size: int, *, greedy: bool = True
-) -> RowBatch:
-    """The sampling rows of a plan: `length` is where each row's next token goes.
+    chunks: Sequence[Chunk], num_rows: int, spare_slot: int, vocab_size: int, num_replicas: int = 1, *,
+    greedy: bool = True,
+) -> RowBatch:  # fmt: skip
+    """The sampling rows of a plan, `num_rows` for each replica: `length` is where each row's next token goes.
 
     Where `greedy` allows it, rows that are all plainly greedy need no sampling parameters.
     """
+    greedy = greedy and all(chunk.request.params.plain_greedy for chunk in chunks)
+    parts = [_rows(part, num_rows, spare_slot, vocab_size, greedy) for part in by_replica(chunks, num_replicas)]
+    return parts[0] if num_replicas == 1 else jax.tree.map(lambda *sections: np.concatenate(sections), *parts)
+
+
+def _rows(chunks: Sequence[Chunk], num_rows: int, spare_slot: int, vocab_size: int, greedy: bool) -> RowBatch:
     requests = [chunk.request for chunk in chunks]
     stop_ids = np.full((num_rows, MAX_STOP_IDS), -1, np.int32)
     for row, request in enumerate(requests):
         ids = sorted(request.stop_ids)[:MAX_STOP_IDS]
         stop_ids[row, : len(ids)] = ids
-    greedy = greedy and all(request.params.plain_greedy for request in requests)
     return RowBatch(
         slot=_pad([request.slot for request in requests], num_rows, fill=spare_slot),
         length=_pad([chunk.start + chunk.count for chunk in chunks], num_rows, fill=1),

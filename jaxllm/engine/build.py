@@ -150,36 +150,45 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
     """Fix every static size. Raises ValueError where the cache cannot hold one request of `max_model_len`."""
     import jax.numpy as jnp
 
+    from jaxllm.cache.pages import token_bytes
     from jaxllm.engine.runner import RunnerShapes
+    from jaxllm.ops.attention import XLA, choose_backend, fit_backend
 
-    on_cpu = model.placement.mesh.devices.flat[0].platform == "cpu"
+    platform = model.placement.mesh.devices.flat[0].platform
+    on_cpu = platform == "cpu"
     weights = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
     # XLA's CPU backend converts a whole bfloat16 cache to write one row; float32 is written in place.
     kv_dtype = jnp.dtype(jnp.float32) if on_cpu else weights
     if config.kv_dtype != "auto":
-        kv_dtype = jnp.dtype(config.kv_dtype)
-    token_bytes = model.cfg.kv_bytes_per_token(kv_dtype.itemsize) * model.kv_copies
-    num_pages = _cache_bytes(config, model) // (token_bytes * config.page_size)
+        kv_dtype = jnp.dtype("float8_e4m3fn" if config.kv_dtype == "fp8" else config.kv_dtype)
+    bytes_per_token = token_bytes(model.cfg, kv_dtype, model.kv_copies)
+    num_pages = _cache_bytes(config, model) // (bytes_per_token * config.page_size)
     capacity = (num_pages - 1) * config.page_size
     longest = model.cfg.max_position_embeddings
     max_model_len = config.max_model_len or min(longest, max(capacity, 0))
     if max_model_len > longest:
         raise ValueError(f"max_model_len={max_model_len} exceeds the {longest} positions of the model; lower it")
     if capacity < max_model_len or capacity < 1:
+        needed = bytes_per_token * (max_model_len + 2 * config.page_size)
         raise ValueError(
             f"the KV cache holds {max(capacity, 0)} tokens, fewer than max_model_len={max_model_len}; raise "
-            f"kv_cache_memory_bytes to {token_bytes * (max_model_len + 2 * config.page_size)} or lower max_model_len"
+            f"kv_cache_memory_bytes to {needed} or lower max_model_len"
         )
+    local_heads = model.cfg.num_kv_heads * model.kv_copies // model.placement.parts("heads")
+    backend = fit_backend(choose_backend(config.attention_backend, platform), model.cfg, kv_dtype, local_heads)
     return RunnerShapes(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.token_budget,
         max_model_len=max_model_len,
         num_pages=num_pages,
+        num_replicas=model.placement.parts("pages"),
+        token_multiple=model.placement.token_multiple(),
         page_size=config.page_size,
         max_decode_steps=0 if config.deterministic else config.max_decode_steps,
         deterministic=config.deterministic,
         kv_dtype=kv_dtype,
         residual_dtype=jnp.dtype(jnp.float32) if on_cpu else weights,
+        attention=XLA if model.placement.ring_size() > 1 else backend,  # the ring reads pages as XLA's attention does
     )
 
 
@@ -196,18 +205,17 @@ def _agreed(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
 
 
 def _cache_bytes(config: EngineConfig, model: AbstractModel) -> int:
-    """Bytes for pages over all devices that share them."""
+    """Bytes for the pages of one replica, over all devices that share them."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     mesh = model.placement.mesh
     stats = mesh.devices.flat[0].memory_stats()
     if not stats or mesh.devices.flat[0].platform == "cpu":
-        return _CPU_CACHE_BYTES
+        return _CPU_CACHE_BYTES // model.placement.parts("pages")
     taken = stats["bytes_in_use"] + model.parameter_bytes_per_device() + _TEMPORARY_BYTES
     free = int(stats["bytes_limit"] * config.gpu_memory_utilization) - taken
-    axis = model.placement.heads_axis()
-    is_cut = axis is not None and model.cfg.latent is None  # a latent row lies whole on every device
-    return max(free, 0) * (mesh.shape[axis] if is_cut else 1)
+    is_cut = model.cfg.latent is None  # a latent row lies whole on every device
+    return max(free, 0) * (model.placement.parts("heads") if is_cut else 1)
 
 
 def _tokenizer(config: EngineConfig, path: Path | None) -> Tokenizer | None:

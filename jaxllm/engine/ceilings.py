@@ -12,6 +12,7 @@ import math
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxllm.cache.pages import token_bytes
 from jaxllm.engine.accounting import Ceilings
 from jaxllm.models.loader import AbstractModel
 from jaxllm.roofline.chips import Chip, chip_of_device, measure_device
@@ -20,10 +21,10 @@ from jaxllm.roofline.cost_model import ModelCost, model_cost
 
 def engine_cost(model: AbstractModel, kv_dtype: jnp.dtype) -> ModelCost:
     """The model's cost with the bytes that its shards really have: copies, padding and dtypes as they lie."""
-    mesh = model.placement.mesh
-    axis = model.placement.heads_axis()
-    cuts = mesh.shape[axis] if axis and not model.cfg.latent else 1  # latent rows are never cut
-    cost = model_cost(model.cfg, kv_dtype=jnp.dtype(kv_dtype).name, kv_copies=model.kv_copies)
+    mesh, placement = model.placement.mesh, model.placement
+    cuts = placement.parts("pages") * (1 if model.cfg.latent else placement.parts("heads"))  # latent rows are whole
+    cost = model_cost(model.cfg, kv_copies=model.kv_copies)
+    kv_bytes = token_bytes(model.cfg, kv_dtype, model.kv_copies) / model.cfg.num_layers
     blocks, tables = _weight_bytes(model)
     share = cost.expert_bytes / (cost.block_bytes + cost.expert_bytes)
     return dataclasses.replace(
@@ -32,7 +33,7 @@ def engine_cost(model: AbstractModel, kv_dtype: jnp.dtype) -> ModelCost:
         expert_bytes=blocks * share,
         head_bytes=tables.get("lm_head", tables["embedding"]),
         embedding_row_bytes=tables["embedding"] / (model.cfg.vocab_size + model.vocab_padding),
-        kv_bytes=cost.kv_bytes * mesh.size / cuts,
+        kv_bytes=kv_bytes * mesh.size / cuts,
     )
 
 

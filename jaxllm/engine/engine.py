@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from jaxllm.engine.accounting import Accounting, IterationRecord
 from jaxllm.engine.ceilings import engine_cost, known_ceilings
 from jaxllm.engine.page_pool import PagePool
+from jaxllm.engine.replicas import Replicas
 from jaxllm.engine.request import Constraint, Request
 from jaxllm.engine.runner import InFlight, ModelRunner
 from jaxllm.engine.sampling import Sampled
@@ -54,15 +55,22 @@ class Engine:
     ):
         shapes = runner.shapes
         self.runner = runner
-        self.pool = PagePool(
-            shapes.num_pages, shapes.page_size, enable_prefix_caching=enable_prefix_caching, namespace=namespace
-        )
-        self.scheduler = Scheduler(
-            self.pool,
-            max_num_seqs=shapes.max_num_seqs,
-            max_num_batched_tokens=shapes.max_num_batched_tokens,
-            max_decode_steps=shapes.max_decode_steps,
-        )
+
+        def scheduler(replica: int) -> Scheduler:
+            pool = PagePool(
+                shapes.num_pages, shapes.page_size, enable_prefix_caching=enable_prefix_caching, namespace=namespace
+            )
+            return Scheduler(
+                pool,
+                max_num_seqs=shapes.max_num_seqs,
+                max_num_batched_tokens=shapes.max_num_batched_tokens,
+                max_decode_steps=shapes.max_decode_steps,
+                first_slot=replica * shapes.max_num_seqs,
+            )
+
+        schedulers = [scheduler(replica) for replica in range(shapes.num_replicas)]
+        self.scheduler = schedulers[0] if len(schedulers) == 1 else Replicas(schedulers)
+        self.pool = self.scheduler.pool
         self.records: deque[IterationRecord] = deque(maxlen=4096)
         self.accounting = Accounting(engine_cost(runner.model, shapes.kv_dtype), known_ceilings(runner.model))
         self.eos_token_ids = tuple(eos_token_ids)
@@ -203,6 +211,6 @@ class Engine:
 
     def _record(self, work: InFlight, read: Sequence[tuple[Chunk, Sampled]]) -> None:
         now, compilations = time.perf_counter(), self.runner.num_compilations
-        self.records.extend(self.accounting.arrived(
+        self.records.append(self.accounting.arrived(
             work.plan, read, dispatched=work.dispatched, now=now, num_compilations=compilations
         ))  # fmt: skip

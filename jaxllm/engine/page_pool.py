@@ -112,6 +112,10 @@ class PagePool:
             self._refs[page] += 1
         return pages
 
+    def num_cached(self, digests: Sequence[bytes]) -> int:
+        """Length of the longest run of cached pages that `match` would find; takes no reference."""
+        return next((i for i, digest in enumerate(digests) if digest not in self._page_of), len(digests))
+
     def count_query(self, num_tokens: int, num_hit: int) -> None:
         """Record one admitted prompt in the hit-rate statistics."""
         self.num_queried_tokens += num_tokens

@@ -225,8 +225,9 @@ class Leader:
                     continue
                 (number,) = _HELLO.unpack(hello[_TOKEN_BYTES:])
                 self._peers.append(_Peer(connection, f"process {number}"))
-        for peer in self._peers:
-            threading.Thread(target=peer.receive, name="watch", daemon=True).start()
+        self._watchers = [threading.Thread(target=p.receive, name="watch", daemon=True) for p in self._peers]
+        for watcher in self._watchers:
+            watcher.start()
 
     def send(self, message: bytes) -> None:
         """To every follower."""
@@ -234,10 +235,12 @@ class Leader:
             peer.send(message)
 
     def stop(self) -> None:
-        """The last message: the followers end well."""
+        """The last message: the followers leave JAX's runtime, which is this process's, and hang up."""
         for peer in self._peers:
             peer.closing = True
         self.send(STOP)
+        for watcher in self._watchers:
+            watcher.join(_SILENCE_SECONDS)
 
 
 class Follower:
@@ -269,5 +272,6 @@ class Follower:
             traceback.print_exc()
             print("jaxllm: error: this process failed; all end", file=sys.stderr, flush=True)
             os._exit(1)  # an orderly end would wait for the others, who wait for this one
+        jax.distributed.shutdown()
         self._peer.close()
         raise SystemExit(0)

@@ -53,6 +53,7 @@ class Request:
     Attributes:
         limit: length at which generation ends: prompt + max_tokens, capped by the engine's max_model_len.
         priority: smaller runs first; equal ones run in order of arrival.
+        replica: which data-parallel replica it runs on; its pages are numbers of that replica's cache.
         slot: row of the device's per-request state while running, else -1.
         constraint: limits the next token by those before it, so none may be sampled ahead of reading them.
         error: why the engine ended it with `abort`, where it knows.
@@ -76,6 +77,7 @@ class Request:
     num_pending: int = 0
     num_cached: int | None = None
     num_preemptions: int = 0
+    replica: int = 0
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)

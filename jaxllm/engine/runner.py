@@ -20,13 +20,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.cache.pages import allocate_pages, page_dims, page_shape
+from jaxllm.cache.pages import PageLayout, allocate_pages
 from jaxllm.engine import batch as batches
 from jaxllm.engine.sampling import Sampled
 from jaxllm.engine.scheduler import Chunk, IterationPlan
 from jaxllm.engine.step import Programs, SlotState
 from jaxllm.engine.wire import decode, encode
 from jaxllm.models.loader import AbstractModel
+from jaxllm.ops.attention import XLA, AttentionBackend
 
 if TYPE_CHECKING:
     from jaxllm.engine.processes import Leader
@@ -37,7 +38,7 @@ Key = tuple[str, int, bool]  # program, bucket, plainly greedy
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerShapes:
-    """Every static size of the compiled programs."""
+    """Every static size of the compiled programs; requests, tokens and pages are those of one replica."""
 
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -48,6 +49,21 @@ class RunnerShapes:
     kv_dtype: jnp.dtype
     residual_dtype: jnp.dtype
     deterministic: bool = False
+    attention: AttentionBackend = XLA
+    num_replicas: int = 1
+    token_multiple: int = 1
+
+    def page_layout(self, kv_copies: int) -> PageLayout:
+        """Of one layer's cache, the pages of all replicas."""
+        return PageLayout(
+            num_pages=self.num_pages * self.num_replicas, page_size=self.page_size, kv_copies=kv_copies,
+            dtype=self.kv_dtype, interleaved=self.attention.interleaved_pages,
+        )  # fmt: skip
+
+    @property
+    def spare_slot(self) -> int:
+        """The slot after all requests' slots: padding rows use it."""
+        return self.num_replicas * self.max_num_seqs
 
     @property
     def pages_per_row(self) -> int:
@@ -56,10 +72,10 @@ class RunnerShapes:
 
     @property
     def token_buckets(self) -> tuple[int, ...]:
-        """Sizes of the ragged step."""
-        if self.deterministic:
-            return (self.max_num_batched_tokens,)
-        return batches.make_buckets(min(64, self.max_num_batched_tokens), self.max_num_batched_tokens, 4)
+        """Sizes of the ragged step, rounded up to what the token cuts of the mesh divide."""
+        largest = self.max_num_batched_tokens
+        buckets = (largest,) if self.deterministic else batches.make_buckets(min(64, largest), largest, 4)
+        return tuple(dict.fromkeys(-(-size // self.token_multiple) * self.token_multiple for size in buckets))
 
     @property
     def row_buckets(self) -> tuple[int, ...]:
@@ -76,10 +92,11 @@ class RunnerShapes:
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """Work on its way: the chunks that sample and what they sampled, or hidden states where none does."""
+    """Work on its way: the chunks that sample, their rows, and what they sampled (hidden states where none does)."""
 
     plan: IterationPlan
     sampling: Sequence[Chunk]
+    rows: Sequence[int]
     result: Sampled | jax.Array
     dispatched: float
 
@@ -95,7 +112,7 @@ class InFlight:
         arrays = jax.tree.map(np.asarray, self.result)
         if not self.plan.is_decode_loop:
             arrays = jax.tree.map(lambda a: a[None], arrays)
-        return [(chunk, _row(arrays, row, chunk.num_samples)) for row, chunk in enumerate(self.sampling)]
+        return [(c, _row(arrays, row, c.num_samples)) for c, row in zip(self.sampling, self.rows, strict=True)]
 
 
 def _row(arrays: Sampled, row: int, num_samples: int) -> Sampled:
@@ -115,7 +132,7 @@ class ModelRunner:
         self.shapes = shapes
         self.programs = make_programs(model, shapes)
         self._params: list[jax.Array] = []
-        self._pages: list[jax.Array] = []
+        self._pages: list[Any] = []  # per layer an array, or a pytree of page-major arrays
         self._state: Any = None
         self._hidden: Any = None  # what the last ragged step left
         self.leader: Leader | None = None
@@ -137,11 +154,9 @@ class ModelRunner:
         if self.leader is not None:
             self.leader.send(encode(("reset", 0, True), ()))
         self._pages, self._state, self._hidden = [], None, None  # free the old ones first
-        model, shapes = self.model, self.shapes
-        self._pages = allocate_pages(
-            model.cfg, shapes.num_pages, shapes.page_size, model.kv_copies, shapes.kv_dtype, model.placement
-        )
-        self._state = _empty_state(shapes, model)
+        model = self.model
+        self._pages = allocate_pages(model.cfg, self.shapes.page_layout(model.kv_copies), model.placement)
+        self._state = _empty_state(self.shapes, model)
 
     def dispatch(self, plan: IterationPlan) -> InFlight:
         """Put one plan's work on the device queue."""
@@ -155,19 +170,23 @@ class ModelRunner:
         if isinstance(result, Sampled):
             for array in jax.tree.leaves(result):
                 array.copy_to_host_async()
-        return InFlight(plan, sampling, result, started)
+        replicas = self.shapes.num_replicas
+        num_rows = batches.bucket_for(batches.fullest(sampling, replicas), self.shapes.row_buckets)
+        return InFlight(plan, sampling, batches.row_numbers(sampling, num_rows, replicas), result, started)
 
     def _ragged(self, plan: IterationPlan, sampling: Sequence[Chunk]) -> Sampled | jax.Array:
-        bucket = batches.bucket_for(plan.num_tokens, self.shapes.token_buckets)
+        parts = batches.by_replica(plan.chunks, self.shapes.num_replicas)
+        tokens = max(sum(chunk.count for chunk in part) for part in parts)
+        bucket = batches.bucket_for(tokens, self.shapes.token_buckets)
         batch = self._batch(plan, bucket)
         hidden_RD = self.execute(("ragged", bucket, True), batch)
         if not sampling:
             return hidden_RD
-        rows = self._rows(sampling)
-        return self.execute(("sample", len(rows.slot), rows.sampling is None), rows)
+        bucket, rows = self._rows(sampling)
+        return self.execute(("sample", bucket, rows.sampling is None), rows)
 
     def hidden_states(self, plan: IterationPlan) -> jax.Array:
-        """Forward one chunk of a request in the spare slot, and return every token's hidden state `[T, D]`.
+        """Forward one chunk of a request in the spare slot of the first replica; every token's hidden state `[T, D]`.
 
         For scoring passes, which sample nothing: T is the token bucket, rows past the chunk mean nothing.
         """
@@ -176,14 +195,14 @@ class ModelRunner:
         row[: len(chunk.request.token_ids)] = chunk.request.token_ids
         self.execute(("admit", 0, True), np.int32(chunk.request.slot), row)
         bucket = batches.bucket_for(plan.num_tokens, self.scoring_buckets)
-        batch = self._batch(plan, bucket)
-        batch = dataclasses.replace(batch, sample_at=np.arange(bucket, dtype=np.int32))
+        batch = dataclasses.replace(self._batch(plan, bucket), sample_at=np.arange(bucket, dtype=np.int32))
         return self.execute(("hidden", bucket, True), batch)
 
     def _batch(self, plan: IterationPlan, bucket: int) -> batches.RaggedBatch:
-        batch = batches.ragged_batch(plan, bucket, self.shapes.row_buckets[-1], self.shapes.pages_per_row)
+        shapes = self.shapes
+        batch = batches.ragged_batch(plan, bucket, shapes.row_buckets[-1], shapes.pages_per_row, shapes.num_replicas)
         # A token must not know whether it came as a decode or in a chunk: its row is attended in the same way.
-        return dataclasses.replace(batch, num_single=np.int32(0)) if self.shapes.deterministic else batch
+        return dataclasses.replace(batch, num_single=batch.num_single * 0) if shapes.deterministic else batch
 
     def score(self, hidden_TD: jax.Array, targets_T: np.ndarray) -> Sampled:
         """See `Programs.score`."""
@@ -202,11 +221,9 @@ class ModelRunner:
         return tuple(dict.fromkeys((buckets[len(buckets) // 2], buckets[-1])))
 
     def _decode(self, plan: IterationPlan) -> Sampled:
-        rows = self._rows(plan.chunks)
-        requests = [chunk.request for chunk in plan.chunks]
-        table = batches.page_table(requests, len(rows.slot), self.shapes.pages_per_row)
-        key = ("decode", len(rows.slot), rows.sampling is None)
-        return self.execute(key, rows, table, np.int32(plan.num_steps))
+        bucket, rows = self._rows(plan.chunks)
+        table = batches.page_tables(plan.chunks, bucket, self.shapes.pages_per_row, self.shapes.num_replicas)
+        return self.execute(("decode", bucket, rows.sampling is None), rows, table, np.int32(plan.num_steps))
 
     def execute(self, key: Key, *inputs: Any) -> Any:
         """Dispatch one program on what lies on the devices and these host arrays: the same on every process."""
@@ -221,7 +238,7 @@ class ModelRunner:
             return self._hidden
         if name in ("score", "pool"):
             return program(self._params, self._hidden, *inputs)
-        rows = self._without_idle_masks(inputs[0])
+        rows = self._without_idle_masks(key[1], inputs[0])
         if name == "sample":
             sampled, self._state = program(self._params, self._hidden, self._state, rows)
         else:
@@ -239,17 +256,18 @@ class ModelRunner:
             self.execute(key, *inputs)
         return key[0] != "stop"
 
-    def _rows(self, chunks: Sequence[Chunk]) -> batches.RowBatch:
-        bucket = batches.bucket_for(len(chunks), self.shapes.row_buckets)
-        rows = batches.row_batch(
-            chunks, bucket, self.shapes.max_num_seqs, self.model.cfg.vocab_size, greedy=not self.shapes.deterministic
-        )
-        return rows
+    def _rows(self, chunks: Sequence[Chunk]) -> tuple[int, batches.RowBatch]:
+        """Rows of each replica's section, and the sections."""
+        shapes = self.shapes
+        bucket = batches.bucket_for(batches.fullest(chunks, shapes.num_replicas), shapes.row_buckets)
+        return bucket, batches.row_batch(
+            chunks, bucket, shapes.spare_slot, self.model.cfg.vocab_size, shapes.num_replicas,
+            greedy=not shapes.deterministic,
+        )  # fmt: skip
 
-    def _without_idle_masks(self, rows: batches.RowBatch) -> batches.RowBatch:
+    def _without_idle_masks(self, bucket: int, rows: batches.RowBatch) -> batches.RowBatch:
         if rows.sampling is None or rows.sampling.masked.any():
             return rows
-        bucket = len(rows.slot)
         if bucket not in self._no_masks:  # stays on the device: no row looks at it
             self._no_masks[bucket] = jax.device_put(rows.sampling.allowed, self.model.placement.replicated)
         sampling = dataclasses.replace(rows.sampling, allowed=self._no_masks[bucket])
@@ -319,7 +337,8 @@ def make_programs(model: AbstractModel, shapes: RunnerShapes) -> Programs:
         placement=model.placement,
         residual_dtype=shapes.residual_dtype,
         max_steps=shapes.max_decode_steps,
-        query_tile=16 if shapes.deterministic else 64,  # there every decode is a tile of its own
+        # Deterministic iterations have a tile for every decode.
+        backend=dataclasses.replace(shapes.attention, query_tile=16) if shapes.deterministic else shapes.attention,
     )
 
 
@@ -329,34 +348,40 @@ def lower(
     """Lower one program; `params`, `pages` and `state` may be arrays or shapes with shardings."""
     name, bucket, greedy = key
     whole = model.placement.replicated
-    paged = [model.placement.sharding(*page_dims(model.cfg))] * model.cfg.num_layers
-    rows = batches.row_batch([], bucket, shapes.max_num_seqs, model.cfg.vocab_size)
+    paged = jax.tree.map(lambda leaf: leaf.sharding, _abstract_pages(model, shapes))
+    replicas, vocab_size = shapes.num_replicas, model.cfg.vocab_size
+    rows = batches.row_batch([], bucket, shapes.spare_slot, vocab_size, replicas)
     if not greedy:
-        rows = batches.RowBatch(
-            rows.slot, rows.length, rows.limit, rows.stop_ids, batches.sampling_rows([], bucket, model.cfg.vocab_size)
-        )
+        rows = dataclasses.replace(rows, sampling=batches.sampling_rows([], replicas * bucket, vocab_size))
+
+    def host(arguments: Any) -> Any:
+        """What comes from the host comes whole to every device; else the compiler would choose a cut."""
+        if whole.mesh.size == 1:
+            return arguments
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), np.asarray(a).dtype, sharding=whole), arguments)
+
     if name == "admit":
         jitted = jax.jit(programs.admit, donate_argnums=0, out_shardings=whole)
-        return jitted.lower(state, np.int32(0), np.zeros(shapes.max_model_len, np.int32))
+        return jitted.lower(state, *host((np.int32(0), np.zeros(shapes.max_model_len, np.int32))))
     if name in ("ragged", "hidden"):
         jitted = jax.jit(programs.ragged_step, donate_argnums=1, out_shardings=(whole, paged))
-        empty = batches.ragged_batch(IterationPlan([]), bucket, shapes.row_buckets[-1], shapes.pages_per_row)
+        empty = batches.ragged_batch(IterationPlan([]), bucket, shapes.row_buckets[-1], shapes.pages_per_row, replicas)
         if name == "hidden":
             empty = dataclasses.replace(empty, sample_at=np.zeros(bucket, np.int32))
-        return jitted.lower(params, pages, state, empty)
+        return jitted.lower(params, pages, state, host(empty))
     if name in ("score", "pool"):
         hidden = jax.ShapeDtypeStruct((bucket, model.cfg.hidden_size), shapes.residual_dtype, sharding=whole)
         function, dtype = (programs.score, np.int32) if name == "score" else (programs.pool, np.float32)
-        return jax.jit(function, out_shardings=whole).lower(params, hidden, np.zeros(bucket, dtype))
+        return jax.jit(function, out_shardings=whole).lower(params, hidden, host(np.zeros(bucket, dtype)))
     if name == "sample":
         jitted = jax.jit(programs.sample_step, donate_argnums=2, out_shardings=whole)
         width = model.cfg.hidden_size
-        hidden = jax.ShapeDtypeStruct((shapes.row_buckets[-1], width), shapes.residual_dtype, sharding=whole)
-        return jitted.lower(params, hidden, state, rows)
+        hidden = jax.ShapeDtypeStruct((replicas * shapes.row_buckets[-1], width), shapes.residual_dtype, sharding=whole)
+        return jitted.lower(params, hidden, state, host(rows))
     assert name == "decode", name
     jitted = jax.jit(programs.decode_loop, donate_argnums=(1, 2), out_shardings=(whole, paged, whole))
-    table = np.zeros((bucket, shapes.pages_per_row), np.int32)
-    return jitted.lower(params, pages, state, rows, table, np.int32(1))
+    table = np.zeros((replicas * bucket, shapes.pages_per_row), np.int32)
+    return jitted.lower(params, pages, state, *host((rows, table, np.int32(1))))
 
 
 def abstract_arrays(model: AbstractModel, shapes: RunnerShapes) -> tuple[Any, Any, Any]:
@@ -366,15 +391,17 @@ def abstract_arrays(model: AbstractModel, shapes: RunnerShapes) -> tuple[Any, An
         return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
 
     params = jax.tree.leaves(jax.tree.map(shaped, model.state, model.shardings()))
-    shape = page_shape(model.cfg, shapes.num_pages, shapes.page_size, model.kv_copies)
-    page = jax.ShapeDtypeStruct(shape, shapes.kv_dtype, sharding=model.placement.sharding(*page_dims(model.cfg)))
     state = jax.eval_shape(functools.partial(_zero_state, shapes))
     whole = model.placement.replicated
-    return params, [page] * model.cfg.num_layers, jax.tree.map(lambda s: shaped(s, whole), state)
+    return params, _abstract_pages(model, shapes), jax.tree.map(lambda s: shaped(s, whole), state)
+
+
+def _abstract_pages(model: AbstractModel, shapes: RunnerShapes) -> list[Any]:
+    return [shapes.page_layout(model.kv_copies).abstract(model.cfg, model.placement)] * model.cfg.num_layers
 
 
 def _zero_state(shapes: RunnerShapes) -> SlotState:
-    slots = shapes.max_num_seqs + 1
+    slots = shapes.spare_slot + 1
     return SlotState(jnp.zeros((slots, shapes.max_model_len), jnp.int32), jnp.zeros(slots, jnp.bool))
 
 

@@ -57,14 +57,17 @@ class Scheduler:
     `max_decode_steps=0`: no decode loops, every plan is a ragged step.
     """
 
-    def __init__(self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, max_decode_steps: int = 1):
+    def __init__(
+        self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, max_decode_steps: int = 1,
+        first_slot: int = 0,
+    ):  # fmt: skip
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_decode_steps = max_decode_steps
         self.running: list[Request] = []  # by rank: the first is the last to be preempted
         self._waiting: tuple[list[Ranked], list[Ranked]] = ([], [])  # heaps by rank: short prompts, long prompts
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._free_slots = list(range(first_slot + max_num_seqs - 1, first_slot - 1, -1))
         self.num_waiting = 0  # the heaps may hold finished requests beside these
         self.num_preemptions = 0
 
@@ -93,7 +96,11 @@ class Scheduler:
 
     def schedule(self) -> IterationPlan | None:
         """Plan the next iteration, or None when nothing can run before results in flight are read."""
-        if steps := self._loop_steps():
+        return self.plan(self.loop_steps())
+
+    def plan(self, steps: int) -> IterationPlan | None:
+        """A decode loop of `steps` iterations (no more than `loop_steps` allows), or else one iteration."""
+        if steps:
             return IterationPlan(self._decode_chunks(steps), is_decode_loop=True, num_steps=steps)
         chunks = self._decode_chunks(1)
         admitted = self._prefill(chunks, self.max_num_batched_tokens - len(chunks))
@@ -107,7 +114,7 @@ class Scheduler:
 
     # Rule 1: every running decode takes one token per iteration.
 
-    def _loop_steps(self) -> int:
+    def loop_steps(self) -> int:
         """Iterations that may run without looking up: more than one only if nothing waits and pages suffice."""
         active = [r for r in self.running if not r.exhausted]
         if not active or self.num_waiting or any(r.num_left != 1 or r.constraint is not None for r in active):

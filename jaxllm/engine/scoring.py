@@ -109,7 +109,7 @@ class Scorer:
         runner = self._engine.runner
         count = min(runner.scoring_buckets[-1], len(work.token_ids) - work.start)
         request = Request("scoring", work.token_ids, SamplingParams(), limit=len(work.token_ids))
-        request.slot, request.pages = runner.shapes.max_num_seqs, work.pages
+        request.slot, request.pages = runner.shapes.spare_slot, work.pages
         hidden_TD = runner.hidden_states(IterationPlan([Chunk(request, work.start, count, 0)]))
         if work.pooling is None:
             work.scored.append(self._score(work, hidden_TD, count))

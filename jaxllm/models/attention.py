@@ -42,6 +42,7 @@ class Attention(nnx.Module):
         self.sinks = param((k, g), ("heads", "group")) if cfg.attention_sinks else None
 
     def __call__(self, x_TD: jax.Array, rope: Tables | None, ctx: Context) -> jax.Array:
+        x_TD = ctx.shard(x_TD, "tokens", "model")
         qkv = contract("TD,DKXH->TKXH", x_TD, self.qkv)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
@@ -93,6 +94,7 @@ class MultiHeadLatentAttention(nnx.Module):
     def __call__(self, x_TD: jax.Array, rope: Tables | None, ctx: Context) -> jax.Array:
         assert rope is not None, "latent attention has rotary dims"
         a = self.dims
+        x_TD = ctx.shard(x_TD, "tokens", "model")
         row_TW = contract("TD,DW->TW", x_TD, self.kv_down)
         c_TR = rms_norm(row_TW[:, : a.kv_rank], self.kv_norm[...], _LATENT_EPS)
         turned = apply_rope(row_TW[:, a.kv_rank :], rope, interleaved=a.interleaved)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import ModelConfig, Rope
 from jaxllm.models.attention import Attention, MultiHeadLatentAttention
 from jaxllm.models.ffn import FeedForward, MixtureOfExperts
 from jaxllm.models.modules import Attend, Context, Norm, contract, param
@@ -98,13 +98,17 @@ class Decoder(nnx.Module):
             x_TD = x_TD * jnp.asarray(self.cfg.embedding_scale, x_TD.dtype)
         if self.cfg.learned_positions:
             x_TD = x_TD + self.positions[positions_T].astype(x_TD.dtype)
-        x_TD = ctx.shard(x_TD, "tokens", "model")
+        x_TD = ctx.shard(x_TD, "residual_tokens", "model")
         ropes = [self.cfg.rope(i) for i in range(self.cfg.num_layers)]
-        tables = {rope: rope and rope_tables(positions_T, rope) for rope in set(ropes)}
+        tables = {rope: rope and self._tables(positions_T, rope, ctx) for rope in set(ropes)}
         for block, rope in zip(self.layers, ropes, strict=True):
             with jax.named_scope(f"block_{block.index}"):
-                x_TD = block(x_TD, tables[rope], ctx)
+                x_TD = ctx.gathered(block)(x_TD, tables[rope], ctx)
         return x_TD
+
+    def _tables(self, positions_T: jax.Array, rope: Rope, ctx: Context) -> Tables:
+        cos, sin = rope_tables(positions_T, rope)
+        return ctx.shard(cos, "tokens", None), ctx.shard(sin, "tokens", None)
 
     def normed(self, x_RD: jax.Array) -> jax.Array:
         """The final norm, of what `__call__` returned."""

@@ -31,11 +31,12 @@ class FeedForward(nnx.Module):
         self.down_bias = param((d,), ("model_out",)) if cfg.mlp_bias else None
 
     def __call__(self, x_TD: jax.Array, ctx: Context) -> jax.Array:
+        x_TD = ctx.shard(x_TD, "ffn_tokens", "model")
         h_TXF = contract("TD,DXF->TXF", x_TD, self.gate_up)
         if self.gate_up_bias is not None:
             h_TXF = h_TXF + self.gate_up_bias[...]
-        h_TXF = ctx.shard(h_TXF, "tokens", "gate_up", "ffn")
-        h_TF = ctx.shard(activate(h_TXF, self.activation, self.clamped), "tokens", "ffn_in")
+        h_TXF = ctx.shard(h_TXF, "ffn_tokens", "gate_up", "ffn")
+        h_TF = ctx.shard(activate(h_TXF, self.activation, self.clamped), "ffn_tokens", "ffn_in")
         return ctx.to_residual(contract("TF,FD->TD", h_TF, self.down), self.down_bias)
 
 
@@ -62,30 +63,37 @@ class MixtureOfExperts(nnx.Module):
         self.shared = FeedForward(cfg, e.shared_size, dtype) if e.shared_size else None
 
     def __call__(self, x_TD: jax.Array, ctx: Context) -> jax.Array:
-        logits_TE = contract("TD,DE->TE", x_TD, self.router)
+        routed_TD = ctx.shard(x_TD, "expert_tokens", "model")
+        logits_TE = contract("TD,DE->TE", routed_TD, self.router)
         if self.cfg.bias:
             logits_TE = logits_TE + self.router_bias[...]
         correction = None if self.correction is None else self.correction[...]
         expert_TY, weight_TY = route(logits_TE, self.cfg, correction)
-        y_TD = ctx.to_residual(self._routed(x_TD, expert_TY, weight_TY, ctx))
+        y_TD = ctx.to_residual(self._routed(routed_TD, expert_TY, weight_TY, ctx))
         return y_TD if self.shared is None else y_TD + self.shared(x_TD, ctx)
 
     def _routed(self, x_TD: jax.Array, expert_TY: jax.Array, weight_TY: jax.Array, ctx: Context) -> jax.Array:
         """Two stages, because rules may cut F differently in and out; between them lies a sharding constraint."""
         ids_E = jnp.arange(self.cfg.num_experts)
         biases = (self.gate_up_bias[...], self.down_bias[...]) if self.cfg.bias else (None, None)
-        tokens, choices = (None, None), (None, None)
+        tokens, choices = ("expert_tokens", None), ("expert_tokens", None)
         widen = ctx.over_shards(
             self._widen,
             (tokens, choices, ("experts",), ("experts", "model_in", "gate_up", "ffn"), ("experts", "gate_up", "ffn")),
-            ("experts", None, "ffn"),
+            ("experts", "expert_tokens", "ffn"),
         )
         h_AMF = widen(x_TD, expert_TY, ids_E, self.gate_up[...], biases[0])
-        h_AMF = ctx.shard(h_AMF, "experts", None, "ffn_in")
+        h_AMF = ctx.shard(h_AMF, "experts", "expert_tokens", "ffn_in")
         narrow = ctx.over_shards(
             self._narrow,
-            (("experts", None, "ffn_in"), choices, choices, ("experts",), ("experts", "ffn_in", "model_out")),
-            ("experts", "ffn_in", None, "model_out"),
+            (
+                ("experts", "expert_tokens", "ffn_in"),
+                choices,
+                choices,
+                ("experts",),
+                ("experts", "ffn_in", "model_out"),
+            ),
+            ("experts", "ffn_in", "expert_tokens", "model_out"),
         )
         y_ABTD = narrow(h_AMF, expert_TY, weight_TY, ids_E, self.down[...])
         y_TD = jnp.sum(y_ABTD, axis=(0, 1))

@@ -37,20 +37,21 @@ class Context:
 
     `shard(x, *dims)` constrains an activation by its dims' names; `over_shards(f, in_dims, out_dims)` runs `f` on
     each device's own parts; `residual_dtype` is the type of the stream between blocks (and so of the all-reduced
-    partial sums).
+    partial sums); `gathered(block)` is the block with the weights that it computes with.
     """
 
     attend: Attend
     shard: Callable[..., jax.Array]
     over_shards: Callable[[Callable, Sequence[tuple[str | None, ...]], tuple[str | None, ...]], Callable]
     residual_dtype: jnp.dtype
+    gathered: Callable[[nnx.Module], nnx.Module] = lambda module: module
 
     def to_residual(self, y_TD: jax.Array, bias: nnx.Param | None = None) -> jax.Array:
         """A half block's result in the residual type; a bias is added once, after the partial sums are."""
-        y_TD = self.shard(y_TD.astype(self.residual_dtype), "tokens", "model_out")
+        y_TD = self.shard(y_TD.astype(self.residual_dtype), "residual_tokens", "model_out")
         if bias is not None:
             y_TD = y_TD + bias[...].astype(y_TD.dtype)
-        return self.shard(y_TD, "tokens", "model")
+        return self.shard(y_TD, "residual_tokens", "model")
 
 
 def param(shape: tuple[int, ...], dims: tuple[str, ...], dtype: jnp.dtype = FLOAT32) -> nnx.Param:

@@ -54,7 +54,14 @@ def rope_tables(positions_T: jax.Array, rope: Rope) -> Tables:
     """Return (cos, sin), each float32 `[T, dim/2]`."""
     angles = positions_T.astype(jnp.float32)[:, None] * inverse_frequencies(rope)
     factor = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
-    return (jnp.cos(angles), jnp.sin(angles)) if factor == 1.0 else (jnp.cos(angles) * factor, jnp.sin(angles) * factor)
+    # XLA's CPU backend fuses sines into whatever uses them: again in every layer, and there once per head. A product it
+    # keeps; this one changes no bit.
+    scaled_identity = factor * np.eye(inverse_frequencies(rope).size, dtype=np.float32)
+    return _keep(jnp.cos(angles), scaled_identity), _keep(jnp.sin(angles), scaled_identity)
+
+
+def _keep(x: jax.Array, matrix: np.ndarray) -> jax.Array:
+    return jnp.matmul(x, matrix, precision="highest")
 
 
 def apply_rope(x: jax.Array, tables: Tables, *, interleaved: bool = False) -> jax.Array:

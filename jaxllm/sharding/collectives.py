@@ -10,6 +10,7 @@ import contextlib
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,10 @@ _INSTRUCTION = re.compile(
 _GROUPS = re.compile(
     r"replica_groups=(?:\[\d+,(?P<iota>\d+)\]|\{\{(?P<first>[\d,]+)\}|mesh\[(?P<mesh>[^\]]*)\] \{(?P<axes>[^}]*)\})"
 )
+# A TPU program spells a reduce-scatter as a fusion that calls an all-reduce and a slice.
+_SCATTER_BODY = re.compile(r"^%all-reduce-scatter\S* \([^\n]*\{\n.*?^\}", re.MULTILINE | re.DOTALL)
+_SCATTER_CALL = re.compile(r" fusion(\([^\n]*calls=%all-reduce-scatter)")
+_CHAIN = re.compile(r'\bchain_id="(\d+)"')
 _BLOCK = re.compile(r'op_name="[^"]*?block_(\d+)')
 _SOURCE = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"\b([a-z]+\d+|pred)\[([\d,]*)\]")
@@ -67,7 +72,7 @@ class Found:
 def find_collectives(text: str) -> list[Found]:
     """Every collective of a compiled program's text."""
     found = []
-    for match in _INSTRUCTION.finditer(text):
+    for match in _distinct(text):
         rest = match["rest"]
         block, source = _BLOCK.search(rest), _SOURCE.search(rest)
         found.append(
@@ -81,6 +86,17 @@ def find_collectives(text: str) -> list[Found]:
             )
         )
     return found
+
+
+def _distinct(text: str) -> Iterator[re.Match[str]]:
+    """Each collective once: a TPU program that overlaps one with products repeats it in each link of a chain."""
+    text = _SCATTER_CALL.sub(r" reduce-scatter\1", _SCATTER_BODY.sub("", text))
+    seen: set[str] = set()
+    for match in _INSTRUCTION.finditer(text):
+        chain = _CHAIN.search(match["rest"])
+        if chain is None or chain[1] not in seen:
+            seen.update(chain.groups() if chain else ())
+            yield match
 
 
 def _group_size(attributes: str) -> int:
@@ -101,29 +117,30 @@ def count_by_kind(found: list[Found]) -> dict[str, int]:
     return {kind: sum(f.kind == kind for f in found) for kind in KINDS}
 
 
-def count_collectives(config: EngineConfig, num_tokens: int = 16, topology: str | None = None) -> dict[str, Any]:
+def count_collectives(
+    config: EngineConfig, num_tokens: int = 16, devices: list[Any] | None = None, topology: str | None = None
+) -> dict[str, Any]:
     """Compile one ragged step of `num_tokens` tokens and count. Keys as in `jaxllm collectives --json`.
 
-    With a `topology` (`v5e:2x4`) it is the TPU program of that slice, in bfloat16, else that of the devices here, in
-    float32.
+    With a `topology` (`v5e:2x4`), or `devices` that are those of one, it is the TPU program of that slice, compiled
+    ahead of time on any machine. Where blocks differ (dense and routed layers), `per_block` is that of the block with
+    most.
     """
     from jaxllm.models.presets import model_config as read_config
     from jaxllm.sharding.block_table import block_table
 
     model_config = read_config(config.model)
-    text, model = _compiled_text(config, model_config, num_tokens, topology)
+    text, model = _compiled_text(config, model_config, num_tokens, devices, topology)
     sizes, found = model.placement.sizes, find_collectives(text)
     per_block = {kind: Counter(f.block for f in found if f.kind == kind and f.block is not None) for kind in KINDS}
     layers = model_config.num_layers
-    uneven = [kind for kind, counts in per_block.items() if counts and set(counts.values()) != {counts[0]}]
-    assert not uneven, f"blocks differ in their {uneven[0]} counts: {per_block[uneven[0]]}"
     return {
         "model": config.model,
         "mesh": sizes,
         "sharding_rules": config.sharding_rules,
         "num_layers": layers,
         "num_tokens": num_tokens,
-        "per_block": {kind: counts[0] for kind, counts in per_block.items()},
+        "per_block": {kind: max(counts.values(), default=0) for kind, counts in per_block.items()},
         "total": count_by_kind(found),
         "bytes": {kind: sum(f.num_bytes for f in found if f.kind == kind) for kind in KINDS},
         "topology": topology,
@@ -132,7 +149,7 @@ def count_collectives(config: EngineConfig, num_tokens: int = 16, topology: str 
 
 
 def _compiled_text(
-    config: EngineConfig, cfg: ModelConfig, num_tokens: int, topology: str | None
+    config: EngineConfig, cfg: ModelConfig, num_tokens: int, devices: list[Any] | None, topology: str | None
 ) -> tuple[str, AbstractModel]:
     import jax.numpy as jnp
 
@@ -142,7 +159,7 @@ def _compiled_text(
     from jaxllm.sharding.rules import load_rules
     from jaxllm.sharding.topology import no_program_cache, open_topology
 
-    devices = list(open_topology(topology).devices) if topology else None
+    devices = list(open_topology(topology).devices) if topology else devices
     mesh = make_mesh(config.mesh, devices, offset=config.device_offset)
     placement = Placement(mesh, load_rules(config.sharding_rules))
     model = make_model(config, cfg, placement)
@@ -156,10 +173,12 @@ def _compiled_text(
         max_decode_steps=1,
         kv_dtype=dtype,
         residual_dtype=dtype,
+        num_replicas=placement.parts("pages"),
+        token_multiple=placement.token_multiple(),
     )
     arrays = abstract_arrays(model, shapes)
     lowered = lower(make_programs(model, shapes), shapes, model, ("ragged", num_tokens, True), *arrays)
-    with no_program_cache() if topology else contextlib.nullcontext():
+    with no_program_cache() if mesh.devices.flat[0].platform == "tpu" else contextlib.nullcontext():
         return lowered.compile().as_text(), model
 
 

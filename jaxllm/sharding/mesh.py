@@ -11,14 +11,15 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxllm.sharding.rules import ShardingRules, parse_mesh
+from jaxllm.sharding.rules import TOKEN_DIMS, Axes, ShardingRules, as_tuple, fitting, num_parts, parse_mesh
 
 log = logging.getLogger(__name__)
 Dims = tuple[str | None, ...]
@@ -39,7 +40,39 @@ class Placement:
     def spec(self, dims: tuple[str | None, ...], *, parameter: bool = False) -> PartitionSpec:
         """Partition spec of an array with these dims; axes that the mesh lacks do not cut."""
         axes = self.rules.axes(dims, parameter=parameter)
-        return PartitionSpec(*(axis if axis in self.mesh.axis_names else None for axis in axes))
+        return PartitionSpec(*(self._present(part) for part in axes))
+
+    def _present(self, axes: Axes) -> Axes:
+        here = tuple(axis for axis in as_tuple(axes) if axis in self.mesh.axis_names)
+        return here if len(here) > 1 else here[0] if here else None
+
+    def ring_axis(self) -> str | None:
+        """The axis that cuts the tokens of a replica, round which keys and values go; None: no such cut."""
+        tokens, pages = self.rules.activations.get("tokens"), self.rules.activations.get("pages")
+        return next((a for a in as_tuple(tokens)[len(as_tuple(pages)) :] if self.mesh.shape.get(a, 1) > 1), None)
+
+    def ring_size(self) -> int:
+        """Devices in the ring; 1: none."""
+        axis = self.ring_axis()
+        return self.mesh.shape[axis] if axis else 1
+
+    def unringed(self) -> Placement:
+        """As if the ring's axis were not there: for decodes, whose few rows every device of the ring computes."""
+        if (axis := self.ring_axis()) is None:
+            return self
+        table = dict(self.rules.activations)
+        for dim in TOKEN_DIMS:
+            table[dim] = tuple(part for part in as_tuple(table.get(dim)) if part != axis)
+        return replace(self, rules=replace(self.rules, activations=table))
+
+    def fitted(self, num_tokens: int) -> Placement:
+        """The placement of one program: no token dim of this static size is cut by axes that do not divide it.
+
+        A decode of 4 rows on tp=8 runs as if the rules left its rows whole; larger programs are cut as they say.
+        """
+        table = self.rules.activations
+        cut = {dim: fitting(table[dim], num_tokens, self.sizes) for dim in TOKEN_DIMS if dim in table}
+        return replace(self, rules=replace(self.rules, activations={**table, **cut}))
 
     def sharding(self, *dims: str | None, parameter: bool = False) -> NamedSharding:
         """Where an array with these dims lies."""
@@ -58,14 +91,35 @@ class Placement:
         specs = tuple(self.spec(dims) for dims in in_dims)
         return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=self.spec(out_dims), check_vma=False)
 
+    def gathered(self, module: nnx.Module) -> nnx.Module:
+        """The module with its weights whole along the axes that the rules gather before use."""
+        away = self.rules.gather_weights
+        if not away or self.mesh.size == 1:
+            return module
+
+        def whole(_: Any, variable: Any) -> Any:
+            spec = self.spec(variable.get_metadata("dims"), parameter=True)
+            kept = PartitionSpec(*(tuple(axis for axis in as_tuple(part) if axis not in away) for part in spec))
+            sharding = NamedSharding(self.mesh, kept)
+            return variable.replace(jax.lax.with_sharding_constraint(variable.get_value(), sharding))
+
+        graph, state = nnx.split(module)
+        return nnx.merge(graph, nnx.map_state(whole, state))
+
     @property
     def replicated(self) -> NamedSharding:
         """Whole on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def heads_axis(self) -> str | None:
-        """The axis that cuts attention heads, if any."""
-        return self.spec(("heads",))[0]
+    def parts(self, dim: str) -> int:
+        """Into how many parts an activation's dim is cut."""
+        return num_parts(self.rules.activations.get(dim), self.sizes)
+
+    def token_multiple(self) -> int:
+        """Of what a replica's token bucket must be a multiple so that every token cut divides it."""
+        replicas, ring = self.parts("pages"), self.ring_size()
+        cuts = [parts // math.gcd(parts, replicas) for parts in map(self.parts, TOKEN_DIMS)]
+        return math.lcm(*cuts, 2 * ring if ring > 1 else 1)
 
 
 def make_mesh(text: str, devices: list[Any] | None = None, *, offset: int = 0) -> Mesh:

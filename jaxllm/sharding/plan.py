@@ -19,6 +19,7 @@ from jaxllm.config import EngineConfig, ModelConfig
 from jaxllm.roofline.bounds import Collective, DeviceWork, lower_bound
 from jaxllm.sharding.collectives import count_by_kind
 from jaxllm.sharding.plan_programs import Overflow, Program, compile_programs
+from jaxllm.sharding.rules import as_tuple
 from jaxllm.sharding.topology import Topology, memory_limit, open_topology
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def device_work(deployment: Deployment, *, tokens: int, rows: int, context: int)
 
     model, sizes = deployment.model, deployment.model.placement.sizes
     rules = model.placement.rules
-    used = {*rules.parameters.values(), *rules.activations.values()}
+    used = {a for axes in (*rules.parameters.values(), *rules.activations.values()) for a in as_tuple(axes)}
     sharers = math.prod(size for axis, size in sizes.items() if axis in used)
     cost = model_cost(model.cfg)
     idle = (1 - cost.experts_touched) ** tokens * cost.expert_bytes / (2 * model.cfg.num_parameters)
@@ -188,7 +189,7 @@ def device_work(deployment: Deployment, *, tokens: int, rows: int, context: int)
     return DeviceWork(
         weight_bytes=model.parameter_bytes_per_device() * (1 - idle),
         kv_bytes=rows * seen * token_bytes,
-        flops=2 * tokens * active_parameters(model.cfg) / sharers,
+        flops=2 * tokens * deployment.shapes.num_replicas * active_parameters(model.cfg) / sharers,
     )
 
 
@@ -226,7 +227,7 @@ def _report(deployment: Deployment, memory: Memory, seconds: float, context: int
         "temporaries": int(memory.fixed + growth),
         "limit": deployment.limit,
     }
-    kv_tokens = max(0, num_pages - 1) * shapes.page_size if problem is None else 0
+    kv_tokens = max(0, num_pages - 1) * shapes.page_size * shapes.num_replicas if problem is None else 0
     max_len = min(shapes.max_model_len, kv_tokens) if config.max_model_len is None else shapes.max_model_len
     lower = bounds(deployment, context or shapes.max_model_len, memory.programs or None)
     report = {
@@ -269,8 +270,10 @@ def _report(deployment: Deployment, memory: Memory, seconds: float, context: int
 
 def _page_bytes_of_all(deployment: Deployment) -> int:
     """One page as `kv_cache_memory_bytes` counts it: over all devices that share it."""
+    from jaxllm.cache.pages import token_bytes
+
     model, shapes = deployment.model, deployment.shapes
-    return model.cfg.kv_bytes_per_token(shapes.kv_dtype.itemsize) * model.kv_copies * shapes.page_size
+    return token_bytes(model.cfg, shapes.kv_dtype, model.kv_copies) * shapes.page_size
 
 
 def _asked_pages(deployment: Deployment) -> int:

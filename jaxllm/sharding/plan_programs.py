@@ -94,7 +94,7 @@ def compile_programs(deployment: Deployment, num_pages: int) -> dict[str, Progra
     rows = shapes.row_buckets[-1]
     keys: dict[str, Key] = {
         "prefill": ("ragged", shapes.token_buckets[-1], True),
-        "decode": ("decode", rows, True),
+        "decode": ("decode", rows, True) if shapes.max_decode_steps else ("ragged", shapes.token_buckets[0], True),
         "sampler": ("sample", rows, False),
     }
     if deployment.model.cfg.num_layers < _LAYERS_WORTH_A_PROCESS:
@@ -125,7 +125,7 @@ def compile_program(model: AbstractModel, shapes: RunnerShapes, key: Key) -> Pro
         donated=stats.alias_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
         collectives=find_collectives(text),
-        page_layouts=_count_layouts(text, arrays[1][0]),
+        page_layouts=_count_layouts(text, jax.tree.leaves(arrays[1])[0]),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from jaxllm.config import EngineConfig, ModelConfig
 from jaxllm.sharding.plan import Deployment, Memory, bounds, deploy, make_plan, open_deployment
-from jaxllm.sharding.rules import MESH_AXES, load_rules, rules_folder
+from jaxllm.sharding.rules import MESH_AXES, as_tuple, load_rules, rules_folder
 from jaxllm.sharding.topology import Topology, open_topology, parse_topology
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
@@ -73,7 +73,7 @@ def _legal(first: Deployment, config: EngineConfig) -> Iterator[Deployment]:
 def _meshes(cfg: ModelConfig, rules_name: str, num_devices: int) -> list[str]:
     """Ways to spread all devices over the axes that the rules cut something of this model by."""
     rules = load_rules(rules_name)
-    used = {*rules.parameters.values(), *rules.activations.values()}
+    used = {a for cut in (*rules.parameters.values(), *rules.activations.values()) for a in as_tuple(cut)}
     axes = [axis for axis in MESH_AXES if axis in used and (axis != "ep" or cfg.experts)]
     meshes = []
     for sizes in _factors(num_devices, len(axes)):
@@ -127,7 +127,7 @@ def what_would_fit(deployment: Deployment, memory: Memory) -> list[str]:
 def _larger(deployment: Deployment, temporaries: float) -> str | None:
     """The smallest slice of the same chip, and `tp` on it, that has room."""
     rules, cfg = deployment.model.placement.rules, deployment.model.cfg
-    if "tp" not in rules.parameters.values():
+    if not any("tp" in as_tuple(axes) for axes in rules.parameters.values()):
         return "sharding rules that cut the parameters, such as --sharding-rules megatron"
     for topology in _slices(deployment.topology):
         count = len(topology.devices)

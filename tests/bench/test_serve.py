@@ -49,6 +49,8 @@ def test_traces_are_replayed_at_their_own_times(tmp_path):
     first, second = stretched(read_trace(azure, 10, 50, max_len=100, seed=0), 2.0)
     assert (first.at, len(first.prompt), first.output_len) == (0.0, 3, 2)
     assert second.at == pytest.approx(5.0) and len(second.prompt) == 4
+    scaled = read_trace(azure, 10, 50, max_len=451, seed=0, scale=True)
+    assert [(len(p.prompt), p.output_len) for p in scaled] == [(1, 1), (450, 1), (2, 2)], "half of everything"
     mooncake = tmp_path / "m.jsonl"
     rows = [{"timestamp": 0, "input_length": 600, "output_length": 1, "hash_ids": [7, i]} for i in (8, 9)]
     mooncake.write_text("\n".join(map(json.dumps, rows)))
@@ -68,8 +70,17 @@ def test_bench_measures_a_running_server(tmp_path, capsys):
     picture = tmp_path / "load.png"
     with serving(write_tiny_llama(tmp_path / "model")) as live:
         flags = ["--base-url", live.url, "--api-key", KEY, "--num-prompts", "8", "--output-len", "5", "--json"]
-        code = cli.main(["bench", "serve", *flags, "--request-rate", "50,inf", "--goodput", "e2e:60000",
-                         "--max-concurrency", "4", "--plot", str(picture)])  # fmt: skip
+        load = [
+            "--request-rate",
+            "50,inf",
+            "--max-concurrency",
+            "4",
+            "--background-clients",
+            "1",
+            "--background-len",
+            "90",
+        ]
+        code = cli.main(["bench", "serve", *flags, *load, "--goodput", "e2e:60000", "--plot", str(picture)])
         wrong = cli.main(["bench", "serve", "--base-url", live.url, "--api-key", "wrong"])
     reports = json.loads(capsys.readouterr().out)["sweep"]
     assert code == 0 and wrong == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import pytest
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.bench import cli as bench_cli
 from jaxllm.bench.throughput import format_report, measure_throughput
+from jaxllm.bench.workload import random_prompts
+from jaxllm.cli import main
 from jaxllm.engine.accounting import Accounting, Ceilings, summed
 from jaxllm.engine.ceilings import engine_cost
 from jaxllm.engine.request import Request
@@ -38,7 +42,7 @@ def arrive(books: Accounting, plan: IterationPlan, results: list, dispatched: fl
 def test_a_mixed_step_costs_what_the_cost_model_says() -> None:
     chunks = [Chunk(request(10), 15, 1, 1), Chunk(request(300), 100, 200, 1), Chunk(request(500), 0, 50, 0)]
     books = Accounting(MODEL, CEILINGS)
-    (record,) = arrive(books, IterationPlan(chunks), [(c, sampled(1)) for c in chunks[:2]], 1.0, 1.5)
+    record = arrive(books, IterationPlan(chunks), [(c, sampled(1)) for c in chunks[:2]], 1.0, 1.5)
     expected = iteration_cost(MODEL, [(1, 16), (200, 300), (50, 50)], samples=2)
     assert (record.flops, record.bytes) == (expected.flops, expected.bytes)
     assert (record.num_tokens, record.num_decodes, record.num_prefill_tokens, record.num_sampled) == (251, 1, 250, 2)
@@ -51,7 +55,7 @@ def test_a_decode_loop_costs_its_steps_and_idle_rows_nothing() -> None:
     chunks = [Chunk(request(10), 15, 1, 4), Chunk(request(20), 30, 1, 4)]
     plan = IterationPlan(chunks, is_decode_loop=True, num_steps=4)
     books = Accounting(MODEL)
-    (record,) = arrive(books, plan, [(chunks[0], sampled(3)), (chunks[1], sampled(1))], 1.0, 2.0)
+    record = arrive(books, plan, [(chunks[0], sampled(3)), (chunks[1], sampled(1))], 1.0, 2.0)
     steps = [[(1, 16), (1, 31)], [(1, 17)], [(1, 18)]]  # the fourth step never ran
     costs = [iteration_cost(MODEL, rows) for rows in steps]
     assert record.flops == pytest.approx(sum(c.flops for c in costs))
@@ -67,38 +71,25 @@ def test_seconds_are_between_arrivals_and_not_from_dispatch() -> None:
     first = arrive(books, plan, results, 1.0, 2.0)
     second = arrive(books, plan, results, 1.1, 2.25)  # dispatched while the first ran
     third = arrive(books, plan, results, 10.0, 10.5)  # after a pause
-    assert [r.seconds for r in (*first, *second, *third)] == pytest.approx([1.0, 0.25, 0.5])
+    assert [r.seconds for r in (first, second, third)] == pytest.approx([1.0, 0.25, 0.5])
     assert books.totals.seconds == pytest.approx(1.75)
 
 
-def test_iterations_that_nobody_waits_for_share_the_time_of_the_next() -> None:
+def test_an_iteration_that_samples_nothing_has_its_own_time() -> None:
     prompt = request(400)
     books = Accounting(MODEL, CEILINGS)
-    assert not arrive(books, IterationPlan([Chunk(prompt, 0, 100, 0)]), [], 1.0, 1.001)
-    assert not arrive(books, IterationPlan([Chunk(prompt, 100, 100, 0)]), [], 1.0005, 1.002)
-    last = Chunk(prompt, 200, 200, 1)
-    records = arrive(books, IterationPlan([last]), [(last, sampled(1))], 1.0015, 2.0)
-    assert [r.num_prefill_tokens for r in records] == [100, 100, 200]
-    assert sum(r.seconds or 0 for r in records) == pytest.approx(1.0)
-    assert records[0].mfu == pytest.approx(records[2].mfu)
-    assert records[2].seconds > records[0].seconds
-
-
-def test_what_was_aborted_before_it_was_seen_has_no_time() -> None:
-    prompt, later = request(400), Chunk(request(10), 9, 1, 1)
-    books = Accounting(MODEL, CEILINGS)
-    arrive(books, IterationPlan([Chunk(prompt, 0, 100, 0)]), [], 1.0, 1.001)
-    lost, seen = arrive(books, IterationPlan([later]), [(later, sampled(1))], 60.0, 60.5)
-    assert (lost.seconds, lost.mfu) == (None, None)
-    assert seen.seconds == pytest.approx(0.5)
+    first = arrive(books, IterationPlan([Chunk(prompt, 0, 100, 0)]), [], 1.0, 1.5)
+    second = arrive(books, IterationPlan([Chunk(prompt, 100, 100, 0)]), [], 1.1, 2.25)
+    assert (first.seconds, second.seconds) == pytest.approx((0.5, 0.75))
+    assert (first.num_prefill_tokens, first.num_sampled) == (100, 0)
 
 
 def test_an_iteration_behind_a_compilation_does_not_count_as_slow() -> None:
     chunk = Chunk(request(10), 15, 1, 1)
     plan, results = IterationPlan([chunk]), [(chunk, sampled(1))]
     books = Accounting(MODEL, CEILINGS)
-    (slow,) = arrive(books, plan, results, 0.0, 9.0, compiled=3)
-    (fast,) = arrive(books, plan, results, 8.9, 9.1, compiled=3)
+    slow = arrive(books, plan, results, 0.0, 9.0, compiled=3)
+    fast = arrive(books, plan, results, 8.9, 9.1, compiled=3)
     assert slow.compiled and slow.mfu is None
     assert books.recent()["mfu"] == pytest.approx(fast.mfu)
 
@@ -169,9 +160,25 @@ def test_weights_are_counted_as_they_lie_on_the_mesh(tiny_llama: Path) -> None:
 
 
 def test_throughput_reports_utilisation(llm: LLM) -> None:
-    report = measure_throughput(llm, num_prompts=4, input_len=8, output_len=8, num_iters=1)
+    report = measure_throughput(llm, lambda seed: random_prompts(4, 8, 8, 256, seed), 1)
     assert 0 < report["mfu"] < 2 and 0 < report["mbu"] < 2
     assert "MFU" in format_report(report) and "host CPU (measured)" in format_report(report)
+
+
+def test_replaying_a_trace_compiles_nothing_after_warm_up(
+    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = tmp_path / "trace.csv"
+    lengths = [(37 * i % 900 + 1, 13 * i % 40 + 1) for i in range(60)]
+    rows = "".join(f"{prompt},{output}\n" for prompt, output in lengths)
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n" + rows)
+    monkeypatch.setattr(bench_cli, "load_llm", lambda args: llm)
+    flags = ["--num-prompts=60", f"--trace={trace}", "--scale-lengths", "--num-iters=1", "--json"]
+    assert main(["bench", "throughput", *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    factor = 512 / max(prompt + output for prompt, output in lengths)
+    assert report["prompt_tokens"] == sum(max(1, int(prompt * factor)) for prompt, _ in lengths)
+    assert report["compilations_after_warmup"] == 0
 
 
 def test_records_can_be_summed() -> None:

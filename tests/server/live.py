@@ -47,17 +47,23 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def serving(model: Path, *, settings: dict[str, Any] | None = None, **engine: Any) -> Iterator[Live]:
-    """Serve `model` in a thread until the block ends; every page must be free then."""
+def serving(
+    model: Path, *, settings: dict[str, Any] | None = None, listen: dict[str, Any] | None = None, **engine: Any
+) -> Iterator[Live]:
+    """Serve `model` in a thread until the block ends; every page must be free then.
+
+    With `listen` (a unix socket, TLS files) the caller asks whether it is healthy.
+    """
     llm = AsyncLLM(str(model), use_tqdm=False, **(ENGINE | engine))
     chosen = Settings(**{"served_model_names": ("tiny", "alias"), "api_keys": (KEY,), **(settings or {})})
     port = free_port()
-    server = make_server(make_app(llm, chosen), llm, Listen(port=port))
+    server = make_server(make_app(llm, chosen), llm, Listen(port=port, **(listen or {})))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
-        wait_until_healthy(f"http://127.0.0.1:{port}")
-        yield Live(f"http://127.0.0.1:{port}", llm)
+        if listen is None:
+            wait_until_healthy(f"http://127.0.0.1:{port}")
+        yield Live(f"http{'s' if listen and 'ssl_certfile' in listen else ''}://127.0.0.1:{port}", llm)
         wait_until(lambda: not llm.engine.has_work)
         if llm.thread.is_alive:
             llm.engine.pool.check([])

@@ -53,7 +53,7 @@ def test_activation_constraint_cuts_inside_a_jitted_function_and_keeps_the_value
     assert (np.asarray(out) == 1).all()
 
 
-def test_heads_axis_is_the_one_that_cuts_heads():
-    assert Placement(make_mesh("tp=2"), load_rules("megatron")).heads_axis() == "tp"
-    assert Placement(make_mesh("dp=2"), load_rules("megatron")).heads_axis() is None
-    assert Placement(make_mesh("tp=2"), load_rules("replicated")).heads_axis() is None
+def test_heads_are_cut_where_the_rules_and_the_mesh_say():
+    assert Placement(make_mesh("tp=2"), load_rules("megatron")).parts("heads") == 2
+    assert Placement(make_mesh("dp=2"), load_rules("megatron")).parts("heads") == 1
+    assert Placement(make_mesh("tp=2"), load_rules("replicated")).parts("heads") == 1

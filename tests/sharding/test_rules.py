@@ -88,8 +88,16 @@ def test_missing_file_is_named(tmp_path):
         ('[parameters]\nffn = "tp"\nffn = "dp"\n', ["mine.toml", "not valid TOML"]),
         ('[weights]\nffn = "tp"\n', ["unknown table 'weights'", "parameters and activations"]),
         ('parameters = "tp"\n', ["parameters must be a table"]),
-        ('[parameters]\nffn = "xp"\n', ["ffn = 'xp'", "dp, ep, tp"]),
-        ('[parameters]\nffn = ["dp", "tp"]\n', ["ffn = ['dp', 'tp']"]),
+        ('[parameters]\nffn = "xp"\n', ["ffn = 'xp'", "dp, fsdp, cp, ep, tp"]),
+        ('[parameters]\nffn = ["dp", "xp"]\n', ["ffn = ['dp', 'xp'] is no mesh axis"]),
+        ('[parameters]\nffn = ["dp", "dp"]\n', ["ffn = ['dp', 'dp'] names an axis twice"]),
+        ('gather_weights = ["xp"]\n', ["gather_weights = ['xp'] is no mesh axis"]),
+        (
+            '[activations]\npages = "dp"\n',
+            ["pages = ['dp'] but tokens = []", "tokens must begin with"],
+        ),
+        ('[activations]\npages = "dp"\ntokens = ["tp", "dp"]\n', ["tokens = ['tp', 'dp']"]),
+        ('[activations]\ntokens = ["cp", "tp"]\n', ["tokens = ['cp', 'tp'] has more than one axis beyond pages = []"]),
         ("[activations]\nffn = 2\n", ["ffn = 2"]),
         ('[parameters]\nfnn = "tp"\n', ["'fnn' is unknown", "ffn"]),
         ('[parameters]\nhead_dim = "tp"\n', ["'head_dim' cannot be cut", "heads"]),
@@ -166,6 +174,12 @@ def test_legal_sizes_leave_every_device_whole_heads(heads, kv_heads, legal):
         stored = kv_heads * kv_copies(config, HEADS_ON_TP, {"tp": size})
         assert stored == max(kv_heads, size), "heads are repeated only as often as devices need them"
         assert heads % stored == 0
+
+
+def test_heads_cut_as_activations_alone_are_checked_too():
+    rules = ShardingRules("mine", {}, {"heads": ("dp", "tp")})
+    assert refusal(kv_copies, SMOLLM2, rules, {"dp": 2, "tp": 2}).endswith("dp*tp=4 between heads; use dp*tp=1, 3 or 9")
+    assert kv_copies(SMOLLM2, rules, {"dp": 3, "tp": 3}) == 3
 
 
 def test_heads_that_lie_on_no_axis_need_no_copies():

@@ -49,3 +49,17 @@ class RaggedRows:
     kv_len: jax.Array
     num_single: jax.Array
     page_table: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class SingleRows:
+    """Rows of one query each, as in a decode: query `r` belongs to row `r`.
+
+    Attributes:
+        kv_len: int32 `[R]`, tokens in the row's cache including its query; 0 = the row is idle.
+        page_table: int32 `[R, M]`.
+    """
+
+    kv_len: jax.Array
+    page_table: jax.Array

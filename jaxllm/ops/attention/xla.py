@@ -13,10 +13,12 @@ together.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxllm.ops.attention.kv import dequantize, from_bits, split_pages, to_bits
 from jaxllm.ops.attention.metadata import AttentionSpec, RaggedRows
 
 _MASKED = -1e30  # finite: differences of two masked scores must not be NaN
@@ -26,7 +28,7 @@ Partial = tuple[jax.Array, jax.Array, jax.Array]  # running maximum, sum of expo
 
 def ragged_paged_attention(
     q_TKGH: jax.Array,
-    pages_P2CKH: jax.Array,
+    pages: Any,
     rows: RaggedRows,
     *,
     spec: AttentionSpec,
@@ -38,7 +40,8 @@ def ragged_paged_attention(
 
     Args:
         q_TKGH: queries `[T, K, G, H]`, the flat batch; rows that belong to nobody give zeros.
-        pages_P2CKH: this layer's cache, with this iteration's keys and values already written.
+        pages: this layer's cache (`[P, 2, C, K, H]`, quantised, or interleaved `[P, C, 2K, H]`), with this iteration's
+            keys and values already written.
         rows: who owns which queries and pages.
         spec: scale, window, soft-cap and where the values are.
         sinks_KG: a logit per query head that takes part in the softmax and gives no value.
@@ -52,15 +55,15 @@ def ragged_paged_attention(
     num_rows = min(rows.q_len.shape[0], num_tokens)
     kv_len = jnp.where(jnp.arange(num_rows) < rows.num_single, rows.kv_len[:num_rows], 0)
     singles_RKGH = single_query_attention(
-        q_TKGH[:num_rows], pages_P2CKH, kv_len, rows.page_table[:num_rows], spec=spec, sinks_KG=sinks_KG
+        q_TKGH[:num_rows], pages, kv_len, rows.page_table[:num_rows], spec=spec, sinks_KG=sinks_KG
     )
-    blocks = _Blocks.of(pages_P2CKH, rows.page_table, spec, key_block)
+    blocks = _Blocks.of(pages, rows.page_table, spec, key_block)
     return _tiles(blocks, q_TKGH, singles_RKGH, rows, min(query_tile, num_tokens), sinks_KG)
 
 
 def single_query_attention(
     q_RKGH: jax.Array,
-    pages_P2CKH: jax.Array,
+    pages: Any,
     kv_len_R: jax.Array,
     table_RM: jax.Array,
     *,
@@ -72,7 +75,7 @@ def single_query_attention(
 
     The (row, block) pairs that exist are attended some at a time, whatever rows they belong to.
     """
-    blocks = _Blocks.of(pages_P2CKH, table_RM, spec, key_block)
+    blocks = _Blocks.of(pages, table_RM, spec, key_block)
     (num_rows, k, g, h), num_blocks = q_RKGH.shape, blocks.table.shape[1]
     group = min(num_rows, _MAX_GROUP)
     first = blocks.first(kv_len_R)
@@ -99,18 +102,25 @@ def single_query_attention(
 class _Blocks:
     """The cache of one layer seen as blocks of `span` keys: block `j` of row `r` is pages `table[r, j]`."""
 
-    pages_P2CKH: jax.Array
+    values: jax.Array
+    scales: jax.Array | None
     table: jax.Array
     span: int
     spec: AttentionSpec
 
     @classmethod
-    def of(cls, pages_P2CKH: jax.Array, table_RM: jax.Array, spec: AttentionSpec, key_block: int) -> _Blocks:
+    def of(cls, pages: Any, table_RM: jax.Array, spec: AttentionSpec, key_block: int) -> _Blocks:
         num_rows, width = table_RM.shape
-        page_size = pages_P2CKH.shape[2]
+        values, scales = split_pages(pages)
+        page_size = values.shape[-3]
         per_block = max(1, min(key_block // page_size, width))
         table = jnp.pad(table_RM, ((0, 0), (0, -width % per_block))).reshape(num_rows, -1, per_block)
-        return cls(pages_P2CKH, table, per_block * page_size, spec)
+        return cls(values, scales, table, per_block * page_size, spec)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Of keys and values in products."""
+        return self.values.dtype if self.scales is None else jnp.dtype(jnp.float32)
 
     def first(self, length: jax.Array) -> jax.Array | int:
         """Number of the first block that a query with `length` keys before and at it sees anything of."""
@@ -118,13 +128,24 @@ class _Blocks:
 
     def gather(self, page_ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Keys and values of some blocks: `[..., B]` page numbers -> two `[..., S, K, H]`."""
-        num_pages, halves, page_size, k, h = self.pages_P2CKH.shape
-        flat = self.pages_P2CKH.reshape(halves * num_pages, page_size, k, h)
-        shape = (*page_ids.shape[:-1], self.span, k, h)
-        keys = _take(flat, halves * page_ids).reshape(shape)
+        if self.values.ndim == 4:  # interleaved
+            both = _take(self.values, page_ids).reshape(*page_ids.shape[:-1], self.span, -1, 2, self.values.shape[-1])
+            return both[..., 0, :], both[..., 1, :]
+        keys = self._half(page_ids, 0)
         if self.spec.value_width is not None:
             return keys, keys[..., : self.spec.value_width]
-        return keys, _take(flat, halves * page_ids + 1).reshape(shape)
+        return keys, self._half(page_ids, 1)
+
+    def _half(self, page_ids: jax.Array, half: int) -> jax.Array:
+        """Keys (0) or values (1) `[..., S, K, H]`."""
+
+        def taken(array: jax.Array) -> jax.Array:
+            num_pages, halves, page_size, *rest = array.shape
+            flat = to_bits(array).reshape(halves * num_pages, page_size, *rest)
+            taken = _take(flat, halves * page_ids + half).reshape(*page_ids.shape[:-1], self.span, *rest)
+            return from_bits(taken, array.dtype)
+
+        return dequantize(taken(self.values), None if self.scales is None else taken(self.scales))
 
     def score(self, scores: jax.Array, visible: jax.Array) -> jax.Array:
         """Soft-cap the scores `[..., S]` and mask what a query does not see; `visible [..., 1]`."""
@@ -203,7 +224,7 @@ def _tiles(
         offset = (i - begin) * tile
         start = q_start + offset
         q = jax.lax.dynamic_slice_in_dim(q_pad, start, tile).transpose(1, 0, 2, 3).reshape(k, tile * g, -1)
-        q = (q * blocks.spec.scale).astype(blocks.pages_P2CKH.dtype)
+        q = (q * blocks.spec.scale).astype(blocks.dtype)
         sees = kv_len - q_len + offset + 1 + jnp.arange(tile * g) // g  # keys each query sees: its own and before
         last = jnp.minimum(kv_len, kv_len - q_len + offset + tile)
         page_ids = _take(blocks.table, row)

@@ -1,0 +1,508 @@
+"""Check and measure jaxllm on a GPU box, in one command and under eight minutes: `python scripts/gpu_check.py`.
+
+Parts, each a process of its own with a time budget; what does not fit is skipped and said so:
+  ceilings   copy bandwidth and matrix product rate of this very device
+  kernels    the attention kernel against the XLA oracle, random shapes
+  attention  the kernel alone: bytes/s of decodes, FLOP/s of prefills, for several tile sizes
+  engine     a Llama-3.1-8B-shaped model with random weights: decode and prefill through the engine's compiled programs
+  engine8    the same decodes with an int8 KV cache
+  peer       the same work in transformers, static cache and torch.compile
+
+-> gpu_check.json and gpu_check.md. Needs jax, flax and numpy; torch and transformers for the peer. `--tiny` runs all of
+it on small shapes, on a CPU too (kernels interpreted): what it measures there means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+BUDGETS_S = {"ceilings": 40, "kernels": 80, "attention": 60, "engine": 150, "engine8": 50, "peer": 90}
+LLAMA_8B = {
+    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32,
+    "num_kv_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+    "max_position_embeddings": 131072, "tie_word_embeddings": False,
+}  # fmt: skip
+TINY = LLAMA_8B | {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+    "head_dim": 16,
+}  # fmt: skip
+Rows = Iterator[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to run: sizes of the model and of its batches. Points stand in the order of their worth."""
+
+    model: dict[str, Any]
+    decode: list[tuple[int, int]]  # rows, context
+    prefill: list[int]
+    peer_decode: list[tuple[int, int]]
+    num_kernel_shapes: int
+    page_size: int
+    steps: int
+
+
+FULL = Plan(
+    model=LLAMA_8B,
+    decode=[(b, c) for c in (2048, 128, 8192) for b in (1, 8, 32, 128)],
+    prefill=[2048, 512, 8192],
+    peer_decode=[(8, 2048), (1, 128), (32, 2048), (32, 128), (1, 2048), (1, 8192)],
+    num_kernel_shapes=64,
+    page_size=16,
+    steps=8,
+)
+SMALL = Plan(
+    model=TINY, decode=[(1, 32), (2, 64)], prefill=[32], peer_decode=[(2, 16)], num_kernel_shapes=1, page_size=16,
+    steps=2,
+)  # fmt: skip
+
+
+# -- parts: each yields rows of results as soon as it has them ---------------------------------------------------
+
+
+def ceilings(plan: Plan) -> Rows:
+    """Copy of 2 GiB (read and written), and square bfloat16 products of random numbers; best of several runs."""
+    import jax
+    import jax.numpy as jnp
+
+    big = jax.default_backend() != "cpu"
+    length, width = (1 << 29, 8192) if big else (1 << 20, 256)
+    flip = jax.jit(lambda x: x + 1, donate_argnums=0)
+    copy_s = best_seconds(flip, jnp.zeros(length, jnp.float32))
+    a, b = (jax.random.normal(key, (width, width), jnp.bfloat16) for key in jax.random.split(jax.random.key(0)))
+    product = jax.jit(lambda x: (x @ b).astype(jnp.bfloat16) * (width**-0.5))
+    gemm_s = best_seconds(product, a)
+    yield {"bytes_per_s": 2 * 4 * length / copy_s, "flops_per_s": 2 * width**3 / gemm_s}
+
+
+def kernels(plan: Plan) -> Rows:
+    """Largest difference from the oracle, which computes float32 products exactly."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxllm.bench.attention_cases import random_case, random_shape
+    from jaxllm.ops.attention import pallas_gpu, xla
+
+    interpret = jax.default_backend() == "cpu"
+    for seed in range(plan.num_kernel_shapes):
+        shape = random_shape(seed)
+        if interpret:
+            shape = dataclasses.replace(shape, longest=70)
+        kernel = jax.jit(functools.partial(pallas_gpu.attention, spec=shape.spec, interpret=interpret))
+        oracle = jax.jit(functools.partial(xla.ragged_paged_attention, spec=shape.spec))
+        limit = 1e-4 if shape.dtype == jnp.float32 else 0.03
+        error = 0.0
+        for number in range(4):
+            case = random_case(shape, 1000 * seed + number)
+            got = kernel(case.q, case.pages, case.rows, sinks_KG=case.sinks)
+            with jax.default_matmul_precision("highest"):
+                want = oracle(case.q, case.pages, case.rows, sinks_KG=case.sinks)
+            error = max(error, float(np.abs(np.asarray(got) - np.asarray(want)).max(initial=0)))
+        yield {"shape": str(shape), "cases": 4, "error": error, "ok": bool(error <= limit)}
+
+
+def attention(plan: Plan) -> Rows:
+    """One layer of the model's attention: what its keys and values take to read, and what its products take."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxllm.ops.attention import AttentionSpec, RaggedRows, SingleRows, pallas_gpu
+    from jaxllm.ops.attention.pallas_gpu import Tiling
+
+    interpret = jax.default_backend() == "cpu"
+    k, h = plan.model["num_kv_heads"], plan.model["head_dim"]
+    g, spec = plan.model["num_heads"] // k, AttentionSpec(scale=h**-0.5)
+    rows, context = (2, 64) if interpret else (32, 8192)
+    decodes = [None, *(Tiling(pairs=16, keys=s, warps=w, stages=n) for s, w, n in
+                       [(32, 4, 4), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 3)])]  # fmt: skip
+    sizes = [(64, 64, 4, 3), (128, 32, 8, 4), (128, 128, 8, 2), (64, 64, 4, 2), (128, 64, 4, 3)]
+    prefills = [None, *(Tiling(pairs=m, keys=s, warps=w, stages=n) for m, s, w, n in sizes)]
+    for page_size in (16, 64):
+        per_row = context // page_size
+        shape = (rows * per_row + 1, 2, page_size, k, h)
+        pages = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+        table = jax.random.permutation(jax.random.key(1), rows * per_row).reshape(rows, per_row).astype(jnp.int32) + 1
+        q = jax.random.normal(jax.random.key(2), (rows, k, g, h), jnp.bfloat16)
+        single = SingleRows(jnp.full(rows, context, jnp.int32), table)
+        for tiling in decodes[: 2 if interpret else None]:
+            run = repeated(lambda q, pages, single=single, tiling=tiling: pallas_gpu.attention(
+                q, pages, single, spec=spec, decode=tiling, interpret=interpret), interpret)  # fmt: skip
+            num_bytes = 2 * rows * context * k * h * 2
+            yield measured({"phase": "decode", "rows": rows, "context": context, "page_size": page_size,
+                            "tiling": str(tiling or "default")}, run, (q, pages), bytes=num_bytes)  # fmt: skip
+        tokens = 32 if interpret else 4096
+        if page_size == 64 and not interpret:
+            continue
+        q = jax.random.normal(jax.random.key(3), (tokens, k, g, h), jnp.bfloat16)
+        chunk = RaggedRows(*(jnp.asarray(x, jnp.int32) for x in ([0], [tokens], [tokens], 0, table[:1])))
+        for tiling in prefills[: 2 if interpret else None]:
+            run = repeated(lambda q, pages, chunk=chunk, tiling=tiling: pallas_gpu.attention(
+                q, pages, chunk, spec=spec, prefill=tiling, interpret=interpret), interpret)  # fmt: skip
+            flops = 4 * k * g * h * tokens * (tokens + 1) / 2
+            yield measured({"phase": "prefill", "tokens": tokens, "page_size": page_size,
+                            "tiling": str(tiling or "default")}, run, (q, pages), flops=flops)  # fmt: skip
+
+
+def engine(plan: Plan, kv_dtype: str = "auto") -> Rows:
+    """Time of one iteration, by the programs that the engine runs, several dispatches in a row."""
+    import jax
+
+    runner, cost = make_runner(plan, kv_dtype)
+    token_bytes = cost.kv_bytes * plan.model["num_layers"]
+    keys = [("decode", bucket(runner, b), True) for b, _ in plan.decode]
+    if kv_dtype == "auto":
+        keys += [("ragged", t, True) for t in plan.prefill]
+    futures = {key: runner._submit(key) for key in keys}  # all compile at once, and are waited for as they are needed
+    for rows, context in plan.decode:
+        point = {"phase": "decode", "rows": rows, "context": context, "kv_dtype": runner.shapes.kv_dtype.name}
+        if rows * (context + 8 * plan.steps + 64) > (runner.shapes.num_pages - 1) * plan.page_size:
+            yield point | {"skipped": f"the cache would take {rows * context * token_bytes / 1e9:.0f} GB"}
+            continue
+        futures["decode", bucket(runner, rows), True].result()
+        seconds = decode_seconds(runner, rows, context, plan)
+        work = cost.cost(tokens=rows, samples=rows, pairs=rows * context, keys=rows * context)
+        yield point | {"ms": 1e3 * seconds, "tokens_per_s": rows / seconds,
+                       "bytes_per_s": work.bytes / seconds, "flops_per_s": work.flops / seconds}  # fmt: skip
+    for tokens in plan.prefill if kv_dtype == "auto" else ():
+        futures["ragged", tokens, True].result()
+        seconds = prefill_seconds(runner, tokens)
+        work = cost.cost(tokens=tokens, samples=0, pairs=tokens * (tokens + 1) // 2, keys=tokens)
+        yield {"phase": "prefill", "tokens": tokens, "ms": 1e3 * seconds, "tokens_per_s": tokens / seconds,
+               "bytes_per_s": work.bytes / seconds, "flops_per_s": work.flops / seconds}  # fmt: skip
+    jax.clear_caches()
+
+
+def engine8(plan: Plan) -> Rows:
+    """Decodes with an int8 cache: the points where the cache weighs most."""
+    points = sorted(plan.decode, key=lambda p: -p[0] * p[1])[:4]
+    yield from engine(dataclasses.replace(plan, decode=points), "int8")
+
+
+def peer(plan: Plan) -> Rows:
+    """`transformers` as its users run it: `generate` with a static cache, whose decode step it compiles."""
+    import torch
+    import transformers
+
+    m, device = plan.model, "cuda" if torch.cuda.is_available() else "cpu"
+    config = transformers.LlamaConfig(
+        vocab_size=m["vocab_size"], hidden_size=m["hidden_size"], intermediate_size=m["intermediate_size"],
+        num_hidden_layers=m["num_layers"], num_attention_heads=m["num_heads"], num_key_value_heads=m["num_kv_heads"],
+        max_position_embeddings=m["max_position_embeddings"], tie_word_embeddings=False, rope_theta=m["rope_theta"],
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(device):
+        model = transformers.LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+
+    def seconds(rows: int, context: int, new: int) -> float:
+        ids = torch.randint(1, m["vocab_size"], (rows, context), device=device)
+        started = time.perf_counter()
+        with torch.inference_mode():
+            model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new,
+                cache_implementation="static",
+            )  # fmt: skip
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    def best_of(rows: int, context: int, new: int) -> float:
+        seconds(rows, context, new)
+        return min(seconds(rows, context, new) for _ in range(2))
+
+    for tokens in plan.prefill:
+        best = best_of(1, tokens, 1)
+        yield {"phase": "prefill", "tokens": tokens, "ms": 1e3 * best, "tokens_per_s": tokens / best}
+    for rows, context in plan.peer_decode:
+        new = 33 if device == "cuda" else 3
+        step = (best_of(rows, context, new) - best_of(rows, context, 1)) / (new - 1)
+        yield {"phase": "decode", "rows": rows, "context": context, "ms": 1e3 * step, "tokens_per_s": rows / step}
+
+
+PARTS: dict[str, Callable[[Plan], Rows]] = {
+    "ceilings": ceilings, "kernels": kernels, "attention": attention, "engine": engine, "engine8": engine8,
+    "peer": peer,
+}  # fmt: skip
+
+
+# -- the engine's own programs -----------------------------------------------------------------------------------
+
+
+def make_runner(plan: Plan, kv_dtype: str) -> tuple[Any, Any]:
+    """A runner with random weights and a random cache, and what its iterations cost."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import jax
+    import jax.numpy as jnp
+
+    from jaxllm.config import EngineConfig, ModelConfig
+    from jaxllm.engine.build import make_model, runner_shapes
+    from jaxllm.engine.ceilings import engine_cost
+    from jaxllm.engine.runner import ModelRunner
+    from jaxllm.models.loader import random_parameters
+    from jaxllm.sharding.mesh import Placement, make_mesh
+    from jaxllm.sharding.rules import load_rules
+
+    most = max(plan.prefill)
+    config = EngineConfig(
+        max_model_len=max(most, max(c for _, c in plan.decode) + 64 * plan.steps), kv_dtype=kv_dtype,
+        max_num_seqs=max(b for b, _ in plan.decode), max_num_batched_tokens=most, page_size=plan.page_size,
+        max_decode_steps=plan.steps, load_format="dummy", gpu_memory_utilization=0.85,
+        kv_cache_memory_bytes=(64 << 20) if jax.default_backend() == "cpu" else None,
+    )  # fmt: skip
+    model = make_model(config, ModelConfig(**plan.model), Placement(make_mesh("tp=1"), load_rules("megatron")))
+    runner = ModelRunner(model, runner_shapes(config, model))
+    runner._compilers = ThreadPoolExecutor(8)
+    runner.start(random_parameters(model))
+
+    @jax.jit
+    def noise(like: jax.Array) -> jax.Array:  # zeros would draw less power than real numbers do
+        if like.dtype == jnp.int8:
+            return jax.random.randint(jax.random.key(0), like.shape, -127, 128, jnp.int8)
+        return jax.random.normal(jax.random.key(0), like.shape, jnp.bfloat16).astype(like.dtype)
+
+    for i, page in enumerate(runner._pages):
+        runner._pages[i] = jax.tree.map(noise, page)
+    return runner, engine_cost(model, runner.shapes.kv_dtype)
+
+
+def bucket(runner: Any, rows: int) -> int:
+    """The decode loop's bucket for so many rows."""
+    from jaxllm.engine.batch import bucket_for
+
+    return bucket_for(rows, runner.shapes.row_buckets)
+
+
+def decode_seconds(runner: Any, rows: int, context: int, plan: Plan) -> float:
+    """Least seconds per iteration of several dispatches; every row has pages of its own."""
+    import jax
+    import numpy as np
+
+    from jaxllm.engine import batch as batches
+
+    size, shapes = bucket(runner, rows), runner.shapes
+    loop = runner._program("decode", size, True)
+    table = np.zeros((size, shapes.pages_per_row), np.int32)
+    per_row = -(-(context + 8 * plan.steps) // plan.page_size)
+    order = 1 + np.random.default_rng(0).permutation(rows * per_row)
+    table[:rows, :per_row] = order.reshape(rows, per_row)
+    empty = batches.row_batch([], size, shapes.max_num_seqs, runner.model.cfg.vocab_size)
+    slot, length = np.array(empty.slot), np.array(empty.length)
+    slot[:rows] = np.arange(rows)
+    limit = np.zeros_like(length)
+    best = math.inf
+    for i in range(6):
+        length[:rows] = context + i * plan.steps
+        limit[:rows] = shapes.max_model_len
+        batch = dataclasses.replace(empty, slot=slot.copy(), length=length.copy(), limit=limit)
+        started = time.perf_counter()
+        out, runner._pages, runner._state = loop(
+            runner._params, runner._pages, runner._state, batch, table, np.int32(plan.steps)
+        )
+        tokens = np.asarray(out.tokens)
+        best = min(best, (time.perf_counter() - started) / plan.steps)
+        assert (tokens[:, :rows] >= 0).all(), "a row stopped"
+    jax.block_until_ready(runner._pages)
+    return best
+
+
+def prefill_seconds(runner: Any, tokens: int) -> float:
+    """Least seconds of a forward pass over one prompt."""
+    import numpy as np
+
+    from jaxllm.engine import batch as batches
+    from jaxllm.engine.request import Request
+    from jaxllm.engine.sampling_params import SamplingParams
+    from jaxllm.engine.scheduler import Chunk, IterationPlan
+
+    request = Request("prefill", [1] * tokens, SamplingParams(), limit=tokens)
+    request.slot, request.pages = 0, list(range(1, 1 + -(-tokens // runner.shapes.page_size)))
+    plan = IterationPlan([Chunk(request, 0, tokens, 0)])
+    batch = batches.ragged_batch(plan, tokens, runner.shapes.row_buckets[-1], runner.shapes.pages_per_row)
+    ids = np.random.default_rng(0).integers(0, runner.model.cfg.vocab_size, runner.shapes.max_model_len)
+    runner._state = runner._program("admit", 0, True)(runner._state, np.int32(0), ids.astype(np.int32))
+    step = runner._program("ragged", tokens, True)
+    best = math.inf
+    for _ in range(4):
+        started = time.perf_counter()
+        hidden, runner._pages = step(runner._params, runner._pages, runner._state, batch)
+        hidden.block_until_ready()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+# -- timing ------------------------------------------------------------------------------------------------------
+
+
+def best_seconds(step: Callable[[Any], Any], value: Any, runs: int = 5, chain: int = 10) -> float:
+    """Least seconds of one call, over several chains of calls, each fed what the one before gave."""
+    best = math.inf
+    for _ in range(runs + 1):  # the first compiles
+        started = time.perf_counter()
+        for _ in range(chain):
+            value = step(value)
+        value.block_until_ready()
+        best = min(best, (time.perf_counter() - started) / chain)
+    return best
+
+
+def repeated(attend: Callable[[Any, Any], Any], interpret: bool) -> Callable[[Any, Any], Any]:
+    """A chain of calls in one program, so that launching does not count. The last argument says how many."""
+    import jax
+
+    count = 2 if interpret else 20
+    chain = jax.jit(lambda q, pages: jax.lax.fori_loop(0, count, lambda _, x: attend(x, pages), q))
+    chain.count = count  # type: ignore[attr-defined]
+    return chain
+
+
+def measured(point: dict[str, Any], run: Any, args: tuple[Any, ...], **work: float) -> dict[str, Any]:
+    """A point with its time and rates; a failure is a result too."""
+    try:
+        run(*args).block_until_ready()
+        best = math.inf
+        for _ in range(3):
+            started = time.perf_counter()
+            run(*args).block_until_ready()
+            best = min(best, (time.perf_counter() - started) / run.count)
+    except Exception as error:  # one tile size that does not fit must not end the others
+        return point | {"failed": str(error).splitlines()[0][:200]}
+    return point | {"us": 1e6 * best} | {f"{name}_per_s": amount / best for name, amount in work.items()}
+
+
+# -- the parent: processes, budgets, report ------------------------------------------------------------------------
+
+
+def run_part(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Run one part in a process of its own; rows that came before the budget ended are kept."""
+    budget = args.budget or BUDGETS_S[name]
+    command = [sys.executable, __file__, "--part", name, *(["--tiny"] if args.tiny else [])]
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95", "JAX_COMPILATION_CACHE_DIR": str(args.out / "xla")}
+    started, rows, log = time.perf_counter(), [], args.out / f"gpu_check.{name}.log"
+    print(f"{name} (at most {budget} s)", file=sys.stderr, flush=True)
+    results = args.out / f"gpu_check.{name}.jsonl"
+    with log.open("w") as errors, results.open("w") as lines:
+        process = subprocess.Popen(command, stdout=lines, stderr=errors, env=environment | os.environ)
+        try:
+            code: int | str = process.wait(timeout=budget)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            code = "out of time"
+    for line in results.read_text().splitlines():
+        if line.startswith("{"):
+            rows.append(json.loads(line))
+    result: dict[str, Any] = {"rows": rows, "seconds": round(time.perf_counter() - started, 1)}
+    if code == "out of time":
+        result["note"] = f"stopped after its {budget} s; rows that are missing were skipped"
+    elif code != 0:
+        result["note"] = "failed: " + " | ".join(log.read_text().splitlines()[-3:])
+    return result
+
+
+def describe_device() -> dict[str, Any]:
+    """Names and versions, and the data sheet, if there is one."""
+    code = (
+        "import jax, json; d = jax.devices()[0]; "
+        "print(json.dumps({'kind': d.device_kind, 'platform': d.platform, 'jax': jax.__version__}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    device = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"kind": "unknown"}
+    from jaxllm.roofline.chips import chip_of_device
+
+    chip = chip_of_device(device["kind"])
+    sheet = chip and {"bytes_per_s": chip.bandwidth, "flops_per_s": chip.flops}
+    return device | {"sheet": sheet}
+
+
+def add_fractions(report: dict[str, Any]) -> None:
+    """MBU and MFU of every row that has rates, of what this device was seen to do and of its data sheet."""
+    ceilings_rows = report["parts"].get("ceilings", {}).get("rows", [])
+    bases = {"measured": ceilings_rows[0] if ceilings_rows else None, "sheet": report["device"].get("sheet")}
+    for name in ("attention", "engine", "engine8"):
+        for row in report["parts"].get(name, {}).get("rows", []):
+            for base, ceiling in bases.items():
+                for fraction, rate in (("mbu", "bytes_per_s"), ("mfu", "flops_per_s")):
+                    if ceiling and rate in row:
+                        row[f"{fraction}_of_{base}"] = round(row[rate] / ceiling[rate], 4)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for people."""
+    device, parts = report["device"], report["parts"]
+    lines = [f"# {device['kind']}, JAX {device.get('jax')}, {report['seconds']:.0f} s in all\n"]
+    for row in parts.get("ceilings", {}).get("rows", []):
+        lines.append(f"Copy {row['bytes_per_s'] / 1e12:.2f} TB/s, bf16 GEMM {row['flops_per_s'] / 1e12:.0f} TFLOP/s.")
+    checked = parts.get("kernels", {}).get("rows", [])
+    if checked:
+        bad = [row["shape"] for row in checked if not row["ok"]]
+        lines.append(
+            f"Kernel against oracle: {sum(r['cases'] for r in checked)} cases of {len(checked)} shapes, worst error "
+            f"{max(r['error'] for r in checked):.1e}, {len(bad)} shapes beyond tolerance {bad[:5]}."
+        )
+    for name in ("engine", "engine8", "peer", "attention"):
+        if rows := parts.get(name, {}).get("rows"):
+            lines += ["", f"## {name}", *table(rows)]
+    notes = [f"* {name}: {part['note']}" for name, part in parts.items() if "note" in part]
+    return "\n".join([*lines, "", *notes, ""])
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows as a Markdown table over all their keys."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+
+    def cell(value: Any) -> str:
+        if isinstance(value, float):
+            return f"{value:.3g}" if abs(value) < 1e5 else f"{value:.3e}"
+        return str(value)
+
+    body = ["| " + " | ".join(cell(row.get(key, "")) for key in keys) + " |" for row in rows]
+    return ["| " + " | ".join(keys) + " |", "|" + " --- |" * len(keys), *body]
+
+
+def main() -> int:
+    """Run the parts asked for and write the report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder for gpu_check.json and gpu_check.md")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, for a CPU")
+    parser.add_argument("--budget", type=float, help="seconds for every part, in place of its own budget")
+    parser.add_argument("--part", choices=list(PARTS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.part:
+        for row in PARTS[args.part](SMALL if args.tiny else FULL):
+            print(json.dumps(row), flush=True)
+        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    report: dict[str, Any] = {"device": describe_device(), "parts": {}}
+    for name in args.parts:
+        report["parts"][name] = run_part(name, args)
+        report["seconds"] = time.perf_counter() - started
+        add_fractions(report)  # after every part: whatever ends this run, what is known is written
+        (args.out / "gpu_check.json").write_text(json.dumps(report, indent=1))
+        (args.out / "gpu_check.md").write_text(markdown(report))
+    print((args.out / "gpu_check.md").read_text())
+    failed = any(str(part.get("note", "")).startswith("failed") for part in report["parts"].values())
+    wrong = any(not row["ok"] for row in report["parts"].get("kernels", {}).get("rows", []))
+    return int(failed or wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
