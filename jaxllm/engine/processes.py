@@ -56,8 +56,6 @@ def initialize(config: EngineConfig) -> None:
     if jax.config.values.get("jax_cpu_collectives_implementation") in (None, "none", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _keep_stdout_clean()
-    if "jax_enable_recoverability" in jax.config.values:  # else the runtime aborts before we can say who is gone
-        jax.config.update("jax_enable_recoverability", True)
     try:
         jax.distributed.initialize(*given, initialization_timeout=int(_JOIN_SECONDS))
     except (RuntimeError, ValueError) as error:
@@ -225,9 +223,8 @@ class Leader:
                     continue
                 (number,) = _HELLO.unpack(hello[_TOKEN_BYTES:])
                 self._peers.append(_Peer(connection, f"process {number}"))
-        self._watchers = [threading.Thread(target=p.receive, name="watch", daemon=True) for p in self._peers]
-        for watcher in self._watchers:
-            watcher.start()
+        for peer in self._peers:
+            threading.Thread(target=peer.receive, name="watch", daemon=True).start()
 
     def send(self, message: bytes) -> None:
         """To every follower."""
@@ -235,12 +232,10 @@ class Leader:
             peer.send(message)
 
     def stop(self) -> None:
-        """The last message: the followers leave JAX's runtime, which is this process's, and hang up."""
+        """The last message: the followers end well; JAX's runtime waits for them."""
         for peer in self._peers:
             peer.closing = True
         self.send(STOP)
-        for watcher in self._watchers:
-            watcher.join(_SILENCE_SECONDS)
 
 
 class Follower:
@@ -272,6 +267,5 @@ class Follower:
             traceback.print_exc()
             print("jaxllm: error: this process failed; all end", file=sys.stderr, flush=True)
             os._exit(1)  # an orderly end would wait for the others, who wait for this one
-        jax.distributed.shutdown()
         self._peer.close()
         raise SystemExit(0)

@@ -79,7 +79,8 @@ def test_lost_process_ends_the_others_in_time_with_a_message(generating, lost):
     _, err = launcher.communicate(timeout=30)
     assert time.monotonic() - started < 15
     assert launcher.returncode not in (0, 130)
-    assert f"process {lost} is gone" in err
+    # JAX's runtime, which lives in process 0, may be the first to say that it is gone.
+    assert f"process {lost} is gone" in err or (lost == 0 and "another task died" in err)
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
