@@ -8,16 +8,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxllm.config import EngineConfig, ModelConfig
     from jaxllm.engine.async_llm import AsyncLLM
+    from jaxllm.engine.beam_search import BeamSearchParams
     from jaxllm.engine.llm import LLM
     from jaxllm.engine.outputs import CompletionOutput, RequestOutput
     from jaxllm.engine.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "EngineConfig", "ModelConfig", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "BeamSearchParams",
+    "CompletionOutput",
+    "EngineConfig",
+    "ModelConfig",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 _HOMES = {
     "LLM": "jaxllm.engine.llm",
     "AsyncLLM": "jaxllm.engine.async_llm",
+    "BeamSearchParams": "jaxllm.engine.beam_search",
     "SamplingParams": "jaxllm.engine.sampling_params",
     "RequestOutput": "jaxllm.engine.outputs",
     "CompletionOutput": "jaxllm.engine.outputs",

@@ -16,6 +16,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 KV_DTYPES = (*DTYPES, "int8", "fp8")
 ATTENTION_BACKENDS = ("auto", "xla", "pallas_gpu", "pallas_tpu")
 LOAD_FORMATS = ("auto", "dummy")
+PREEMPTION_MODES = ("auto", "recompute", "swap")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +208,12 @@ class ModelConfig:
         """How many keys a query of this layer sees at most."""
         return self.local.window if self.local and layer in self.local.layers else None
 
+    @property
+    def cache_window(self) -> int | None:
+        """Keys beyond which no layer looks back; None where some layer sees all."""
+        is_local = self.local is not None and set(range(self.num_layers)) <= set(self.local.layers)
+        return self.local.window if self.local and is_local else None
+
     def rope(self, layer: int) -> Rope | None:
         """This layer's rotary embedding."""
         dim = self.head_dim if self.rotary_dim is None else self.rotary_dim
@@ -307,6 +314,10 @@ class EngineConfig:
     deterministic: bool = False
     load_format: str = "auto"
     attention_backend: str = "auto"
+    host_kv_bytes: int = 0
+    disk_kv_bytes: int = 0
+    disk_kv_path: str | None = None
+    preemption_mode: str = "auto"
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
@@ -328,6 +339,8 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}; "
                 "every running request needs one token per iteration, so raise the first or lower the second"
             )
+        self._check_tiers()
+        self._check_processes()
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}; it must be in (0, 1]")
 
@@ -340,6 +353,28 @@ class EngineConfig:
     def is_distributed(self) -> bool:
         """Whether this is one of several processes; launchers say so in the environment."""
         return self.distributed or bool(self.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"))
+
+    def _check_processes(self) -> None:
+        if not isinstance(self.device_offset, int) or self.device_offset < 0:
+            raise ValueError(f"device_offset={self.device_offset!r}; it must be a whole number of at least 0")
+        number, count = self.process_id, self.num_processes
+        if number is not None and count is not None and not 0 <= number < count:
+            raise ValueError(f"process_id={number} of num_processes={count}; count from 0")
+        if self.is_distributed and self.host_kv_bytes:
+            raise ValueError("host_kv_bytes is for one process; leave it out where there are several")
+
+    def _check_tiers(self) -> None:
+        for name in ("host_kv_bytes", "disk_kv_bytes"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name}={value!r}; it must be a whole number, 0 for none")
+        if self.disk_kv_bytes and not self.host_kv_bytes:
+            raise ValueError("disk_kv_bytes needs host_kv_bytes: pages reach the disk through host memory; set both")
+        if bool(self.disk_kv_bytes) != (self.disk_kv_path is not None):
+            raise ValueError("disk_kv_bytes and disk_kv_path belong together; set both or neither")
+        if self.preemption_mode not in PREEMPTION_MODES:
+            modes = ", ".join(PREEMPTION_MODES)
+            raise ValueError(f"preemption_mode={self.preemption_mode!r} is not known; use one of {modes}")
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> EngineConfig:

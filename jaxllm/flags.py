@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.config import ATTENTION_BACKENDS, DTYPES, KV_DTYPES, LOAD_FORMATS, EngineConfig
+from jaxllm.config import ATTENTION_BACKENDS, DTYPES, KV_DTYPES, LOAD_FORMATS, PREEMPTION_MODES, EngineConfig
 from jaxllm.interrupts import raise_if_interrupted
 
 if TYPE_CHECKING:
@@ -47,6 +47,13 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         default=default.attention_backend,
         help="auto: by the platform",
     )
+    group.add_argument("--host-kv-bytes", type=int, default=0, metavar="BYTES", help="host memory for evicted KV pages")
+    group.add_argument("--disk-kv-bytes", type=int, default=0, metavar="BYTES", help="disk space for KV pages")
+    group.add_argument("--disk-kv-path", metavar="FOLDER", help="where they are kept, also for the next process")
+    group.add_argument(
+        "--preemption-mode", choices=PREEMPTION_MODES, default=default.preemption_mode,
+        help="what becomes of the cache of a request that is pushed out: swap needs --host-kv-bytes",
+    )  # fmt: skip
     group = parser.add_argument_group("several processes (docs/pods.md)")
     group.add_argument("--coordinator-address", metavar="HOST:PORT", help="of process 0")
     group.add_argument("--num-processes", type=int, metavar="N")

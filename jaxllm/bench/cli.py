@@ -1,4 +1,4 @@
-"""`jaxllm bench throughput | latency | startup | load | serve`: flags in, one report out."""
+"""`jaxllm bench throughput | latency | prefix | startup | replay | load | serve`: flags in, one report out."""
 
 from __future__ import annotations
 
@@ -36,12 +36,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     latency.add_argument("--output-len", type=int, default=128)
     latency.add_argument("--num-iters", type=int, default=30)
 
+    prefix = benches.add_parser("prefix", help="a second batch whose prefixes were pushed off the device: TTFT")
+    prefix.set_defaults(run=_prefix)
+    prefix.add_argument("--num-prompts", type=int, default=4, help="that arrive together")
+    prefix.add_argument("--input-len", type=int, default=1024, help="tokens per prompt")
+    prefix.add_argument("--num-iters", type=int, default=3, help="repeats; the median is reported")
+    prefix.add_argument(
+        "--from-disk", action="store_true", help="measure the disk, not the host (needs --disk-kv-path)"
+    )
+
     startup = benches.add_parser("startup", help="seconds from a fresh process to ready and to the first token")
     startup.set_defaults(run=_startup)
     startup.add_argument("--num-iters", type=int, default=3)
     startup.add_argument("--cold", action="store_true", help="with an empty compilation cache")
-    for bench_parser in (throughput, latency, startup):
+    for bench_parser in (throughput, latency, prefix, startup):
         add_engine_flags(bench_parser)
+
+    replay = benches.add_parser("replay", help="a trace through scheduler and page pool, without any model")
+    replay.set_defaults(run=_replay)
+    replay.add_argument(
+        "--trace", type=Path, required=True, metavar="FILE", help="lengths and shared blocks, any times"
+    )
+    replay.add_argument("--num-requests", type=int, help="the first so many; default: all")
+    replay.add_argument("--num-pages", type=int, default=1 << 20, help="size of the page pool")
+    replay.add_argument("--page-size", type=int, default=512, help="tokens per page")
+    replay.add_argument("--max-num-seqs", type=int, default=32, help="requests that run together")
+    replay.add_argument("--max-num-batched-tokens", type=int, default=8192, help="tokens per iteration")
+    replay.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    replay.add_argument("--json", action="store_true", help="print one JSON object on standard output")
 
     load = benches.add_parser("load", help="loading a folder of dummy weights: speed and peak memory")
     load.set_defaults(run=_load)
@@ -97,6 +119,20 @@ def _latency(args: argparse.Namespace) -> int:
     return 0
 
 
+def _prefix(args: argparse.Namespace) -> int:
+    from jaxllm.bench.prefix import format_report, measure_prefix
+
+    _check_counts(args, "num_prompts", "input_len", "num_iters")
+    if not args.host_kv_bytes:
+        raise ValueError("this bench measures the host tier; set --host-kv-bytes")
+    if args.from_disk and args.disk_kv_path is None:
+        raise ValueError("--from-disk measures the disk tier; set --disk-kv-path and --disk-kv-bytes")
+    sizes = {name: getattr(args, name) for name in ("num_prompts", "input_len", "num_iters", "from_disk")}
+    report = measure_prefix(load_llm(args), **sizes)
+    print(json.dumps(report) if args.json else format_report(report))
+    return 0
+
+
 def _startup(args: argparse.Namespace) -> int:
     from jaxllm.bench.startup import measure_startup
 
@@ -107,6 +143,21 @@ def _startup(args: argparse.Namespace) -> int:
         f"{report['compilations']} programs"
     )
     print(json.dumps(report) if args.json else text)
+    return 0
+
+
+def _replay(args: argparse.Namespace) -> int:
+    from jaxllm.bench.replay import format_report, replay, trace_requests
+    from jaxllm.engine.page_pool import PagePool
+    from jaxllm.engine.scheduler import Scheduler
+
+    _check_counts(args, "num_pages", "page_size", "max_num_seqs", "max_num_batched_tokens")
+    pool = PagePool(args.num_pages, args.page_size, enable_prefix_caching=args.enable_prefix_caching)
+    scheduler = Scheduler(
+        pool, max_num_seqs=args.max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens, max_decode_steps=8
+    )
+    report = replay(trace_requests(args.trace, args.num_requests), scheduler)
+    print(json.dumps(report) if args.json else format_report(report))
     return 0
 
 

@@ -22,7 +22,7 @@ PERCENTILES = (50, 90, 99)
 
 def measure_latency(llm: LLM, *, batch_size: int, input_len: int, output_len: int, num_iters: int) -> dict[str, Any]:
     """Run `num_iters` batches after a warm-up; milliseconds, percentiles over all requests (ITL: all gaps)."""
-    llm.engine.runner.warm_up(sampling=False)
+    llm.engine.runner.warm_up(sampling=False, tiers=llm.engine.tiers is not None)
     _arrivals(llm, batch_size, input_len, 2, seed=0)
     runs = [_arrivals(llm, batch_size, input_len, output_len, seed=1 + i) for i in range(num_iters)]
     tokens = [times for run in runs for times in run]

@@ -31,7 +31,7 @@ def measure_throughput(llm: LLM, workload: Callable[[int], Sequence[Planned]], n
         workload: seed -> requests. No two seeds may share tokens: nothing may come out of the prefix cache.
         num_iters: repeats; medians are reported.
     """
-    llm.engine.runner.warm_up(sampling=False)
+    llm.engine.runner.warm_up(sampling=False, tiers=llm.engine.tiers is not None)
     requests = workload(0)
     num_prompts, prompt_tokens = len(requests), sum(len(r.prompt) for r in requests)
     output_tokens = sum(r.output_len for r in requests)

@@ -19,7 +19,7 @@ import numpy as np
 
 Row = tuple[float, int, int, list[int]]  # arrival in seconds, prompt and output tokens, hash ids
 
-_BLOCK = 512  # tokens that one hash id of a Mooncake trace stands for
+TRACE_BLOCK = 512  # tokens that one hash id of a Mooncake trace stands for
 # Column names of the public traces: arrival, prompt tokens, output tokens.
 _COLUMNS = (
     ("TIMESTAMP", "ContextTokens", "GeneratedTokens"),
@@ -53,7 +53,7 @@ def read_trace(
     With `scale` they are simply the first, all lengths shrunk by one factor so that the longest just fits. Prompts are
     random tokens; requests that share hash ids share those blocks.
     """
-    rows = (row for row in _rows(path) if row[1] > 0 and row[2] > 0)
+    rows = (row for row in trace_rows(path) if row[1] > 0 and row[2] > 0)
     if scale:
         rows = _shrunk(list(itertools.islice(rows, num_prompts)), max_len)
     fitting = (row for row in rows if row[1] + row[2] <= max_len)
@@ -74,7 +74,8 @@ def _shrunk(rows: Sequence[Row], max_len: int) -> Iterator[Row]:
         yield at, max(1, int(prompt * factor)), max(1, int(output * factor)), hashes
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def trace_rows(path: Path) -> Iterator[Row]:
+    """Every row of a trace. Raises ValueError where it cannot be read."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = map(json.loads, file) if path.suffix == ".jsonl" else csv.DictReader(file)
@@ -108,7 +109,7 @@ def _seconds(value: Any, *, milliseconds: bool) -> float:
 def _prompt(input_len: int, hashes: list[int], index: int, vocab_size: int, seed: int) -> list[int]:
     if not hashes:
         return np.random.default_rng((seed, 0, index)).integers(0, vocab_size, input_len).tolist()
-    blocks = [np.random.default_rng((seed, 1, h)).integers(0, vocab_size, _BLOCK) for h in hashes]
+    blocks = [np.random.default_rng((seed, 1, h)).integers(0, vocab_size, TRACE_BLOCK) for h in hashes]
     return np.resize(np.concatenate(blocks), input_len).tolist()
 
 

@@ -98,14 +98,14 @@ def write_pages(pages: Any, kv_TK2H: jax.Array, slots_T: jax.Array) -> Any:
     values, scales = split_pages(pages)
     if values.ndim == 4:
         rows = kv_TK2H.reshape(kv_TK2H.shape[0], *values.shape[2:])
-        return _set_rows(values.reshape(-1, *values.shape[2:]), slots_T, rows).reshape(values.shape)
+        return set_rows(values.reshape(-1, *values.shape[2:]), slots_T, rows).reshape(values.shape)
     _, halves, page_size, _, _ = values.shape
     # Each page holds C rows of keys, then C rows of values (or only C rows that are both).
     keys_at = slots_T + slots_T // page_size * page_size * (halves - 1)
     at = jnp.concatenate([keys_at + i * page_size for i in range(halves)])
 
     def written(array: jax.Array, rows: jax.Array) -> jax.Array:
-        return _set_rows(array.reshape(-1, *array.shape[3:]), at, rows).reshape(array.shape)
+        return set_rows(array.reshape(-1, *array.shape[3:]), at, rows).reshape(array.shape)
 
     rows = kv_TK2H.transpose(2, 0, 1, 3).reshape(-1, *values.shape[3:])
     if scales is None:
@@ -114,7 +114,7 @@ def write_pages(pages: Any, kv_TK2H: jax.Array, slots_T: jax.Array) -> Any:
     return QuantizedPages(written(values, small), written(scales, scale))
 
 
-def _set_rows(flat: jax.Array, at: jax.Array, rows: jax.Array) -> jax.Array:
+def set_rows(flat: jax.Array, at: jax.Array, rows: jax.Array) -> jax.Array:
     """`flat[at] = rows`."""
     bits, rows = to_bits(flat), to_bits(rows.astype(flat.dtype))
     return from_bits(bits.at[at].set(rows, mode="promise_in_bounds", wrap_negative_indices=False), flat.dtype)

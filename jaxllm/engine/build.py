@@ -7,6 +7,8 @@ when a request is added, in one line.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.config import EngineConfig, ModelConfig
 
 if TYPE_CHECKING:
+    from jaxllm.cache.mover import Mover
+    from jaxllm.cache.tiers import Tiers
     from jaxllm.checkpoints import Checkpoint
     from jaxllm.engine.engine import Engine
-    from jaxllm.engine.runner import RunnerShapes
+    from jaxllm.engine.runner import ModelRunner, RunnerShapes
     from jaxllm.models.loader import AbstractModel
     from jaxllm.tokenizer import Tokenizer
 
@@ -71,14 +75,64 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
 
             lead_or_follow(runner, config)  # ends here on all processes but the first
         text = tokenizer.result()
+    identity = model_identity(config, hf, path)
+    tiers, mover = _tiers(config, runner, identity)
     engine = Engine(
         runner,
         eos_token_ids=_eos_token_ids(hf, generation, text),
         enable_prefix_caching=config.enable_prefix_caching,
         seed=config.seed,
-        namespace=f"{path or config.model} {config.sharding_rules} {config.dtype}",
+        namespace=identity,
+        tiers=tiers,
+        mover=mover,
     )
     return BuiltEngine(engine, text, model_config, generation)
+
+
+def model_identity(config: EngineConfig, hf: dict, path: Path | None) -> str:
+    """What decides the keys and values of given tokens: configuration, weights (by their files) and dtypes.
+
+    The sharding does not: what one mesh has cached, another may read.
+    """
+    files = [] if path is None else [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
+    stats = [(str(f.relative_to(path.parent)), (s := f.stat()).st_size, s.st_mtime_ns) for f in sorted(files) if path]
+    seed = config.seed if config.load_format == "dummy" else None
+    facts = (hf, stats, seed, config.dtype, config.kv_dtype)
+    name = config.model if path is None else path.name
+    return f"{name} {hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]}"
+
+
+def _tiers(config: EngineConfig, runner: ModelRunner, identity: str) -> tuple[Tiers | None, Mover | None]:
+    """What is kept below the device, where anything is."""
+    from jaxllm.cache.disk_store import DiskStore
+    from jaxllm.cache.host_pool import HostPool
+    from jaxllm.cache.mover import Mover, page_format
+    from jaxllm.cache.tiers import Tiers
+
+    if not config.host_kv_bytes:
+        if config.preemption_mode == "swap":
+            raise ValueError("preemption_mode='swap' needs room in host memory; set host_kv_bytes")
+        return None, None
+    if runner.shapes.num_replicas > 1:
+        raise ValueError("host_kv_bytes serves one replica; use a mesh without data parallelism, or leave it at 0")
+    slab, copies = runner.slab(), runner.model.kv_copies
+    interleaved = runner.shapes.page_layout(copies).interleaved
+    page_bytes = runner.page_bytes
+    if config.host_kv_bytes < page_bytes:
+        raise ValueError(f"host_kv_bytes={config.host_kv_bytes} is less than one page; use at least {page_bytes}")
+    disk = None
+    if config.disk_kv_path is not None:
+        disk = DiskStore(
+            Path(config.disk_kv_path),
+            config.disk_kv_bytes,
+            page_format(slab, identity, copies, interleaved=interleaved),
+        )
+    host = HostPool(config.host_kv_bytes // page_bytes)
+    tiers = Tiers(host, disk, page_bytes=page_bytes, preemption=config.preemption_mode)
+    mover = Mover(runner, tiers, slab, disk, copies, interleaved=interleaved)
+    if disk is not None:
+        host.on_evict = mover.evict
+    return tiers, mover
 
 
 @dataclass(frozen=True, slots=True)

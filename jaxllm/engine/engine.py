@@ -5,6 +5,7 @@ The host is never waited for: iteration `t + 1` is planned and dispatched before
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 import time
@@ -12,17 +13,20 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxllm.cache.mover import Mover
+from jaxllm.cache.tiers import Tiers
 from jaxllm.engine.accounting import Accounting, IterationRecord
 from jaxllm.engine.ceilings import engine_cost, known_ceilings
 from jaxllm.engine.page_pool import PagePool
 from jaxllm.engine.replicas import Replicas
-from jaxllm.engine.request import Constraint, Request
+from jaxllm.engine.request import Constraint, Request, Status, next_arrival
 from jaxllm.engine.runner import InFlight, ModelRunner
 from jaxllm.engine.sampling import Sampled
 from jaxllm.engine.sampling_params import SamplingParams
 from jaxllm.engine.scheduler import Chunk, Scheduler
 
 log = logging.getLogger(__name__)
+_MOVING_SECONDS = 0.0005
 _PIPELINE_DEPTH = 2  # iterations on the device queue before the oldest is read
 
 
@@ -42,6 +46,8 @@ class Engine:
         runner: the device side.
         eos_token_ids: tokens that end a request unless it ignores them.
         seed: from which requests without a seed of their own get one.
+        namespace: what besides the tokens decides what is cached for them; see `PagePool`.
+        tiers, mover: what is kept below the device, and who carries it there and back.
     """
 
     def __init__(
@@ -52,28 +58,36 @@ class Engine:
         enable_prefix_caching: bool = True,
         seed: int = 0,
         namespace: str = "",
+        tiers: Tiers | None = None,
+        mover: Mover | None = None,
     ):
         shapes = runner.shapes
         self.runner = runner
 
         def scheduler(replica: int) -> Scheduler:
             pool = PagePool(
-                shapes.num_pages, shapes.page_size, enable_prefix_caching=enable_prefix_caching, namespace=namespace
-            )
+                shapes.num_pages, shapes.page_size, enable_prefix_caching=enable_prefix_caching, namespace=namespace,
+                window=runner.model.cfg.cache_window,
+            )  # fmt: skip
             return Scheduler(
                 pool,
                 max_num_seqs=shapes.max_num_seqs,
                 max_num_batched_tokens=shapes.max_num_batched_tokens,
                 max_decode_steps=shapes.max_decode_steps,
                 first_slot=replica * shapes.max_num_seqs,
+                tiers=tiers,
             )
 
+        assert tiers is None or shapes.num_replicas == 1, "tiers serve one replica"
         schedulers = [scheduler(replica) for replica in range(shapes.num_replicas)]
         self.scheduler = schedulers[0] if len(schedulers) == 1 else Replicas(schedulers)
         self.pool = self.scheduler.pool
+        self.tiers, self.mover = tiers, mover
         self.records: deque[IterationRecord] = deque(maxlen=4096)
         self.accounting = Accounting(engine_cost(runner.model, shapes.kv_dtype), known_ceilings(runner.model))
         self.eos_token_ids = tuple(eos_token_ids)
+        if tiers is not None:
+            tiers.prefill_rate = self.accounting.prefill_rate
         self._seed = seed
         self._counter = itertools.count()
         self._in_flight: deque[InFlight] = deque()
@@ -94,8 +108,13 @@ class Engine:
     def add_request(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None,
         priority: int = 0, cache_salt: str = "", constraint: Constraint | None = None,
+        parent: Request | None = None, lockstep: bool = False,
     ) -> Request:  # fmt: skip
-        """Queue one prompt (`params.n` is the caller's business). Raises ValueError that says what to change."""
+        """Queue one prompt (`params.n` is the caller's business). Raises ValueError that says what to change.
+
+        With a `parent` of the same prompt it waits until that prompt is computed, and starts on its pages. Under
+        `lockstep` it stops after every token until the caller has said which one to go on with (`replace_last`).
+        """
         number = next(self._counter)
         request_id = request_id or f"request-{number}"
         if request_id in self._requests:
@@ -112,10 +131,29 @@ class Engine:
             priority=priority,
             cache_salt=cache_salt,
             constraint=constraint,
+            parent=parent,
+            num_confirmed=len(prompt_token_ids) if lockstep else None,
         )
         self.scheduler.add(request)
         self._requests[request_id] = request
         return request
+
+    def fork(self, parent: Request, token: int) -> Request:
+        """Another request in lockstep, equal to `parent` but for its last token, on the same pages."""
+        number = next(self._counter)
+        child = dataclasses.replace(
+            parent, request_id=f"request-{number}", token_ids=[*parent.token_ids[:-1], token], pages=[], slot=-1,
+            status=Status.WAITING, page_hashes=[], num_computed=0, num_settled=0, num_published=0, num_dropped=0,
+            num_preemptions=0, num_confirmed=len(parent.token_ids), load=None, swapped=None, arrival=next_arrival(),
+        )  # fmt: skip
+        child.num_prompt = parent.num_prompt
+        self.scheduler.fork(parent, child)
+        self._requests[child.request_id] = child
+        return child
+
+    def replace_last(self, request: Request, token: int) -> None:
+        """Let a request in lockstep go on, with this token in place of the one it sampled."""
+        self.scheduler.replace_last(request, token)
 
     def check_request(self, ids: Sequence[int], params: SamplingParams) -> int:
         """The length at which such a request ends. Raises ValueError if it cannot run; safe on any thread."""
@@ -142,13 +180,28 @@ class Engine:
 
     def step(self) -> list[NewTokens]:
         """Dispatch the next iteration, if any, and read the oldest one that is due."""
+        if self.mover is not None:
+            self.progress += self.mover.finish(self.scheduler.loaded)
         plan = self.scheduler.schedule()
+        self.start_moves()
         if plan is not None:
             self._in_flight.append(self.runner.dispatch(plan))
             self.progress += 1
         if self._in_flight and (plan is None or len(self._in_flight) >= _PIPELINE_DEPTH):
             return self._collect(self._in_flight.popleft())
+        if plan is None and self.mover is not None and self.mover.is_moving:
+            time.sleep(_MOVING_SECONDS)  # nothing else to do: leave the processor to what copies
         return []
+
+    def start_moves(self) -> None:
+        """Send off what has to leave pages that were handed out anew; call it before anything writes there."""
+        if self.mover is not None:
+            self.mover.start()
+
+    def evict_idle(self) -> None:
+        """Push every cached page that nobody uses off the device, into the tiers below."""
+        self.pool.evict_idle()
+        self.start_moves()
 
     def _collect(self, work: InFlight) -> list[NewTokens]:
         results = []
@@ -194,6 +247,9 @@ class Engine:
         lost = [request for request in self.unfinished if request.on_device]
         for request in lost:
             self.finish(request, "abort")
+        if self.tiers is not None and self.mover is not None:
+            self.tiers.reset()
+            self.mover.reset()
         self.pool.reset_prefix_cache()
         self.pool.check([])
         self.runner.reset()

@@ -80,6 +80,15 @@ class Jobs:
             ids = self.tokenizer.encode(text)
         return text, list(ids)
 
+    def token_ids(self, prompt: Prompt) -> list[int]:
+        """A prompt's token ids. Raises ValueError where it has none."""
+        return self._tokenize({"prompt": prompt} if isinstance(prompt, str) else prompt)[1]
+
+    @property
+    def token_text(self) -> Any:
+        """How one token reads, where there is a tokenizer."""
+        return self._tokenizer.token_text if self._tokenizer else None
+
     def scoring_pass(self, job: Job) -> ScoringPass | None:
         """The pass that must run before `start`, for a job that asks for prompt logprobs."""
         if job.params.prompt_logprobs is None:
@@ -110,7 +119,10 @@ class Jobs:
         name = request_id if index == 0 or request_id is None else f"{request_id}-{index}"
         constraint = job.constraint.copy() if job.constraint is not None else None
         ids = job.output.prompt_token_ids
-        request = self._engine.add_request(ids, params, request_id=name, constraint=constraint, **job.extra)
+        parent = job.requests[0] if index else None
+        request = self._engine.add_request(
+            ids, params, request_id=name, constraint=constraint, parent=parent, **job.extra
+        )
         if index and params.seed is not None:
             request.seed = params.seed + index
         job.requests.append(request)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxllm.config import EngineConfig
+from jaxllm.engine.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams, BeamSearchSequence
 from jaxllm.engine.build import build_engine
 from jaxllm.engine.ceilings import measured_ceilings
 from jaxllm.engine.jobs import Job, Jobs, Prompt, sampling_defaults
@@ -130,6 +131,44 @@ class LLM:
                     sent = len(text)
         finally:
             self._jobs.abort(job)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of every prompt.
+
+        Args:
+            prompts: text, or `{"prompt_token_ids": [...]}`.
+            params: width, length and how to score.
+            use_tqdm: a progress bar when standard error is a terminal.
+
+        Returns:
+            One `BeamSearchOutput` per prompt, in input order: `sequences`, best first, whose `tokens` and `text`
+            begin with the prompt.
+        """
+        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
+        searches: list[BeamSearch] = []
+        try:
+            for ids in [self._jobs.token_ids(prompt) for prompt in prompts]:
+                searches.append(BeamSearch(self.engine, ids, params, self._jobs.token_text))
+            with _progress(len(searches), use_tqdm) as bar:
+                while any(not search.finished for search in searches):
+                    for news in self.engine.step():
+                        for search in searches:
+                            search.feed(news)
+                    bar.update(sum(search.finished for search in searches) - bar.n)
+                    if self.after_step is not None:
+                        self.after_step()
+        finally:
+            for search in searches:
+                search.abort()
+        return [BeamSearchOutput([self._with_text(s, params) for s in search.best()]) for search in searches]
+
+    def _with_text(self, sequence: BeamSearchSequence, params: BeamSearchParams) -> BeamSearchSequence:
+        if not self.config.skip_tokenizer_init:
+            ended = sequence.finish_reason == "stop" and not params.include_stop_str_in_output
+            sequence.text = self.get_tokenizer().decode(sequence.tokens[:-1] if ended else sequence.tokens)
+        return sequence
 
     def _params_for(self, prompts: Sequence[Prompt], params: Any) -> list[SamplingParams]:
         if params is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from jaxllm.engine.cache_metrics import cache_figures
 from jaxllm.engine.engine import Engine
 
 
@@ -26,6 +27,7 @@ def engine_metrics(engine: Engine) -> dict[str, Any]:
         "prefix_cache_queries_total": queried,
         "prefix_cache_hits_total": pool.num_hit_tokens,
         "prefix_cache_hit_rate": pool.num_hit_tokens / queried if queried else 0.0,
+        **{f.name + ("_total" if f.kind == "counter" else ""): f.value for f in cache_figures(engine)},
         "num_preemptions_total": scheduler.num_preemptions,
         "compilations_total": runner.num_compilations,
         "compilations_after_warmup_total": runner.num_compilations_after_warmup,

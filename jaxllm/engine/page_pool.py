@@ -2,7 +2,8 @@
 
 Pages have reference counts. A full page whose content is known has a hash, chained over its prefix (vLLM's
 prefix caching); a hashed page that nobody references stays findable until it is the least recently used one and
-somebody needs the room. Page 0 is never handed out: padding writes there.
+somebody needs the room. Page 0 is never handed out: padding writes there, and in a list of pages it marks a place
+whose page is gone because no query can see it any more (sliding windows).
 """
 
 from __future__ import annotations
@@ -10,18 +11,28 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 class PagePool:
-    """Allocation, sharing and reuse of `num_pages` pages of `page_size` tokens."""
+    """Allocation, sharing and reuse of `num_pages` pages of `page_size` tokens.
 
-    def __init__(self, num_pages: int, page_size: int, *, enable_prefix_caching: bool = True, namespace: str = ""):
+    Args:
+        window: keys that a query sees, its own included, where no layer sees more; None: all of them.
+        namespace: what besides the tokens decides a page's content (the model, say); part of every hash.
+    """
+
+    def __init__(
+        self, num_pages: int, page_size: int, *, enable_prefix_caching: bool = True, namespace: str = "",
+        window: int | None = None,
+    ):  # fmt: skip
         if num_pages < 2:
             raise ValueError(f"num_pages={num_pages}; at least 2 are needed: page 0 is reserved for padding")
         self.num_pages = num_pages
         self.page_size = page_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.window = window
+        self.on_evict: Callable[[int, bytes], None] | None = None  # a page's content is about to be lost
         self._root = hashlib.sha256(namespace.encode()).digest()
         self._refs = [0] * num_pages
         self._hash_of: list[bytes | None] = [None] * num_pages
@@ -42,6 +53,11 @@ class PagePool:
         """All pages that requests can ever hold."""
         return self.num_pages - 1
 
+    @property
+    def num_idle(self) -> int:
+        """Pages that nobody holds and that a prefix may still be found in."""
+        return len(self._idle)
+
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
@@ -57,21 +73,43 @@ class PagePool:
             page = self._blank.pop()
         else:
             page, _ = self._idle.popitem(last=False)
-            self._forget(page)
-            self.num_evictions += 1
+            self._evict(page)
         assert self._refs[page] == 0, f"page {page} handed out while referenced"
         self._refs[page] = 1
         return page
 
-    def _forget(self, page: int) -> None:
+    def _evict(self, page: int) -> None:
         digest = self._hash_of[page]
         assert digest is not None, f"idle page {page} has no hash"
+        if self.on_evict is not None:
+            self.on_evict(page, digest)
         self._hash_of[page] = None
         del self._page_of[digest]
+        self.num_evictions += 1
+
+    def share(self, pages: Sequence[int]) -> list[int]:
+        """One more reference on each: a second owner of pages that have one."""
+        for page in pages:
+            if page:
+                assert self._refs[page] > 0, f"page {page} is shared by nobody"
+                self._refs[page] += 1
+        return list(pages)
+
+    def shares_tail(self, pages: Sequence[int | None], num_tokens: int) -> bool:
+        """Whether the token after the first `num_tokens` goes into a page that others hold as well."""
+        i = num_tokens // self.page_size
+        page = pages[i] if i < len(pages) else None
+        return page is not None and self._refs[page] > 1
+
+    def has(self, digest: bytes) -> bool:
+        """Whether a page with this content is on the device."""
+        return digest in self._page_of
 
     def free(self, pages: Sequence[int]) -> None:
         """Drop one reference of each. The last pages of a sequence become the first to be evicted."""
         for page in reversed(pages):
+            if not page:
+                continue
             assert self._refs[page] > 0, f"page {page} freed twice"
             self._refs[page] -= 1
             if self._refs[page]:
@@ -94,27 +132,48 @@ class PagePool:
             digests.append(parent)
         return digests
 
-    def match(self, digests: Sequence[bytes], num_tokens: int) -> list[int]:
-        """Take a reference on the longest run of cached pages, leaving at least one of `num_tokens` to compute.
+    def first_visible(self, position: int) -> int:
+        """Index of the first page that a query at `position` or later sees anything of."""
+        return 0 if self.window is None else max(0, position - self.window + 1) // self.page_size
 
-        The pages are the caller's until it frees them.
+    def match(
+        self, digests: Sequence[bytes], num_tokens: int, is_below: Callable[[bytes], bool] = lambda _: False
+    ) -> list[int | None]:
+        """Take a reference on the pages of the longest cached prefix, leaving at least one of `num_tokens` to compute.
+
+        Args:
+            is_below: whether a lower tier has the page with a hash that is not here.
+
+        Returns:
+            The prefix's pages, the caller's until it frees them: None where a lower tier has the page, 0 where
+            nothing after the prefix can see it.
         """
         if not self.enable_prefix_caching:
             return []
-        pages = []
-        for digest in digests[: (num_tokens - 1) // self.page_size]:
-            page = self._page_of.get(digest)
-            if page is None:
-                break
-            pages.append(page)
+        known = list(digests[: (num_tokens - 1) // self.page_size])
+        length = self._longest_prefix(known, is_below)
+        seen = self.first_visible(length * self.page_size)
+        pages = [0] * seen + [self._page_of.get(digest) for digest in known[seen:length]]
         for page in pages:
-            self._idle.pop(page, None)
-            self._refs[page] += 1
+            if page:
+                self._idle.pop(page, None)
+                self._refs[page] += 1
         return pages
 
     def num_cached(self, digests: Sequence[bytes]) -> int:
         """Length of the longest run of cached pages that `match` would find; takes no reference."""
         return next((i for i, digest in enumerate(digests) if digest not in self._page_of), len(digests))
+
+    def _longest_prefix(self, digests: Sequence[bytes], is_below: Callable[[bytes], bool]) -> int:
+        """Pages of the longest prefix of which every page is cached that what follows it can see."""
+        longest = run = 0
+        for i, digest in enumerate(digests):
+            run = run + 1 if digest in self._page_of or is_below(digest) else 0
+            if run >= i + 1 - self.first_visible((i + 1) * self.page_size):
+                longest = i + 1
+            elif self.window is None:
+                break
+        return longest
 
     def count_query(self, num_tokens: int, num_hit: int) -> None:
         """Record one admitted prompt in the hit-rate statistics."""
@@ -123,9 +182,16 @@ class PagePool:
 
     def publish(self, page: int, digest: bytes) -> None:
         """Make a full page findable. The first page with a content wins; a later twin stays private."""
-        if self.enable_prefix_caching and self._hash_of[page] is None and digest not in self._page_of:
+        if page and self.enable_prefix_caching and self._hash_of[page] is None and digest not in self._page_of:
             self._hash_of[page] = digest
             self._page_of[digest] = page
+
+    def evict_idle(self) -> None:
+        """Give up every cached page that nobody references."""
+        while self._idle:
+            page, _ = self._idle.popitem(last=False)
+            self._evict(page)
+            self._blank.append(page)
 
     def reset_prefix_cache(self) -> None:
         """Forget all content (after a failed iteration, say); references stay."""
@@ -139,7 +205,7 @@ class PagePool:
         counts = [0] * self.num_pages
         for pages in holders:
             for page in pages:
-                counts[page] += 1
+                counts[page] += page > 0
         assert counts == self._refs, "reference counts differ from what holders hold"
         free = [*self._blank, *self._idle]
         assert len(free) == len(set(free)), "a page is free twice"

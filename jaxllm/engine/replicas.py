@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from jaxllm.cache.tiers import Load
 from jaxllm.engine.page_pool import PagePool
 from jaxllm.engine.request import Request
+from jaxllm.engine.residency import utilization
 from jaxllm.engine.scheduler import IterationPlan, Scheduler
 
 
@@ -41,6 +43,16 @@ class Replicas:
         return sum(part.num_preemptions for part in self.parts)
 
     @property
+    def num_copies(self) -> int:
+        """Pages copied on write so far, on all replicas."""
+        return sum(part.num_copies for part in self.parts)
+
+    @property
+    def slot_utilization(self) -> float:
+        """See `utilization`."""
+        return utilization(self.running, self.pool.page_size)
+
+    @property
     def has_work(self) -> bool:
         """Whether any request is unfinished."""
         return any(part.has_work for part in self.parts)
@@ -55,6 +67,8 @@ class Replicas:
         self.parts[request.replica].add(request)
 
     def _route(self, request: Request) -> int:
+        if request.parent is not None:
+            return request.parent.replica  # where the pages are that it shares
         loads = [len(part.running) + part.num_waiting for part in self.parts]
         least = min(range(len(loads)), key=loads.__getitem__)
         pools = self.pool.parts
@@ -72,7 +86,12 @@ class Replicas:
         """
         busy = [part for part in self.parts if part.num_waiting or not all(r.exhausted for r in part.running)]
         steps = min((part.loop_steps() for part in busy), default=0)
-        plans = [plan for part in busy if (plan := part.plan(steps)) is not None]
+        plans, copies = [], []
+        for part in busy:
+            if (plan := part.plan(steps)) is not None:
+                plans.append(plan)
+                first = self.parts.index(part) * part.pool.num_pages
+                copies += [(first + source, first + target) for source, target in plan.copies]
         if not plans:
             return None
         return IterationPlan(
@@ -80,7 +99,20 @@ class Replicas:
             [request for plan in plans for request in plan.admitted],
             is_decode_loop=all(plan.is_decode_loop for plan in plans),
             num_steps=max(plan.num_steps for plan in plans),
+            copies=copies,
         )
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """See `Scheduler.fork`."""
+        self.parts[parent.replica].fork(parent, child)
+
+    def replace_last(self, request: Request, token: int) -> None:
+        """See `Scheduler.replace_last`."""
+        self.parts[request.replica].replace_last(request, token)
+
+    def loaded(self, load: Load, arrived: Sequence[bool]) -> None:
+        """See `Scheduler.loaded`."""
+        self.parts[load.owner.replica].loaded(load, arrived)
 
     def append_tokens(self, request: Request, tokens: Sequence[int], num_samples: int) -> None:
         """See `Scheduler.append_tokens`."""
@@ -127,6 +159,16 @@ class ReplicaPools:
     def num_evictions(self) -> int:
         """Cached pages that were given away."""
         return self._sum(lambda pool: pool.num_evictions)
+
+    @property
+    def num_idle(self) -> int:
+        """Cached pages that nobody holds."""
+        return self._sum(lambda pool: pool.num_idle)
+
+    def evict_idle(self) -> None:
+        """Give up every cached page that nobody references."""
+        for part in self.parts:
+            part.evict_idle()
 
     def reset_prefix_cache(self) -> None:
         """Forget all content; references stay."""

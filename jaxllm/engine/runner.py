@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.cache.moves import MOVE_BATCH, MOVES, device_bytes, lower_move, slab_struct
 from jaxllm.cache.pages import PageLayout, allocate_pages
 from jaxllm.engine import batch as batches
 from jaxllm.engine.sampling import Sampled
@@ -161,6 +162,7 @@ class ModelRunner:
     def dispatch(self, plan: IterationPlan) -> InFlight:
         """Put one plan's work on the device queue."""
         started = time.perf_counter()
+        self._copy_pages(plan.copies)
         for request in plan.admitted:
             row = np.zeros(self.shapes.max_model_len, np.int32)
             row[: len(request.token_ids)] = request.token_ids
@@ -214,6 +216,36 @@ class ModelRunner:
         assert hidden_TD is self._hidden, "other work came in between"
         return self.execute(("pool", len(weights_T), True), weights_T)
 
+    def _copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for i in range(0, len(pairs), MOVE_BATCH):
+            source_G, target_G = (_padded(side) for side in zip(*pairs[i : i + MOVE_BATCH], strict=True))
+            self.execute(("copy", MOVE_BATCH, True), source_G, target_G)
+
+    def take_pages(self, pages: Sequence[int]) -> list[Any]:
+        """A copy of each page as it is after what was dispatched so far: slabs, see `jaxllm.cache.moves`."""
+        slabs: list[Any] = []
+        for i in range(0, len(pages), MOVE_BATCH):
+            batch = pages[i : i + MOVE_BATCH]
+            slabs += self._program("take", MOVE_BATCH, True)(self._pages, _padded(batch))[: len(batch)]
+        return slabs
+
+    def put_pages(self, pages: Sequence[int], slabs: Sequence[Any]) -> None:
+        """Write slabs into pages, before what is dispatched next."""
+        for i in range(0, len(pages), MOVE_BATCH):
+            batch, index_G = list(slabs[i : i + MOVE_BATCH]), _padded(pages[i : i + MOVE_BATCH])
+            batch += batch[:1] * (MOVE_BATCH - len(batch))
+            self._pages = self._program("put", MOVE_BATCH, True)(self._pages, index_G, batch)
+
+    @functools.cached_property
+    def page_bytes(self) -> int:
+        """Of one page over all layers and the devices that hold it."""
+        pages = _abstract_pages(self.model, self.shapes)
+        return device_bytes(pages) // (self.shapes.num_pages * self.shapes.num_replicas)
+
+    def slab(self) -> Any:
+        """Shapes and shardings of one page over all layers."""
+        return slab_struct(abstract_arrays(self.model, self.shapes)[1])
+
     @property
     def scoring_buckets(self) -> tuple[int, ...]:
         """Sizes of scoring passes: two, since every size is one more program."""
@@ -232,6 +264,9 @@ class ModelRunner:
         program, name = self._program(*key), key[0]
         if name == "admit":
             self._state = program(self._state, *inputs)
+            return None
+        if name == "copy":
+            self._pages = program(self._pages, *inputs)
             return None
         if name in ("ragged", "hidden"):
             self._hidden, self._pages = program(self._params, self._pages, self._state, *inputs)
@@ -304,12 +339,13 @@ class ModelRunner:
         for name in self.shapes.sampling_programs:
             self._submit((name, rows, not self.shapes.deterministic))
 
-    def warm_up(self, *, sampling: bool = True, scoring: bool = False) -> None:
+    def warm_up(self, *, sampling: bool = True, scoring: bool = False, tiers: bool = False) -> None:
         """Compile every program there is, in threads; afterwards a compilation is a defect.
 
         Args:
             sampling: also the programs of requests that are not plainly greedy.
             scoring: also those of embeddings and prompt logprobs.
+            tiers: also those that move pages off the device and back.
         """
         if self.leader is not None:
             self.leader.send(encode(("warm_up", sampling + 2 * scoring, True), ()))
@@ -319,6 +355,7 @@ class ModelRunner:
             keys += [(name, r, greedy) for r in self.shapes.row_buckets for name in self.shapes.sampling_programs]
         if scoring:
             keys += [(name, t, True) for t in self.scoring_buckets for name in ("hidden", "score", "pool")]
+        keys += [(name, MOVE_BATCH, True) for name in (MOVES if tiers else ("copy",))]
         for future in [self._submit(key) for key in keys]:
             future.result()
         self._warm = True
@@ -326,6 +363,10 @@ class ModelRunner:
     def block_until_ready(self) -> None:
         """Wait for everything dispatched so far."""
         jax.block_until_ready((self._pages, self._state))
+
+
+def _padded(pages: Sequence[int]) -> np.ndarray:
+    return np.array([*pages, *[0] * (MOVE_BATCH - len(pages))], np.int32)
 
 
 def make_programs(model: AbstractModel, shapes: RunnerShapes) -> Programs:
@@ -347,6 +388,8 @@ def lower(
 ) -> Any:
     """Lower one program; `params`, `pages` and `state` may be arrays or shapes with shardings."""
     name, bucket, greedy = key
+    if name in MOVES:
+        return lower_move(name, pages)
     whole = model.placement.replicated
     paged = jax.tree.map(lambda leaf: leaf.sharding, _abstract_pages(model, shapes))
     replicas, vocab_size = shapes.num_replicas, model.cfg.vocab_size

@@ -11,9 +11,12 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from jaxllm.cache.tiers import Load, Tiers
 from jaxllm.engine.page_pool import PagePool
 from jaxllm.engine.request import Request, Status
+from jaxllm.engine.residency import Residency, utilization
 
 Ranked = tuple[tuple[int, int], Request]
 
@@ -37,13 +40,16 @@ class Chunk:
 class IterationPlan:
     """What the device does next: one ragged step, or (`is_decode_loop`) `num_steps` decode iterations.
 
-    Chunks of one token come first; `admitted` lists requests that are new to their slot.
+    Chunks of one token come first; `admitted` lists requests that are new to their slot, or whose tokens there
+    changed. `copies` are (from, to) pages to copy before anything is written,
+    numbered over all replicas.
     """
 
     chunks: list[Chunk]
     admitted: list[Request] = field(default_factory=list)
     is_decode_loop: bool = False
     num_steps: int = 1
+    copies: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -60,8 +66,11 @@ class Scheduler:
     def __init__(
         self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, max_decode_steps: int = 1,
         first_slot: int = 0,
+        tiers: Tiers | None = None,
     ):  # fmt: skip
         self.pool = pool
+        self.tiers = tiers
+        self.residency = Residency(pool, tiers)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_decode_steps = max_decode_steps
@@ -69,6 +78,8 @@ class Scheduler:
         self._waiting: tuple[list[Ranked], list[Ranked]] = ([], [])  # heaps by rank: short prompts, long prompts
         self._free_slots = list(range(first_slot + max_num_seqs - 1, first_slot - 1, -1))
         self.num_waiting = 0  # the heaps may hold finished requests beside these
+        self._parked: list[Request] = []  # waiting for another's prompt or load, without holding up the queue
+        self._fresh: list[Request] = []  # running, but the device does not know their tokens yet
         self.num_preemptions = 0
 
     @property
@@ -76,10 +87,24 @@ class Scheduler:
         """Whether any request is unfinished."""
         return bool(self.running or self.num_waiting)
 
+    @property
+    def num_copies(self) -> int:
+        """Pages copied because one of several owners wrote."""
+        return self.residency.num_copies
+
+    @property
+    def slot_utilization(self) -> float:
+        """See `utilization`."""
+        return utilization(list(self.running), self.pool.page_size)
+
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError if it could not finish even alone."""
         self.check_fits(request.limit)
-        self._wait(request)
+        if request.parent is None:
+            self._wait(request)
+        else:
+            self._parked.append(request)
+            self.num_waiting += 1
 
     def check_fits(self, limit: int) -> None:
         """Raise ValueError if a request of `limit` tokens could not finish even alone."""
@@ -91,8 +116,16 @@ class Scheduler:
             )
 
     def _wait(self, request: Request) -> None:
-        heapq.heappush(self._waiting[self._is_long(request.num_tokens)], (request.rank, request))
+        self._queue(request)
         self.num_waiting += 1
+
+    def _queue(self, request: Request) -> None:
+        left = request.num_tokens
+        if request.swapped is not None:
+            left -= request.swapped.num_tokens
+        elif request.parent is not None and request.parent.prompt_is_computed:
+            left = 1
+        heapq.heappush(self._waiting[self._is_long(left)], (request.rank, request))
 
     def schedule(self) -> IterationPlan | None:
         """Plan the next iteration, or None when nothing can run before results in flight are read."""
@@ -100,27 +133,62 @@ class Scheduler:
 
     def plan(self, steps: int) -> IterationPlan | None:
         """A decode loop of `steps` iterations (no more than `loop_steps` allows), or else one iteration."""
+        self._settle()
         if steps:
-            return IterationPlan(self._decode_chunks(steps), is_decode_loop=True, num_steps=steps)
+            return self._plan(self._decode_chunks(steps), [], is_decode_loop=True, num_steps=steps)
         chunks = self._decode_chunks(1)
         admitted = self._prefill(chunks, self.max_num_batched_tokens - len(chunks))
         if not chunks:
+            self._make_way()
             return None
         chunks.sort(key=lambda chunk: chunk.count > 1)  # stable: single queries first
         only_decodes = (
             self.max_decode_steps > 0 and not admitted and all(c.count == 1 and c.num_samples == 1 for c in chunks)
         )
-        return IterationPlan(chunks, admitted, is_decode_loop=only_decodes)
+        return self._plan(chunks, admitted, is_decode_loop=only_decodes)
+
+    def _plan(self, chunks: list[Chunk], admitted: list[Request], **kwargs: Any) -> IterationPlan:
+        fresh, self._fresh = [r for r in self._fresh if r.status is Status.RUNNING], []
+        return IterationPlan(chunks, fresh + admitted, copies=self.residency.take_copies(), **kwargs)
+
+    def _make_way(self) -> None:
+        """Nothing can run: requests on hold may stand in the way of those that their caller is waiting for."""
+        held = [r for r in self.running if r.on_hold]
+        if held and self.num_waiting and not any(r.num_pending or r.load for r in self.running):
+            self._preempt(held[-1])
+
+    # Rule 0: what no query to come can see is given up, and whoever no longer waits for somebody else is queued.
+
+    def _settle(self) -> None:
+        for request in self.running:
+            self.residency.settle(request)
+        parked, self._parked = self._parked, []
+        for request in parked:
+            if request.finished:
+                continue
+            if self._must_park(request):
+                self._parked.append(request)
+            else:
+                self._queue(request)
+
+    def _must_park(self, request: Request) -> bool:
+        """Whether it waits for its caller, or for another's prompt that is being computed or loaded."""
+        if request.on_hold:
+            return True
+        parent = request.parent
+        if parent is not None and not parent.finished and not parent.prompt_is_computed:
+            return True
+        return self.residency.is_loading_for(request)
 
     # Rule 1: every running decode takes one token per iteration.
 
     def loop_steps(self) -> int:
         """Iterations that may run without looking up: more than one only if nothing waits and pages suffice."""
         active = [r for r in self.running if not r.exhausted]
-        if not active or self.num_waiting or any(r.num_left != 1 or r.constraint is not None for r in active):
+        if not active or self.num_waiting or any(r.num_left != 1 or r.one_at_a_time for r in active):
             return 0
         steps = min(self.max_decode_steps, max(r.limit - r.num_tokens for r in active))
-        growth = sum(self._missing_pages(r, r.num_computed + _granted(r, steps)) for r in active)
+        growth = sum(self.residency.missing(r, r.num_computed + _granted(r, steps)) for r in active)
         return steps if steps > 1 and growth <= self.pool.num_free else 0
 
     def _decode_chunks(self, steps: int) -> list[Chunk]:
@@ -172,10 +240,15 @@ class Scheduler:
         admitted: list[Request] = []
         while budget > 0 and self._free_slots and (queue := self._next_queue(long)):
             request = queue[0][1]
+            if self._must_park(request):
+                self._parked.append(heapq.heappop(queue)[1])
+                continue
             if request.num_pending or not self._place(request):
                 break
             heapq.heappop(queue)
             self.num_waiting -= 1
+            if request.load is not None:
+                continue  # it has its slot and its pages; what is in them is on its way
             admitted.append(request)
             budget -= self._continue(request, chunks, budget)
         return admitted
@@ -196,27 +269,46 @@ class Scheduler:
 
         Some pages are left for the decodes that run already, so that it does not push one out at once.
         """
-        pool = self.pool
-        if pool.enable_prefix_caching:
-            request.page_hashes = pool.hashes(request.token_ids, request.cache_salt, request.page_hashes)
-        hits = pool.match(request.page_hashes, request.num_tokens)
-        missing = pool.pages_for(request.num_tokens) - len(hits)
-        spare = len(self.running)
-        fresh = pool.allocate(missing) if missing + spare <= pool.num_free else None
-        if fresh is None:
-            pool.free(hits)
+        if not self.residency.place(request, spare=len(self.running)):
             return False
-        request.pages = hits + fresh
-        request.num_published = len(hits)
-        request.num_computed = len(hits) * pool.page_size
-        if request.num_cached is None:
-            request.num_cached = request.num_computed
-            pool.count_query(request.num_tokens, request.num_computed)
+        self._run(request)
+        return True
+
+    def _run(self, request: Request) -> None:
         request.slot = self._free_slots.pop()
         request.status = Status.RUNNING
         self.running.append(request)
         self.running.sort(key=lambda r: r.rank)
-        return True
+
+    def loaded(self, load: Load, arrived: Sequence[bool]) -> None:
+        """The device has what a load brought (or it has not: then its request starts again from what is here)."""
+        if load.ended:
+            return
+        request: Request = load.owner
+        if self.residency.loaded(load, arrived):
+            self._fresh.append(request)
+        else:
+            self._release(request)
+            request.status = Status.WAITING
+            self._wait(request)
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Start `child`, equal to `parent` but for the last token, on its pages; queue it where there is no slot."""
+        if parent.status is not Status.RUNNING or parent.load is not None or not self._free_slots:
+            self._wait(child)
+            return
+        self.residency.share(parent, child)
+        self._run(child)
+        self._fresh.append(child)
+
+    def replace_last(self, request: Request, token: int) -> None:
+        """Put another token in place of the one that was sampled last; nothing of it may be in flight."""
+        assert not request.num_pending, "a token is being sampled after the one to replace"
+        request.token_ids[-1] = token
+        request.num_confirmed = len(request.token_ids)
+        del request.page_hashes[request.num_computed // self.pool.page_size :]
+        if request.status is Status.RUNNING:
+            self._fresh.append(request)
 
     # Bookkeeping that the rules share.
 
@@ -225,30 +317,15 @@ class Scheduler:
         chunk = Chunk(request, request.num_computed, count, num_samples)
         request.num_computed += count + max(0, num_samples - 1)
         request.num_pending += num_samples
-        self._publish(request, len(request.token_ids))
+        self.residency.publish(request, len(request.token_ids))
         return chunk
-
-    def _publish(self, request: Request, num_known: int) -> None:
-        """Make full pages findable whose tokens are known and computed (or about to be, in the order of iterations)."""
-        full = min(request.num_computed, num_known) // self.pool.page_size
-        if not self.pool.enable_prefix_caching or full <= request.num_published:
-            return
-        if full > len(request.page_hashes):
-            known = request.token_ids[: full * self.pool.page_size]
-            request.page_hashes = self.pool.hashes(known, request.cache_salt, request.page_hashes)
-        for i in range(request.num_published, full):
-            self.pool.publish(request.pages[i], request.page_hashes[i])
-        request.num_published = full
-
-    def _missing_pages(self, request: Request, num_tokens: int) -> int:
-        return max(0, self.pool.pages_for(num_tokens) - len(request.pages))
 
     def _make_room(self, request: Request, num_tokens: int, chunks: Sequence[Chunk]) -> bool:
         """Get pages up to `num_tokens`, preempting lower ranks. False: this request sits this iteration out.
 
         Called in the order of ranks, so a victim has no chunk in this plan yet.
         """
-        while (fresh := self.pool.allocate(self._missing_pages(request, num_tokens))) is None:
+        while not self.residency.grow(request, num_tokens):
             victims = [r for r in self.running if r.rank > request.rank and not r.exhausted]
             if victims:
                 self._preempt(victims[-1])
@@ -257,11 +334,11 @@ class Scheduler:
             else:
                 self._preempt(request)
                 return False
-        request.pages += fresh
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Take everything away; it will be recomputed (from cached pages, where they survive)."""
+        """Take everything away; it is swapped out, or recomputed (from cached pages, where they survive)."""
+        self.residency.swap_out(request)
         self._release(request)
         request.num_preemptions += 1
         request.status = Status.WAITING
@@ -269,8 +346,7 @@ class Scheduler:
         self._wait(request)
 
     def _release(self, request: Request) -> None:
-        self.pool.free(request.pages)
-        request.pages = []
+        self.residency.release(request)
         self._free_slots.append(request.slot)
         request.slot = -1
         self.running.remove(request)
@@ -285,10 +361,12 @@ class Scheduler:
         if request.finished:
             return
         if request.status is Status.RUNNING:
-            self._publish(request, len(request.token_ids) - 1)  # the last token was sampled, not computed
+            self.residency.publish(request, len(request.token_ids) - 1)  # the last token was sampled, not computed
             self._release(request)
         else:
             self.num_waiting -= 1
+        self.residency.forget(request)
+        request.parent = None
         request.status = Status.FINISHED
         request.finish_reason = reason
         request.stop_reason = stop_reason

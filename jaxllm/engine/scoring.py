@@ -99,6 +99,7 @@ class Scorer:
         if not work.pages:
             pages = self._engine.pool.allocate(self._engine.pool.pages_for(len(work.token_ids)))
             work.pages = pages or []
+            self._engine.start_moves()
         return bool(work.pages)
 
     def _release(self, work: ScoringPass) -> None:

@@ -21,7 +21,7 @@ from jaxllm.engine.sampling import SamplingRows
 Key = tuple[str, int, bool]
 MAX_BYTES = 1 << 28
 # Every message there is; the last three say what to do with the programs instead of naming one.
-NAMES = ("admit", "ragged", "hidden", "sample", "decode", "score", "pool", "reset", "warm_up", "stop")
+NAMES = ("admit", "ragged", "hidden", "sample", "decode", "score", "pool", "copy", "reset", "warm_up", "stop")
 _DTYPES = tuple(np.dtype(name) for name in ("int32", "uint32", "float32", "bool"))
 _HEADER = struct.Struct("<BIBB")
 _ARRAY = struct.Struct("<BB")
@@ -64,7 +64,14 @@ def _template(name: str, greedy: bool) -> tuple[Any, ...]:
     rows = RowBatch(0, 1, 2, 3, sampling)
     if name in ("ragged", "hidden"):
         return (RaggedBatch(*range(len(dataclasses.fields(RaggedBatch)))),)
-    return {"admit": (0, 1), "sample": (rows,), "decode": (rows, 0, 1), "score": (0,), "pool": (0,)}.get(name, ())
+    return {
+        "admit": (0, 1),
+        "sample": (rows,),
+        "decode": (rows, 0, 1),
+        "score": (0,),
+        "pool": (0,),
+        "copy": (0, 1),
+    }.get(name, ())
 
 
 def _without_idle_masks(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

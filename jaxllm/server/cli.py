@@ -89,7 +89,7 @@ def _warm_up(llm: AsyncLLM, wanted: bool) -> None:
     if not wanted:
         return
     print("jaxllm: compiling", file=sys.stderr, flush=True)
-    llm.engine.runner.warm_up(scoring=True)
+    llm.engine.runner.warm_up(scoring=True, tiers=llm.engine.tiers is not None)
 
 
 def _listen(args: argparse.Namespace) -> Listen:

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from jaxllm.engine.async_llm import AsyncLLM
+from jaxllm.engine.cache_metrics import cache_figures
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -102,6 +103,7 @@ class _EngineFigures:
         yield "kv_cache_usage_perc", "gauge", "Share of pages in use, 0 to 1.", 1 - pool.num_free / pool.num_usable
         yield "prefix_cache_queries", "counter", "Prompt tokens looked up.", pool.num_queried_tokens
         yield "prefix_cache_hits", "counter", "Prompt tokens found.", pool.num_hit_tokens
+        yield from cache_figures(engine)
         yield "num_preemptions", "counter", "Requests pushed out of the batch.", scheduler.num_preemptions
         yield "compilations", "counter", "Programs compiled.", engine.runner.num_compilations
         after = engine.runner.num_compilations_after_warmup

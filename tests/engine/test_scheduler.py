@@ -3,91 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections import deque
-from dataclasses import dataclass, field
 
 import pytest
 
-from jaxllm.engine.page_pool import PagePool
-from jaxllm.engine.request import Request
-from jaxllm.engine.sampling_params import SamplingParams
-from jaxllm.engine.scheduler import Chunk, IterationPlan, Scheduler
-from tests.helpers.fake_device import FakeDevice, naive_generate
-
-
-@dataclass
-class Harness:
-    """Engine loop over a fake device: `depth` plans are dispatched before the oldest is read."""
-
-    scheduler: Scheduler
-    device: FakeDevice
-    depth: int = 2
-    in_flight: deque[list[tuple[Chunk, list[int]]]] = field(default_factory=deque)
-    plans: list[IterationPlan] = field(default_factory=list)
-
-    def step(self) -> IterationPlan | None:
-        plan = self.scheduler.schedule()
-        self.check(plan)
-        if plan is not None:
-            self.plans.append(plan)
-            self.in_flight.append(self.device.run(plan))
-        if self.in_flight and (plan is None or len(self.in_flight) >= self.depth):
-            self.collect(self.in_flight.popleft())
-        return plan
-
-    def collect(self, results: list[tuple[Chunk, list[int]]]) -> None:
-        for chunk, tokens in results:
-            request = chunk.request
-            if request.finished:
-                continue
-            self.scheduler.append_tokens(request, tokens, chunk.num_samples)
-            if request.token_ids[-1] in request.stop_ids:
-                self.scheduler.finish(request, "stop")
-            elif len(request.token_ids) >= request.limit:
-                self.scheduler.finish(request, "length")
-
-    def check(self, plan: IterationPlan | None) -> None:
-        s = self.scheduler
-        s.pool.check([r.pages for r in s.running])
-        assert len(s.running) <= s.max_num_seqs
-        assert len({r.slot for r in s.running}) == len(s.running)
-        if plan is None:
-            return
-        assert 0 < plan.num_tokens <= s.max_num_batched_tokens
-        assert len({id(c.request) for c in plan.chunks}) == len(plan.chunks)
-        counts = [c.count > 1 for c in plan.chunks]
-        assert counts == sorted(counts), "single queries come first"
-        short, long = ([r for _, r in queue if not r.finished] for queue in s._waiting)
-        assert s.num_waiting == len(short) + len(long)
-        for request in plan.admitted:
-            assert all(request.rank < other.rank for other in short), "a short prompt was overtaken"
-            passed = [other for other in long if other.rank < request.rank]
-            assert not passed or self.beside_long_prefill(plan, request), "a long prompt was overtaken for nothing"
-
-    def beside_long_prefill(self, plan: IterationPlan, request: Request) -> bool:
-        budget = self.scheduler.max_num_batched_tokens
-        before = [(c.request, c.request.num_left + c.count) for c in plan.chunks if c.request not in plan.admitted]
-        return any(left > budget // 2 and r.priority >= request.priority for r, left in before)
-
-    def run(self, max_steps: int = 5000) -> None:
-        for _ in range(max_steps):
-            if not (self.scheduler.has_work or self.in_flight):
-                return
-            self.step()
-        raise AssertionError("the scheduler makes no progress")
-
-
-def make(num_pages=64, page_size=4, seqs=4, budget=16, steps=1, depth=2, caching=True) -> Harness:
-    pool = PagePool(num_pages, page_size, enable_prefix_caching=caching)
-    scheduler = Scheduler(pool, max_num_seqs=seqs, max_num_batched_tokens=budget, max_decode_steps=steps)
-    return Harness(scheduler, FakeDevice(page_size), depth)
-
-
-def request(name: str, prompt: list[int], max_tokens: int = 8, stop=(), priority: int = 0) -> Request:
-    return Request(
-        request_id=name, token_ids=prompt, params=SamplingParams(), limit=len(prompt) + max_tokens,
-        stop_ids=frozenset(stop), priority=priority,
-    )  # fmt: skip
+from tests.helpers.fake_device import naive_generate
+from tests.helpers.scheduler_loop import make, request
 
 
 def test_a_prompt_longer_than_the_budget_is_prefilled_in_chunks_of_the_budget() -> None:

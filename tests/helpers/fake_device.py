@@ -8,6 +8,7 @@ to is the request's own.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 
 from jaxllm.engine.request import Request
@@ -19,6 +20,10 @@ NextToken = Callable[[Sequence[int]], int]
 def next_token(tokens: Sequence[int]) -> int:
     """A stand-in for the model: one token in 0..99 that depends on the whole sequence."""
     return hashlib.sha256(str(list(tokens)).encode()).digest()[0] % 100
+
+
+def _link(before: int, token: int) -> int:
+    return hash((before, token))
 
 
 def naive_generate(prompt: Sequence[int], limit: int, stop_ids: frozenset[int]) -> list[int]:
@@ -34,16 +39,33 @@ def naive_generate(prompt: Sequence[int], limit: int, stop_ids: frozenset[int]) 
 class FakeDevice:
     """Runs plans; `run` returns what each sampling chunk sampled, as the real runner does when read."""
 
-    def __init__(self, page_size: int):
+    def __init__(self, page_size: int, window: int | None = None):
         self.page_size = page_size
+        self.window = window
         self.memory: dict[tuple[int, int], int] = {}
         self.history: dict[int, list[int]] = {}
+        self.chain: dict[int, list[int]] = {}  # what a position's keys depend on: its token and all before
         self.done: set[int] = set()
         self.num_computed = 0
 
+    def read_page(self, page: int) -> dict[int, int]:
+        """What a page holds, by offset."""
+        slots = [(page, offset) for offset in range(self.page_size)]
+        return {slot[1]: self.memory[slot] for slot in slots if slot in self.memory}
+
+    def write_page(self, page: int, content: dict[int, int]) -> None:
+        """Replace what a page holds."""
+        for offset in range(self.page_size):
+            self.memory.pop((page, offset), None)
+        self.memory.update({(page, offset): token for offset, token in content.items()})
+
     def run(self, plan: IterationPlan) -> list[tuple[Chunk, list[int]]]:
+        copied = [(target, self.read_page(source)) for source, target in plan.copies]
+        for target, content in copied:
+            self.write_page(target, content)
         for request in plan.admitted:
             self.history[request.slot] = list(request.token_ids)
+            self.chain[request.slot] = list(itertools.accumulate(request.token_ids, _link, initial=0))[1:]
             self.done.discard(request.slot)
         sampled: dict[int, list[int]] = {id(chunk): [] for chunk in plan.chunks}
         for step in range(plan.num_steps):
@@ -51,7 +73,7 @@ class FakeDevice:
             for chunk in rows:
                 self._write(chunk.request, chunk.start + step, chunk.count)
             for chunk in rows:
-                self._read(chunk.request, chunk.start + step + chunk.count)
+                self._read(chunk.request, chunk.start + step, chunk.count)
                 if chunk.num_samples:
                     sampled[id(chunk)].append(self._sample(chunk.request))
         return [(chunk, sampled[id(chunk)]) for chunk in plan.chunks if chunk.num_samples]
@@ -67,16 +89,18 @@ class FakeDevice:
 
     def _write(self, request: Request, start: int, count: int) -> None:
         for position in range(start, start + count):
-            self.memory[self._place(request, position)] = self.history[request.slot][position]
+            self.memory[self._place(request, position)] = self.chain[request.slot][position]
             self.num_computed += 1
 
-    def _read(self, request: Request, length: int) -> None:
-        seen = [self.memory[self._place(request, position)] for position in range(length)]
-        assert seen == self.history[request.slot][:length], f"{request.request_id} attends to another's tokens"
+    def _read(self, request: Request, start: int, count: int) -> None:
+        first = 0 if self.window is None else max(0, start + 1 - self.window)
+        seen = [self.memory[self._place(request, position)] for position in range(first, start + count)]
+        assert seen == self.chain[request.slot][first : start + count], f"{request.request_id} attends to another's"
 
     def _sample(self, request: Request) -> int:
         history = self.history[request.slot]
         history.append(next_token(history))
+        self.chain[request.slot].append(_link(self.chain[request.slot][-1], history[-1]))
         if history[-1] in request.stop_ids:
             self.done.add(request.slot)
         return history[-1]

@@ -159,7 +159,8 @@ def test_metrics_have_the_names_dashboards_read(http):
         "num_requests_running num_requests_waiting kv_cache_usage_perc time_to_first_token_seconds_bucket "
         "inter_token_latency_seconds_sum e2e_request_latency_seconds_count prompt_tokens_total "
         "generation_tokens_total prefix_cache_queries_total prefix_cache_hits_total num_preemptions_total "
-        "compilations_total".split()
+        "compilations_total kv_device_bytes kv_device_capacity_bytes kv_device_evictions_total "
+        "prefix_cache_device_hits_total kv_page_copies_total kv_slot_utilization".split()
     )
     for name in names:
         assert f"\njaxllm:{name}{{" in text, name

@@ -1,10 +1,11 @@
-"""The real SmolLM2 (9 query heads on 3 key/value heads, 30 layers) on many meshes, against a naive NumPy loop.
+"""The real SmolLM2 (9 query heads on 3 key/value heads, 30 layers) on many meshes, against a naive NumPy forward pass.
 
 One mesh by default; with JAXLLM_FULL_TESTS=1 all of them, nine devices included.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -37,8 +38,7 @@ MESHES = [
 _NINE = """
 import json, sys
 from tests.sharding.test_real_meshes import generate
-path, prompts = json.loads(sys.argv[1])
-print(json.dumps(generate(path, "tp=9", "megatron", prompts)))
+print(json.dumps(generate(*json.loads(sys.argv[1]))))
 """
 
 
@@ -64,20 +64,40 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def naive(smollm2_path: Path, prompts: list[list[int]]) -> list[list[int]]:
+def check(smollm2_path: Path, prompts: list[list[int]]):
+    """Every token is the likeliest after those before it: one naive forward pass over each whole sequence."""
     reference = ReferenceLlama(smollm2_path)
-    return [reference.generate(prompt, NUM_NEW) for prompt in prompts]
+
+    @functools.cache
+    def likeliest(tokens: tuple[int, ...]) -> list[int]:
+        return reference.logits(list(tokens[:-1])).argmax(-1).tolist()
+
+    def check(outputs: list[list[int]]) -> None:
+        assert [len(output) for output in outputs] == [NUM_NEW] * len(prompts)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            assert likeliest((*prompt, *output))[len(prompt) - 1 :] == output
+
+    return check
 
 
 @pytest.mark.parametrize(("mesh", "rules"), MESHES if FULL else MESHES[:1])
-def test_greedy_tokens_equal_the_naive_loop(smollm2_path: Path, prompts, naive, mesh: str, rules: str) -> None:
-    assert generate(str(smollm2_path), mesh, rules, prompts) == naive
+def test_greedy_tokens_are_those_of_a_naive_forward_pass(
+    smollm2_path: Path, prompts, check, mesh: str, rules: str
+) -> None:
+    check(generate(str(smollm2_path), mesh, rules, prompts))
 
 
 @pytest.mark.skipif(not FULL, reason="one of the full tests")
-def test_nine_devices_hold_three_copies_of_each_key_value_head(smollm2_path: Path, prompts, naive) -> None:
+def test_nine_devices_hold_three_copies_of_each_key_value_head(
+    smollm2_path: Path, prompts: list[list[int]], check, tmp_path: Path
+) -> None:
+    """The feed-forward width of 1536 does not divide by 9, so a rule file cuts the heads alone."""
+    cut = 'heads = "tp"\nheads_in = "tp"\nvocab = "tp"\n'
+    (tmp_path / "heads.toml").write_text(f"[parameters]\n{cut}[activations]\n{cut}", encoding="utf-8")
+    arguments = json.dumps([str(smollm2_path), "tp=9", str(tmp_path / "heads.toml"), prompts])
     done = subprocess.run(
-        [sys.executable, "-c", _NINE, json.dumps([str(smollm2_path), prompts])], capture_output=True, text=True,
-        check=True, env={**os.environ, "JAX_NUM_CPU_DEVICES": "9"}, cwd=Path(__file__).parents[2],
+        [sys.executable, "-c", _NINE, arguments], capture_output=True, text=True, check=False,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "9"}, cwd=Path(__file__).parents[2],
     )  # fmt: skip
-    assert json.loads(done.stdout.splitlines()[-1]) == naive
+    assert done.returncode == 0, done.stderr[-2000:]
+    check(json.loads(done.stdout.splitlines()[-1]))

@@ -13,6 +13,7 @@ key/value head, H head width, X = U * G queries of a piece, S keys attended toge
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,23 +80,30 @@ def ring_attention(
     """
     passing = _as_cached(kv_TK2H, pages)
     me, piece = jax.lax.axis_index(axis), q_TKGH.shape[0] // 2
-    queries = [_Queries.of(q_TKGH, batch, me, half, size, passing.dtype, spec) for half in range(2)]
-    states = [queries[half].nothing(spec) for half in range(2)]
+    queries = _both(lambda half: _Queries.of(q_TKGH, batch, me, half, size, passing.dtype, spec))
+    states = _both(lambda _: _nothing(queries.q_KXH.shape[1:3], spec.value_width or q_TKGH.shape[3]))
     forward = [(i, (i + 1) % size) for i in range(size)]
     for step in range(size):
         held, source = passing, (me - step) % size
         if step < size - 1:  # sent before it is used: a device may compute meanwhile
             passing = jax.lax.ppermute(held, axis, forward)
-        for part in range(2):
-            keys = _Keys.of(held[part * piece :][:piece], batch, source, part, size, spec)
-            states = [_pass(q, keys, state, spec) for q, state in zip(queries, states, strict=True)]
+        keys = _both(lambda half, kv=held, at=source: _Keys.of(kv, batch, at, half, size, spec))
+        states = _pass_all(queries, keys, states, spec)
         slots = jax.lax.dynamic_slice_in_dim(slots_T, source * 2 * piece, 2 * piece)
         pages = write(pages, held, slots)
-    outs = []
-    for q, state in zip(queries, states, strict=True):
-        state = _merge(state, _cached(q, pages, batch.rows, spec))
-        outs.append(q.finish(_with_sinks(state, None if sinks_KG is None else jnp.tile(sinks_KG, (1, piece)))))
-    return jnp.concatenate(outs).astype(q_TKGH.dtype), pages
+    sinks = None if sinks_KG is None else jnp.tile(sinks_KG, (1, piece))
+
+    def finished(half: tuple[_Queries, Partial]) -> jax.Array:
+        q, state = half
+        return q.finish(_with_sinks(_merge(state, _cached(q, pages, batch.rows, spec)), sinks))
+
+    out = jax.lax.map(finished, (queries, states))
+    return out.reshape(2 * piece, *out.shape[2:]).astype(q_TKGH.dtype), pages
+
+
+def _both(make: Callable[[int], Any]) -> Any:
+    """What belongs to a device's two pieces, stacked: loops over pieces keep the program small."""
+    return jax.tree.map(lambda *halves: jnp.stack(halves), make(0), make(1))
 
 
 def _as_cached(kv_TK2H: jax.Array, pages: Any) -> jax.Array:
@@ -109,6 +117,7 @@ def _place(device: jax.Array, half: int, size: int) -> tuple[jax.Array, jax.Arra
     return 2 * device + half, device if half == 0 else 2 * size - 1 - device
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class _Queries:
     """A piece of queries `[K, X, H]`, scaled, with the row and position of each token and the piece's number."""
@@ -131,15 +140,13 @@ class _Queries:
     def group(self) -> int:
         return self.q_KXH.shape[1] // self.row.shape[0]
 
-    def nothing(self, spec: AttentionSpec) -> Partial:
-        return _nothing(self.q_KXH.shape[:2], spec.value_width or self.q_KXH.shape[2])
-
     def finish(self, state: Partial) -> jax.Array:
         k, x, _ = self.q_KXH.shape
         out = _finish(state, jnp.repeat(self.row >= 0, self.group))
         return out.reshape(k, x // self.group, self.group, -1).transpose(1, 0, 2, 3)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class _Keys:
     """A piece of keys and values that passes, `[U, K, H]` each."""
@@ -151,9 +158,11 @@ class _Keys:
     number: jax.Array
 
     @classmethod
-    def of(cls, kv_UK2H, batch: RingBatch, source, half: int, size: int, spec: AttentionSpec) -> _Keys:
+    def of(cls, kv_TK2H, batch: RingBatch, source, half: int, size: int, spec: AttentionSpec) -> _Keys:
+        piece = kv_TK2H.shape[0] // 2
+        kv_UK2H = kv_TK2H[half * piece :][:piece]
         place, number = _place(source, half, size)
-        row, position = _tokens(batch, place, kv_UK2H.shape[0])
+        row, position = _tokens(batch, place, piece)
         return cls(kv_UK2H[:, :, 0], kv_UK2H[:, :, -1, : spec.value_width], row, position, number)
 
 
@@ -161,6 +170,21 @@ def _tokens(batch: RingBatch, place: jax.Array, piece: int) -> tuple[jax.Array, 
     arrays = (batch.token_row, batch.token_position)
     row, position = (jax.lax.dynamic_slice_in_dim(a, place * piece, piece) for a in arrays)
     return row, position
+
+
+def _pass_all(queries: _Queries, keys: _Keys, states: Partial, spec: AttentionSpec) -> Partial:
+    """Both pieces of queries to both pieces of keys that pass."""
+
+    def pair(i: jax.Array, states: Partial) -> Partial:
+        of_queries, of_keys = (functools.partial(jax.lax.dynamic_index_in_dim, index=j, keepdims=False)
+                               for j in (i // 2, i % 2))  # fmt: skip
+        q, state = jax.tree.map(of_queries, (queries, states))
+        state = _pass(q, jax.tree.map(of_keys, keys), state, spec)
+        return jax.tree.map(
+            lambda all_of, one: jax.lax.dynamic_update_index_in_dim(all_of, one, i // 2, 0), states, state
+        )
+
+    return jax.lax.fori_loop(0, 4, pair, states)
 
 
 def _pass(q: _Queries, keys: _Keys, state: Partial, spec: AttentionSpec) -> Partial:
@@ -213,7 +237,9 @@ def _cached(q: _Queries, pages: Any, rows: RaggedRows, spec: AttentionSpec) -> P
     blocks = _Blocks.of(pages, rows.page_table, spec, 64)
     q_pad = jnp.pad(q.q_KXH, ((0, 0), (0, tile * group), (0, 0)))
     position = jnp.pad(q.position, (0, tile))
-    out = jax.tree.map(lambda a: jnp.concatenate([a, a[:, : tile * group]], axis=1), q.nothing(spec))
+    k, x, h = q.q_KXH.shape
+    width = spec.value_width or h
+    out = _nothing((k, x + tile * group), width)
 
     def attend_tile(i: jax.Array, out: Partial) -> Partial:
         row = jnp.sum(ends <= i)
@@ -230,12 +256,12 @@ def _cached(q: _Queries, pages: Any, rows: RaggedRows, spec: AttentionSpec) -> P
             keys, values = blocks.gather(_take(page_ids, j))
             return _merge(state, _attend(q_KXH, keys, values, seen, spec))
 
-        state = _nothing(q_KXH.shape[:2], out[2].shape[-1])
+        state = _nothing((k, tile * group), width)
         state = jax.lax.fori_loop(blocks.first(at[0, 0] + 1), -(-length // blocks.span), attend_block, state)
         mine = jnp.arange(tile * group) // group < begin[row] + count[row] - start
         state = jax.tree.map(
             lambda new, none: jnp.where(mine if new.ndim == 2 else mine[:, None], new, none),
-            state, _nothing(q_KXH.shape[:2], out[2].shape[-1]),
+            state, _nothing((k, tile * group), width),
         )  # fmt: skip
         return jax.tree.map(
             lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, start * group, axis=1), out, state
