@@ -1,4 +1,4 @@
-"""The command line: `jaxllm generate | chat | serve | pull | convert | bench | collectives | roofline`.
+"""The command line: `jaxllm generate | chat | serve | pull | convert | bench | plan | collectives | roofline`.
 
 Arguments in, text or one JSON object (`--json`) on standard output; progress and errors go to standard error.
 Exit code 0, 1 (failed), 2 (usage), 130 (Ctrl-C). Imports what a command needs when it runs.
@@ -21,6 +21,7 @@ from jaxllm.flags import add_engine_flags, add_sampling_flags, engine_arguments,
 from jaxllm.interrupts import EXIT_CODE, counted_interrupts, forget_interrupt
 from jaxllm.roofline import cli as roofline_cli
 from jaxllm.server import cli as server_cli
+from jaxllm.sharding import plan_cli
 
 if TYPE_CHECKING:
     from jaxllm import LLM, RequestOutput, SamplingParams
@@ -94,7 +95,13 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--json", action="store_true", help="print one JSON object on standard output")
 
     collectives = command("collectives", _collectives, "Count the collectives in the compiled program of a mesh.")
+    collectives.add_argument("--topology", help="count in the TPU program of a slice, for example v5e:2x4")
+    collectives.add_argument("--plot", type=Path, metavar="FILE", help="draw what each device holds into this PNG file")
     add_engine_flags(collectives)
+
+    plan = command("plan", _plan, "Check a deployment on a TPU slice that is not there, by compiling for it.")
+    plan_cli.add_arguments(plan)
+    add_engine_flags(plan)
 
     roofline_cli.add_arguments(command("roofline", roofline_cli.run, "Lower bounds of a model on a chip."))
 
@@ -250,11 +257,24 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _collectives(args: argparse.Namespace) -> int:
+    if args.topology:
+        from jaxllm.sharding.topology import prepare_environment
+
+        prepare_environment()  # before anything loads JAX
+    from jaxllm.sharding.block_plot import check_plotting, save_plot
     from jaxllm.sharding.collectives import count_collectives, format_counts
 
-    counts = count_collectives(EngineConfig(**engine_arguments(args)))
+    if args.plot:
+        check_plotting()
+    counts = count_collectives(EngineConfig(**engine_arguments(args)), topology=args.topology)
+    if args.plot:
+        save_plot(counts, args.plot)
     print(json.dumps(counts) if args.json else format_counts(counts))
     return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    return plan_cli.run(args, engine_arguments(args))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ arguments -> `EngineConfig`. Knows nothing of arrays, devices or files.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -306,6 +307,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.92
     enable_prefix_caching: bool = True
     mesh: str = "tp=1"
+    device_offset: int = 0
     sharding_rules: str = "megatron"
     skip_tokenizer_init: bool = False
     max_decode_steps: int = 8
@@ -316,6 +318,10 @@ class EngineConfig:
     disk_kv_bytes: int = 0
     disk_kv_path: str | None = None
     preemption_mode: str = "auto"
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    distributed: bool = False
 
     def __post_init__(self) -> None:
         words = {"dtype": DTYPES, "kv_dtype": KV_DTYPES, "load_format": LOAD_FORMATS,
@@ -334,6 +340,7 @@ class EngineConfig:
                 "every running request needs one token per iteration, so raise the first or lower the second"
             )
         self._check_tiers()
+        self._check_processes()
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}; it must be in (0, 1]")
 
@@ -341,6 +348,20 @@ class EngineConfig:
     def token_budget(self) -> int:
         """Tokens of one iteration."""
         return self.max_num_batched_tokens or max(64 if self.deterministic else 512, self.max_num_seqs)
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether this is one of several processes; launchers say so in the environment."""
+        return self.distributed or bool(self.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"))
+
+    def _check_processes(self) -> None:
+        if not isinstance(self.device_offset, int) or self.device_offset < 0:
+            raise ValueError(f"device_offset={self.device_offset!r}; it must be a whole number of at least 0")
+        number, count = self.process_id, self.num_processes
+        if number is not None and count is not None and not 0 <= number < count:
+            raise ValueError(f"process_id={number} of num_processes={count}; count from 0")
+        if self.is_distributed and self.host_kv_bytes:
+            raise ValueError("host_kv_bytes is for one process; leave it out where there are several")
 
     def _check_tiers(self) -> None:
         for name in ("host_kv_bytes", "disk_kv_bytes"):

@@ -32,6 +32,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu-memory-utilization", type=float, default=default.gpu_memory_utilization)
     group.add_argument("--seed", type=int, default=default.seed)
     group.add_argument("--mesh", default=default.mesh, help="devices, for example 'tp=3' or 'dp=2,tp=4'")
+    group.add_argument("--device-offset", type=int, default=0, metavar="N", help="leave the first N devices to others")
     group.add_argument("--sharding-rules", default=default.sharding_rules, help="shipped name or a .toml file")
     group.add_argument("--max-decode-steps", type=int, default=default.max_decode_steps, help="iterations per dispatch")
     group.add_argument(
@@ -53,6 +54,11 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--preemption-mode", choices=PREEMPTION_MODES, default=default.preemption_mode,
         help="what becomes of the cache of a request that is pushed out: swap needs --host-kv-bytes",
     )  # fmt: skip
+    group = parser.add_argument_group("several processes (docs/pods.md)")
+    group.add_argument("--coordinator-address", metavar="HOST:PORT", help="of process 0")
+    group.add_argument("--num-processes", type=int, metavar="N")
+    group.add_argument("--process-id", type=int, metavar="I")
+    group.add_argument("--distributed", action="store_true", help="take these from Slurm, GKE or the TPU slice")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
 
 

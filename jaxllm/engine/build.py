@@ -6,6 +6,7 @@ when a request is added, in one line.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -47,6 +48,10 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
 
     parse_mesh(config.mesh)
     rules = load_rules(config.sharding_rules)
+    if config.is_distributed:
+        from jaxllm.engine.processes import initialize
+
+        initialize(config)
     source = _dummy(config, progress) if config.load_format == "dummy" else _weights(config, progress)
     model_config = ModelConfig.from_hf(source.hf_config)
     with ThreadPoolExecutor(1) as pool:  # the tokenizer is built while the weights are read
@@ -57,14 +62,18 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
         from jaxllm.sharding.mesh import Placement, make_mesh
 
         use_compilation_cache()
-        model = make_model(config, model_config, Placement(make_mesh(config.mesh), rules))
-        runner = ModelRunner(model, runner_shapes(config, model))
+        model = make_model(config, model_config, Placement(make_mesh(config.mesh, offset=config.device_offset), rules))
+        runner = ModelRunner(model, _agreed(config, model))
         runner.prepare()  # programs compile while the weights are read
         params = _parameters(config, source, model)
         generation = source.checkpoint.generation_config if source.checkpoint else {}
         hf, path = source.hf_config, source.path
         del source  # unmaps the files before the cache is allocated
         runner.start(params)
+        if config.is_distributed:
+            from jaxllm.engine.processes import lead_or_follow
+
+            lead_or_follow(runner, config)  # ends here on all processes but the first
         text = tokenizer.result()
     identity = model_identity(config, hf, path)
     tiers, mover = _tiers(config, runner, identity)
@@ -235,6 +244,18 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
         residual_dtype=jnp.dtype(jnp.float32) if on_cpu else weights,
         attention=XLA if model.placement.ring_size() > 1 else backend,  # the ring reads pages as XLA's attention does
     )
+
+
+def _agreed(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
+    """The sizes that every process can hold."""
+    shapes = runner_shapes(config, model)
+    if not config.is_distributed:
+        return shapes
+    from jaxllm.engine.processes import check_mesh, least
+
+    check_mesh(model.placement.mesh)
+    pages, length = least(shapes.num_pages), least(shapes.max_model_len)
+    return dataclasses.replace(shapes, num_pages=pages, max_model_len=length)
 
 
 def _cache_bytes(config: EngineConfig, model: AbstractModel) -> int:

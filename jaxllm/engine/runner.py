@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +26,12 @@ from jaxllm.engine import batch as batches
 from jaxllm.engine.sampling import Sampled
 from jaxllm.engine.scheduler import Chunk, IterationPlan
 from jaxllm.engine.step import Programs, SlotState
+from jaxllm.engine.wire import decode, encode
 from jaxllm.models.loader import AbstractModel
 from jaxllm.ops.attention import XLA, AttentionBackend
+
+if TYPE_CHECKING:
+    from jaxllm.engine.processes import Leader
 
 log = logging.getLogger(__name__)
 Key = tuple[str, int, bool]  # program, bucket, plainly greedy
@@ -131,6 +135,8 @@ class ModelRunner:
         self._params: list[jax.Array] = []
         self._pages: list[Any] = []  # per layer an array, or a pytree of page-major arrays
         self._state: Any = None
+        self._hidden: Any = None  # what the last ragged step left
+        self.leader: Leader | None = None
         self._no_masks: dict[int, jax.Array] = {}
         self._compiled: dict[Key, Future[Any]] = {}
         self._compilers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="compile")
@@ -146,7 +152,9 @@ class ModelRunner:
 
     def reset(self) -> None:
         """Empty pages and slots: at the start, and after a failed iteration took the donated ones with it."""
-        self._pages, self._state = [], None  # free the old ones first
+        if self.leader is not None:
+            self.leader.send(encode(("reset", 0, True), ()))
+        self._pages, self._state, self._hidden = [], None, None  # free the old ones first
         model = self.model
         self._pages = allocate_pages(model.cfg, self.shapes.page_layout(model.kv_copies), model.placement)
         self._state = _empty_state(self.shapes, model)
@@ -158,7 +166,7 @@ class ModelRunner:
         for request in plan.admitted:
             row = np.zeros(self.shapes.max_model_len, np.int32)
             row[: len(request.token_ids)] = request.token_ids
-            self._state = self._program("admit", 0, True)(self._state, np.int32(request.slot), row)
+            self.execute(("admit", 0, True), np.int32(request.slot), row)
         sampling = [chunk for chunk in plan.chunks if chunk.num_samples]
         result = self._decode(plan) if plan.is_decode_loop else self._ragged(plan, sampling)
         if isinstance(result, Sampled):
@@ -173,14 +181,11 @@ class ModelRunner:
         tokens = max(sum(chunk.count for chunk in part) for part in parts)
         bucket = batches.bucket_for(tokens, self.shapes.token_buckets)
         batch = self._batch(plan, bucket)
-        step = self._program("ragged", bucket, True)
-        hidden_RD, self._pages = step(self._params, self._pages, self._state, batch)
+        hidden_RD = self.execute(("ragged", bucket, True), batch)
         if not sampling:
             return hidden_RD
         bucket, rows = self._rows(sampling)
-        sample = self._program("sample", bucket, rows.sampling is None)
-        sampled, self._state = sample(self._params, hidden_RD, self._state, rows)
-        return sampled
+        return self.execute(("sample", bucket, rows.sampling is None), rows)
 
     def hidden_states(self, plan: IterationPlan) -> jax.Array:
         """Forward one chunk of a request in the spare slot of the first replica; every token's hidden state `[T, D]`.
@@ -190,12 +195,10 @@ class ModelRunner:
         (chunk,) = plan.chunks
         row = np.zeros(self.shapes.max_model_len, np.int32)
         row[: len(chunk.request.token_ids)] = chunk.request.token_ids
-        self._state = self._program("admit", 0, True)(self._state, np.int32(chunk.request.slot), row)
+        self.execute(("admit", 0, True), np.int32(chunk.request.slot), row)
         bucket = batches.bucket_for(plan.num_tokens, self.scoring_buckets)
-        step = self._program("hidden", bucket, True)
         batch = dataclasses.replace(self._batch(plan, bucket), sample_at=np.arange(bucket, dtype=np.int32))
-        hidden_TD, self._pages = step(self._params, self._pages, self._state, batch)
-        return hidden_TD
+        return self.execute(("hidden", bucket, True), batch)
 
     def _batch(self, plan: IterationPlan, bucket: int) -> batches.RaggedBatch:
         shapes = self.shapes
@@ -205,16 +208,18 @@ class ModelRunner:
 
     def score(self, hidden_TD: jax.Array, targets_T: np.ndarray) -> Sampled:
         """See `Programs.score`."""
-        return self._program("score", len(targets_T), True)(self._params, hidden_TD, targets_T)
+        assert hidden_TD is self._hidden, "other work came in between"
+        return self.execute(("score", len(targets_T), True), targets_T)
 
     def pool(self, hidden_TD: jax.Array, weights_T: np.ndarray) -> jax.Array:
         """See `Programs.pool`."""
-        return self._program("pool", len(weights_T), True)(self._params, hidden_TD, weights_T)
+        assert hidden_TD is self._hidden, "other work came in between"
+        return self.execute(("pool", len(weights_T), True), weights_T)
 
     def _copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
         for i in range(0, len(pairs), MOVE_BATCH):
             source_G, target_G = (_padded(side) for side in zip(*pairs[i : i + MOVE_BATCH], strict=True))
-            self._pages = self._program("copy", MOVE_BATCH, True)(self._pages, source_G, target_G)
+            self.execute(("copy", MOVE_BATCH, True), source_G, target_G)
 
     def take_pages(self, pages: Sequence[int]) -> list[Any]:
         """A copy of each page as it is after what was dispatched so far: slabs, see `jaxllm.cache.moves`."""
@@ -250,26 +255,58 @@ class ModelRunner:
     def _decode(self, plan: IterationPlan) -> Sampled:
         bucket, rows = self._rows(plan.chunks)
         table = batches.page_tables(plan.chunks, bucket, self.shapes.pages_per_row, self.shapes.num_replicas)
-        loop = self._program("decode", bucket, rows.sampling is None)
-        sampled, self._pages, self._state = loop(
-            self._params, self._pages, self._state, rows, table, np.int32(plan.num_steps)
-        )
+        return self.execute(("decode", bucket, rows.sampling is None), rows, table, np.int32(plan.num_steps))
+
+    def execute(self, key: Key, *inputs: Any) -> Any:
+        """Dispatch one program on what lies on the devices and these host arrays: the same on every process."""
+        if self.leader is not None:
+            self.leader.send(encode(key, inputs))
+        program, name = self._program(*key), key[0]
+        if name == "admit":
+            self._state = program(self._state, *inputs)
+            return None
+        if name == "copy":
+            self._pages = program(self._pages, *inputs)
+            return None
+        if name in ("ragged", "hidden"):
+            self._hidden, self._pages = program(self._params, self._pages, self._state, *inputs)
+            return self._hidden
+        if name in ("score", "pool"):
+            return program(self._params, self._hidden, *inputs)
+        rows = self._without_idle_masks(key[1], inputs[0])
+        if name == "sample":
+            sampled, self._state = program(self._params, self._hidden, self._state, rows)
+        else:
+            sampled, self._pages, self._state = program(self._params, self._pages, self._state, rows, *inputs[1:])
         return sampled
+
+    def obey(self, message: bytes) -> bool:
+        """Do what the runner of process 0 did (see `jaxllm.engine.processes`). False: it has stopped."""
+        key, inputs = decode(message, self.model.cfg.vocab_size)
+        if key[0] == "reset":
+            self.reset()
+        elif key[0] == "warm_up":
+            self.warm_up(sampling=bool(key[1] & 1), scoring=bool(key[1] & 2))
+        elif key[0] != "stop":
+            self.execute(key, *inputs)
+        return key[0] != "stop"
 
     def _rows(self, chunks: Sequence[Chunk]) -> tuple[int, batches.RowBatch]:
         """Rows of each replica's section, and the sections."""
         shapes = self.shapes
         bucket = batches.bucket_for(batches.fullest(chunks, shapes.num_replicas), shapes.row_buckets)
-        rows = batches.row_batch(
+        return bucket, batches.row_batch(
             chunks, bucket, shapes.spare_slot, self.model.cfg.vocab_size, shapes.num_replicas,
             greedy=not shapes.deterministic,
         )  # fmt: skip
+
+    def _without_idle_masks(self, bucket: int, rows: batches.RowBatch) -> batches.RowBatch:
         if rows.sampling is None or rows.sampling.masked.any():
-            return bucket, rows
+            return rows
         if bucket not in self._no_masks:  # stays on the device: no row looks at it
             self._no_masks[bucket] = jax.device_put(rows.sampling.allowed, self.model.placement.replicated)
         sampling = dataclasses.replace(rows.sampling, allowed=self._no_masks[bucket])
-        return bucket, dataclasses.replace(rows, sampling=sampling)
+        return dataclasses.replace(rows, sampling=sampling)
 
     def _program(self, name: str, bucket: int, greedy: bool) -> Any:
         return self._submit((name, bucket, greedy)).result()
@@ -310,6 +347,8 @@ class ModelRunner:
             scoring: also those of embeddings and prompt logprobs.
             tiers: also those that move pages off the device and back.
         """
+        if self.leader is not None:
+            self.leader.send(encode(("warm_up", sampling + 2 * scoring, True), ()))
         keys: list[Key] = [("admit", 0, True), *(("ragged", t, True) for t in self.shapes.token_buckets)]
         variants = (False,) if self.shapes.deterministic else (True, False) if sampling else (True,)
         for greedy in variants:

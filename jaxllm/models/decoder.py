@@ -25,8 +25,15 @@ __all__ = ["Attend", "Block", "Context", "Decoder"]
 
 
 def _look_up(table_VD: jax.Array, tokens_T: jax.Array) -> jax.Array:
-    """Rows of the embedding. XLA's CPU backend gathers bfloat16 by converting the table first, and moves that out
-    of a decode loop, where it is no longer fused: hence gather integers, behind a barrier that keeps it inside.
+    """Rows of the embedding."""
+    return jax.lax.platform_dependent(
+        table_VD, tokens_T, cpu=_look_up_on_cpu, default=lambda table, tokens: table[tokens]
+    )
+
+
+def _look_up_on_cpu(table_VD: jax.Array, tokens_T: jax.Array) -> jax.Array:
+    """XLA's CPU backend gathers bfloat16 by converting the table first, and moves that out of a decode loop, where it
+    is no longer fused: hence gather integers, behind a barrier that keeps it inside. A TPU would copy the table.
     """
     table_VD, tokens_T = jax.lax.optimization_barrier((table_VD, tokens_T))
     bits = jnp.dtype(f"uint{8 * table_VD.dtype.itemsize}")

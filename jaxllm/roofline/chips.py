@@ -88,7 +88,7 @@ def _gpu(name: str, title: str, flops: float, eight: float, gigabytes: float, te
 CHIPS: dict[str, Chip] = {chip.name: chip for chip in (
     #                             bf16  8-bit   GB  TB/s  one way GB/s per link, links, DCN
     _tpu("v4", "TPU v4",           275,  275,   32, 1.2,   45, 6, 6.25),
-    _tpu("v5e", "TPU v5e",         197,  394,   16, 0.81,  45, 4, 3.1),
+    _tpu("v5e", "TPU v5e",         197,  394,   16, 0.819, 45, 4, 3.1),
     _tpu("v5p", "TPU v5p",         459,  918,   95, 2.77,  90, 6, 6.25),
     _tpu("v6e", "TPU v6e",         918, 1836,   32, 1.6,   90, 4, 12.5),
     _tpu("v7", "TPU v7",          2307, 4614,  192, 7.37, 100, 6, 6.25),  # 1.2 TB/s both ways over six links

@@ -6,6 +6,7 @@ The one place that knows devices. The decoder calls `Placement.shard`; the loade
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -20,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxllm.sharding.rules import TOKEN_DIMS, Axes, ShardingRules, as_tuple, fitting, num_parts, parse_mesh
 
+log = logging.getLogger(__name__)
 Dims = tuple[str | None, ...]
 
 
@@ -120,29 +122,38 @@ class Placement:
         return math.lcm(*cuts, 2 * ring if ring > 1 else 1)
 
 
-def make_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
-    """Build a mesh from `"dp=2,tp=4"` over the first devices there are.
+def make_mesh(text: str, devices: list[Any] | None = None, *, offset: int = 0) -> Mesh:
+    """Build a mesh from `"dp=2,tp=4"` over the devices from number `offset` on, in the order of their links.
 
-    On a machine with nothing but CPUs the devices are emulated, as many as the mesh needs. Raises ValueError
-    when there are too few devices.
+    Meshes with different offsets stand side by side in one process. On a machine with nothing but CPUs the devices
+    are emulated, as many as the mesh needs. Raises ValueError when there are too few devices.
     """
     sizes = parse_mesh(text)
     needed = math.prod(sizes.values())
     if devices is None:
-        _emulate_on_cpu(needed)
+        _emulate_on_cpu(offset + needed)
         devices = jax.devices()
-    if needed > len(devices):
+    if offset + needed > len(devices):
+        wants = f"mesh {text!r} needs {needed} devices"
+        wants += f" from number {offset} on" if offset else ""
         raise ValueError(
-            f"mesh {text!r} needs {needed} devices but there are {len(devices)} ({devices[0].platform}); use a smaller "
-            f"mesh, or emulate: JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={needed}"
+            f"{wants} but there are {len(devices)} ({devices[0].platform}); use a smaller "
+            f"mesh, or emulate: JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={offset + needed}"
         )
-    if needed == len(devices) and devices[0].platform != "cpu":
-        from jax.experimental import mesh_utils  # orders devices along the interconnect
-
-        grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices=devices)
-    else:
-        grid = np.array(devices[:needed]).reshape(tuple(sizes.values()))
+    grid = _along_links(tuple(sizes.values()), devices[offset : offset + needed])
     return Mesh(grid, tuple(sizes))
+
+
+def _along_links(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
+    """The devices of a TPU slice so that neighbours on a mesh axis are neighbours on the torus; others as they come."""
+    if devices[0].platform == "tpu":
+        from jax.experimental import mesh_utils
+
+        try:
+            return mesh_utils.create_device_mesh(shape, devices=devices, allow_split_physical_axes=True)
+        except (AssertionError, IndexError, NotImplementedError, ValueError) as error:
+            log.info("the devices of mesh %s are taken in order, not along their links: %s", shape, error)
+    return np.array(devices).reshape(shape)
 
 
 def _emulate_on_cpu(needed: int) -> None:

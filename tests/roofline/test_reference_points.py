@@ -78,10 +78,10 @@ def test_step_time_of_llama_2_13b_on_eight_v5e_in_round_numbers(batch: int, publ
     assert 1e3 * seconds == pytest.approx(published, abs=0.006)  # 4.985 and 20.305 were cut, not rounded
 
 
-@pytest.mark.parametrize(("batch", "exact"), {1: 5.053, 8: 12.302, 16: 20.587, 32: 37.157}.items())
+@pytest.mark.parametrize(("batch", "exact"), {1: 4.998, 8: 12.167, 16: 20.361, 32: 36.749}.items())
 def test_step_time_of_llama_2_13b_on_eight_v5e_with_the_chip_table(batch: int, exact: float) -> None:
     setting = Setting(name="llama-2-13b", config=model_config("llama-2-13b"), chip=CHIPS["v5e"], tp=8)
     point = roofline(setting, batch=batch, contexts=[8192], chunk=2048)["points"][0]
     assert point["time_ms"] == pytest.approx(exact, abs=2e-3)
-    assert point["time_ms"] == pytest.approx(V5E_MS[batch], rel=0.015)
+    assert point["time_ms"] == pytest.approx(V5E_MS[batch], rel=0.01)
     assert point["bound"] == "memory"

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.cli import main
 from jaxllm.config import EngineConfig
-from jaxllm.sharding.collectives import KINDS, count_collectives, format_counts
+from jaxllm.sharding.collectives import KINDS, count_collectives, find_collectives, format_counts
 from tests.helpers.tiny_model import HIDDEN, write_tiny_model
 
 NONE = dict.fromkeys(KINDS, 0)
@@ -77,6 +78,50 @@ def test_report_carries_what_was_asked_and_its_table_shows_every_kind(count):
     counts = count(2, "megatron")
     assert (counts["mesh"], counts["sharding_rules"], counts["num_tokens"]) == ({"tp": 2}, "megatron", 16)
     lines = format_counts(counts).splitlines()
-    cells = {line.split()[0]: line.split()[1:] for line in lines[2:]}
+    cells = {line.split()[0]: line.split()[1:] for line in lines[2 : 2 + len(KINDS)]}
     assert cells["all-reduce"] == ["2", "5", f"{counts['bytes']['all-reduce']:,}"]
     assert cells == {kind: cells[kind] for kind in KINDS}
+
+
+def test_table_of_a_block_says_what_each_device_holds_and_where_it_was_reduced(count):
+    table = {step["step"]: step for step in count(2, "megatron")["block"]}
+    held = {name: [device["slices"] for device in step["devices"]] for name, step in table.items()}
+    whole = [[0, 16], [0, HIDDEN]]
+    for name in ("x", "after attention", "after ffn"):
+        assert held[name] == [whole, whole]
+    assert held["ffn hidden"] == [[[0, 16], [0, HIDDEN]], [[0, 16], [HIDDEN, 2 * HIDDEN]]]
+    assert [box[1] for box in held["qkv"]] == [[0, 1], [1, 2]]  # whole heads
+    reduced = {name for name, step in table.items() if step["collectives"]}
+    assert reduced == {"after attention", "after ffn"}
+    assert [device["mesh"] for device in table["x"]["devices"]] == [{"tp": 0}, {"tp": 1}]
+    text = format_counts(count(2, "megatron"))
+    assert "[:, 64:128]" in text and "all-reduce (4,096 bytes)" in text
+
+
+def test_every_collective_of_a_block_is_in_its_table(count):
+    for rules in ("megatron", "column_only", "replicated"):
+        counts = count(2, rules)
+        sent = [c["kind"] for step in counts["block"] for c in step["collectives"]]
+        assert {kind: sent.count(kind) for kind in KINDS} == counts["per_block"]
+
+
+def test_tpu_program_is_counted_where_a_topology_is_named_and_drawn_where_a_file_is(tmp_path, capsys):
+    model = write_tiny_model(tmp_path / "one", num_layers=1)
+    picture = tmp_path / "block.png"
+    args = ["--model", str(model), "--mesh", "tp=2", "--topology", "v5e:2x2", "--plot", str(picture)]
+    assert main(["collectives", *args]) == 0
+    assert "all-reduce                   2       3" in capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "num_bytes"),
+    [("%a = f32[4,8]{1,0} all-reduce(%b), replica_groups=[2,4]<=[8], to_apply=%add", 4, 128),
+     ("%a = bf16[4,8]{1,0} all-gather(%b), replica_groups={{0,1},{2,3}}, dimensions={0}", 2, 64),
+     ("%a = bf16[4]{0:T(8)S(1)} all-reduce(%b), replica_groups=mesh['a'=3,'b'=2] {'b','a'}, x=1", 6, 8),
+     ("%a = (f32[2]{0}, f32[8]{0}) all-gather-start(%b), replica_groups={{0,1,2,3}}, dimensions={0}", 4, 32),
+     ("%a = f32[2]{0} collective-permute(%b), source_target_pairs={{0,1},{1,0}}", 2, 8)],
+)  # fmt: skip
+def test_collective_is_read_in_every_spelling(text, size, num_bytes):
+    (found,) = find_collectives("  " + text)
+    assert (found.group_size, found.num_bytes) == (size, num_bytes)
