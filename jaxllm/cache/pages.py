@@ -104,20 +104,18 @@ def write_pages(pages: Any, kv_TK2H: jax.Array, slots_T: jax.Array) -> Any:
     keys_at = slots_T + slots_T // page_size * page_size * (halves - 1)
     at = jnp.concatenate([keys_at + i * page_size for i in range(halves)])
 
-    def written(array: jax.Array, rows: jax.Array) -> jax.Array:
-        return set_rows(array.reshape(-1, *array.shape[3:]), at, rows).reshape(array.shape)
-
     rows = kv_TK2H.transpose(2, 0, 1, 3).reshape(-1, *values.shape[3:])
     if scales is None:
-        return written(values, rows)
+        return set_rows(values.reshape(-1, *values.shape[3:]), at, rows).reshape(values.shape)
+
+    def written(array: jax.Array, rows: jax.Array) -> jax.Array:
+        flat = array.reshape(-1, *array.shape[3:])
+        return as_bits(lambda flat, rows: set_rows(flat, at, rows), flat, rows).reshape(array.shape)
+
     small, scale = quantize(rows, values.dtype)
     return QuantizedPages(written(values, small), written(scales, scale))
 
 
 def set_rows(flat: jax.Array, at: jax.Array, rows: jax.Array) -> jax.Array:
     """`flat[at] = rows`."""
-
-    def moved(flat: jax.Array, rows: jax.Array) -> jax.Array:
-        return flat.at[at].set(rows, mode="promise_in_bounds", wrap_negative_indices=False)
-
-    return as_bits(moved, flat, rows.astype(flat.dtype))
+    return flat.at[at].set(rows.astype(flat.dtype), mode="promise_in_bounds", wrap_negative_indices=False)

@@ -41,6 +41,8 @@ def v5e():
     return topologies.get_topology_desc("v5e:2x2", "tpu").devices
 
 
+# Programs compiled for devices that are not there go into the compilation cache, but cannot be read back from it.
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 @pytest.mark.parametrize("name", ["ragged", "decode"])
 def test_programs_with_the_kernel_compile_for_a_v5e(v5e, name):
     mesh = jax.sharding.Mesh(np.array(v5e).reshape(4), ("tp",))
