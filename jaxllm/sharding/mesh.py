@@ -6,12 +6,15 @@ The one place that knows devices. The decoder calls `Placement.shard`; the loade
 
 from __future__ import annotations
 
+import glob
+import importlib.util
 import logging
 import math
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +26,7 @@ from jaxllm.sharding.rules import TOKEN_DIMS, Axes, ShardingRules, as_tuple, fit
 
 log = logging.getLogger(__name__)
 Dims = tuple[str | None, ...]
+_GOOGLE = "0x1ae0"  # PCI vendor of TPUs
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +135,7 @@ def make_mesh(text: str, devices: list[Any] | None = None, *, offset: int = 0) -
     sizes = parse_mesh(text)
     needed = math.prod(sizes.values())
     if devices is None:
+        _ignore_absent_tpus()
         _emulate_on_cpu(offset + needed)
         devices = jax.devices()
     if offset + needed > len(devices):
@@ -154,6 +159,16 @@ def _along_links(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:
         except (AssertionError, IndexError, NotImplementedError, ValueError) as error:
             log.info("the devices of mesh %s are taken in order, not along their links: %s", shape, error)
     return np.array(devices).reshape(shape)
+
+
+def _ignore_absent_tpus() -> None:
+    """Where libtpu is installed (for `jaxllm plan`) and no TPU, JAX would look for one and complain at length."""
+    if jax.config.values["jax_platforms"] or importlib.util.find_spec("libtpu") is None:
+        return
+    accelerators = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+    vendors = (Path(file).read_text().strip() for file in glob.glob("/sys/bus/pci/devices/*/vendor"))
+    if not any(glob.glob(pattern) for pattern in accelerators) and _GOOGLE not in vendors:
+        jax.config.update("jax_platforms", "cpu")
 
 
 def _emulate_on_cpu(needed: int) -> None:
