@@ -37,7 +37,7 @@ def block_table(
         if one.block == 0:
             step = next((step for einsum, step in _PRODUCTS.items() if einsum in one.source), "elsewhere")
             sent.setdefault(step, []).append({"kind": one.kind, "bytes": one.num_bytes})
-    table = []
+    table, placement = [], placement.fitted(num_tokens)
     for step, dims, shape in _steps(cfg, kv_copies, num_tokens):
         collectives = sent.pop(step, [])
         table.append({"step": step, "dims": dims, "shape": shape, "collectives": collectives,
@@ -50,7 +50,7 @@ def block_table(
 
 def _steps(cfg: ModelConfig, kv_copies: int, t: int) -> list[tuple[str, Dims, tuple[int, ...]]]:
     d, h, k = cfg.hidden_size, cfg.head_dim, cfg.num_kv_heads * kv_copies
-    residual = ("tokens", "model")
+    residual = ("residual_tokens", "model")
     steps: list[tuple[str, Dims, tuple[int, ...]]] = [("x", residual, (t, d))]
     if cfg.latent:
         n, width = cfg.num_heads, cfg.latent.nope_dim + cfg.latent.rope_dim
@@ -63,9 +63,11 @@ def _steps(cfg: ModelConfig, kv_copies: int, t: int) -> list[tuple[str, Dims, tu
     steps.append(("after attention", residual, (t, d)))
     if cfg.experts and cfg.is_routed(0):
         e = cfg.experts
-        steps.append(("expert hidden", ("experts", None, "ffn_in"), (e.num_experts, t * e.per_token, e.ffn_size)))
+        steps.append(
+            ("expert hidden", ("experts", "expert_tokens", "ffn_in"), (e.num_experts, t * e.per_token, e.ffn_size))
+        )
     else:
-        steps.append(("ffn hidden", ("tokens", "ffn_in"), (t, cfg.intermediate_size)))
+        steps.append(("ffn hidden", ("ffn_tokens", "ffn_in"), (t, cfg.intermediate_size)))
     return [*steps, ("after ffn", residual, (t, d))]
 
 

@@ -84,7 +84,9 @@ def test_every_block_costs_what_the_rule_file_says(count, rules, mesh, per_block
         assert counts["per_block"] == NONE | per_block
         outside = {kind: counts["total"][kind] - LAYERS * counts["per_block"][kind] for kind in KINDS}
         assert all(number >= 0 for number in outside.values())
-        assert outside["reduce-scatter"] == outside["all-to-all"] == 0
+        assert outside["all-to-all"] == 0
+        # With tokens cut too, the embedding's sum over the parts of the vocabulary is scattered.
+        assert outside["reduce-scatter"] == (rules == "megatron_sp")
         assert sum(outside.values()) <= 4
 
 
@@ -98,4 +100,4 @@ def test_every_block_costs_what_the_rule_file_says(count, rules, mesh, per_block
 def test_routed_layers_cost_what_the_rule_file_says(count, rules, mesh, per_block, in_blocks):
     counts = count("routed", mesh, rules, 64)
     assert counts["per_block"] == NONE | per_block
-    assert counts["total"]["reduce-scatter"] == in_blocks * per_block["reduce-scatter"]
+    assert counts["total"]["reduce-scatter"] == in_blocks * per_block["reduce-scatter"] + (rules == "megatron_sp")
