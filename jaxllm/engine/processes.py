@@ -112,9 +112,13 @@ def lead_or_follow(runner: ModelRunner, config: EngineConfig) -> None:
 
 
 def _stop(leader: Leader) -> None:
-    """At the end of process 0. Not after an error that nobody handled: the lost connection says so to the others."""
+    """At the end of process 0. After an error that nobody handled, no orderly end: it would wait for the others."""
     if getattr(sys, "last_value", None) is None:
         leader.stop()
+        return
+    sys.stderr.flush()
+    time.sleep(2.0)  # if another process is gone, the thread that watches it says so and ends this one first
+    os._exit(1)
 
 
 def connect(config: EngineConfig) -> Leader | Follower | None:
