@@ -16,6 +16,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with few and long tests first, so that processes that share the work end together."""
+    long = ("sharding", "engine", "bench")
+    items.sort(key=lambda item: not any(name in item.path.parts for name in long))
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The real SmolLM2-135M-Instruct weights; fetched once into the user's cache."""

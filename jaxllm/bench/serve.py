@@ -189,7 +189,7 @@ async def _device_work(target: Target) -> tuple[float, int] | None:
     """Device seconds and iterations of the server so far; None where it does not tell."""
     try:
         stats = await target.get("/stats")
-        return stats["device_seconds_total"], stats["iterations_total"]
+        return stats["device_seconds"], stats["iterations"]
     except (HttpError, KeyError, ValueError):
         return None
 

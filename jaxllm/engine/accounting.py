@@ -57,6 +57,18 @@ class IterationRecord:
     mfu: float | None
     mbu: float | None
 
+    def line(self) -> str:
+        """For a log."""
+        return (
+            f"iteration of {self.num_tokens} tokens x {self.num_steps} ({self.num_decodes} decodes): "
+            f"{1e3 * self.seconds:.1f} ms, MFU {percent(self.mfu)}, MBU {percent(self.mbu)}"
+        )
+
+
+def percent(fraction: float | None) -> str:
+    """`12.3%`, or that it is not known."""
+    return "unknown" if fraction is None else f"{fraction:.1%}"
+
 
 @dataclass(slots=True)
 class Totals:

@@ -267,6 +267,9 @@ class Engine:
 
     def _record(self, work: InFlight, read: Sequence[tuple[Chunk, Sampled]]) -> None:
         now, compilations = time.perf_counter(), self.runner.num_compilations
-        self.records.append(self.accounting.arrived(
+        record = self.accounting.arrived(
             work.plan, read, dispatched=work.dispatched, now=now, num_compilations=compilations
-        ))  # fmt: skip
+        )
+        self.records.append(record)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s", record.line())

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from jaxllm.engine.accounting import percent
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.jobs import Job, Jobs
 from jaxllm.engine.outputs import CompletionBuilder, Logprob
@@ -23,6 +24,7 @@ from jaxllm.engine.scoring import Scorer, ScoringPass
 
 log = logging.getLogger(__name__)
 _IDLE_SECONDS = 0.5  # how often an idle thread shows that it lives
+_REPORT_SECONDS = 10.0
 
 
 class EngineError(RuntimeError):
@@ -78,7 +80,7 @@ class EngineThread:
         before_step: Callable[[], None] | None = None,
     ):
         self.death: BaseException | None = None
-        self.last_progress = time.monotonic()
+        self.last_progress = self._last_report = time.monotonic()
         self.num_failures = 0
         self._engine, self._jobs, self._publish, self._before_step = engine, jobs, publish, before_step
         self._scorer = Scorer(engine)
@@ -174,8 +176,23 @@ class EngineThread:
         self._flush()
         if self._engine.progress != before:
             self.last_progress = time.monotonic()
+            self._report()
         elif self._engine.has_work or self._scorer.has_work:
             time.sleep(0.001)  # nothing can run until something else ends
+
+    def _report(self) -> None:
+        """One line about the last iterations, every `_REPORT_SECONDS` while there is work."""
+        if self.last_progress - self._last_report < _REPORT_SECONDS:
+            return
+        self._last_report = self.last_progress
+        engine, recent = self._engine, self._engine.accounting.recent()
+        log.info(
+            "running %d, waiting %d; prefill %.0f and output %.0f tokens/s of device time; MFU %s, MBU %s; "
+            "cache %.0f%% full",
+            len(engine.scheduler.running), engine.scheduler.num_waiting, recent["prefill_tokens_per_s"],
+            recent["generation_tokens_per_s"], percent(recent["mfu"]), percent(recent["mbu"]),
+            100 * (1 - engine.pool.num_free / engine.pool.num_usable),
+        )  # fmt: skip
 
     def _flush(self) -> None:
         if self._updates:

@@ -105,6 +105,9 @@ class _EngineFigures:
         yield "prefix_cache_hits", "counter", "Prompt tokens found.", pool.num_hit_tokens
         yield from cache_figures(engine)
         yield "num_preemptions", "counter", "Requests pushed out of the batch.", scheduler.num_preemptions
+        totals = engine.accounting.totals
+        yield "iterations", "counter", "Iterations run.", totals.num_iterations
+        yield "device_seconds", "counter", "Time the device worked on them.", totals.seconds
         yield "compilations", "counter", "Programs compiled.", engine.runner.num_compilations
         after = engine.runner.num_compilations_after_warmup
         yield "compilations_after_warmup", "counter", "Programs compiled while serving: defects.", after

@@ -86,6 +86,7 @@ def test_bench_measures_a_running_server(tmp_path, capsys):
     assert code == 0 and wrong == 1
     for report in reports:
         assert report["completed"] == 8 and report["output_tokens"] == 40
+        assert 0 < report["server_iteration_ms"] < report["duration_s"] * 1e3
         assert report["goodput"] == pytest.approx(report["request_throughput"])
         assert 0 < report["ttft_ms"]["p50"] <= report["ttft_ms"]["p99"]
     assert picture.read_bytes().startswith(b"\x89PNG")

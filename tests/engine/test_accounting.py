@@ -49,6 +49,7 @@ def test_a_mixed_step_costs_what_the_cost_model_says() -> None:
     assert record.seconds == pytest.approx(0.5)
     assert record.mfu == pytest.approx(expected.flops / 0.5 / 1e15)
     assert record.mbu == pytest.approx(expected.bytes / 0.5 / 3e12)
+    assert record.line().startswith("iteration of 251 tokens x 1 (1 decodes): 500.0 ms, MFU 0.")
 
 
 def test_a_decode_loop_costs_its_steps_and_idle_rows_nothing() -> None:

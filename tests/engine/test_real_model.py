@@ -1,6 +1,6 @@
 """The real SmolLM2 through the real engine, against a naive loop and against transformers.
 
-Every chunk budget, page size and mesh takes part; with JAXLLM_FULL_TESTS=1 every combination runs.
+The extremes of chunk budget, page size and mesh take part; with JAXLLM_FULL_TESTS=1 every combination runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LENGTHS = (1, 2, 7, 16, 33, 64, 100, 130)
 NUM_NEW = 10
 BUDGETS, PAGE_SIZES = (16, 64, 512), (8, 16, 32)
 FULL = bool(os.environ.get("JAXLLM_FULL_TESTS"))
-SOME = [(16, 8, 1), (512, 32, 1), (64, 16, 3)]
+SOME = [(16, 8, 1), (512, 32, 3)]
 COMBINATIONS = list(itertools.product(BUDGETS, PAGE_SIZES, (1, 3))) if FULL else SOME
 
 

@@ -51,6 +51,13 @@ def test_equals_the_offline_engine_and_grows_monotonically(tiny_model):
         assert got.finished and got.outputs[0].finish_reason == want.outputs[0].finish_reason
 
 
+def test_log_says_what_runs_and_how_near_to_the_roofline(tiny_model, caplog, monkeypatch):
+    monkeypatch.setattr("jaxllm.engine.engine_thread._REPORT_SECONDS", 0.0)
+    with caplog.at_level("INFO", "jaxllm"), engine(tiny_model) as llm:
+        asyncio.run(final(llm, "abc"))
+    assert any("running 1, waiting 0; prefill" in line and "MBU" in line for line in caplog.messages)
+
+
 def test_constrained_requests_do_not_change_their_neighbours(tiny_model):
     form = SamplingParams(temperature=0, max_tokens=40, structured_outputs={"regex": "[a-z]{30}"})
     with engine(tiny_model) as llm:
