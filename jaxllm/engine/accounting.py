@@ -145,7 +145,7 @@ class Accounting:
     def prefill_rate(self) -> float:
         """Tokens per second of the recent iterations that were mostly prefill; 0 where there were none."""
         mostly = [r for r in self._recent if 2 * r.num_prefill_tokens > r.num_tokens * r.num_steps]
-        seconds = sum(r.seconds or 0.0 for r in mostly)
+        seconds = sum(r.seconds for r in mostly)
         return sum(r.num_tokens for r in mostly) / seconds if seconds else 0.0
 
     def _record(

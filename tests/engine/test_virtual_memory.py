@@ -209,13 +209,5 @@ def test_any_mix_of_features_under_preemption_and_abort_gives_the_naive_tokens(s
                 h.scheduler.finish(r, "abort")
                 aborted.add(id(r))
         h.step()
-    for r, prompt in requests:
-        assert r.finished
-        expected = naive_generate(prompt, r.limit, r.stop_ids)
-        if id(r) in aborted:
-            assert r.token_ids == expected[: len(r.token_ids)]
-        else:
-            assert r.token_ids == expected
-    h.scheduler.pool.check([])
-    assert h.scheduler.pool.num_free == h.scheduler.pool.num_usable
+    h.check_answers(requests, aborted)
     assert h.scheduler.tiers is None or h.scheduler.tiers.host.num_pinned == 0

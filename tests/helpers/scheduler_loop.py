@@ -16,7 +16,7 @@ from jaxllm.engine.page_pool import PagePool
 from jaxllm.engine.request import Request
 from jaxllm.engine.sampling_params import SamplingParams
 from jaxllm.engine.scheduler import Chunk, IterationPlan, Scheduler
-from tests.helpers.fake_device import FakeDevice
+from tests.helpers.fake_device import FakeDevice, naive_generate
 
 
 @dataclass
@@ -118,6 +118,15 @@ class Harness:
                 return
             self.step()
         raise AssertionError("the scheduler makes no progress")
+
+    def check_answers(self, requests: list[tuple[Request, list[int]]], aborted: set[int]) -> None:
+        """Each request got the naive tokens of its prompt (those whose id is in `aborted`: some); nothing leaked."""
+        for r, prompt in requests:
+            assert r.finished
+            expected = naive_generate(prompt, r.limit, r.stop_ids)
+            assert r.token_ids == (expected[: len(r.token_ids)] if id(r) in aborted else expected)
+        self.scheduler.pool.check([])
+        assert self.scheduler.pool.num_free == self.scheduler.pool.num_usable
 
 
 def make(
