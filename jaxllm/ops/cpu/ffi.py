@@ -1,0 +1,192 @@
+"""LLVM IR -> a function that XLA calls in the middle of a compiled program, on all of its threads.
+
+A kernel is the text of `define void @part(ptr %buffers, i64 %part)`: the addresses of its operands and results in
+order, and which of its parts to do; shapes are constants of the text. Around it this module puts what XLA's foreign
+function interface asks for, and a loop in which XLA's own threads take one part after another, the calling thread
+among them: it never waits for a thread that has not begun, so devices that share the threads cannot block each other.
+Knows nothing of what a kernel computes. llvmlite compiles the text in milliseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import re
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+
+_lock = threading.Lock()
+_engines: dict[str, Any] = {}  # what keeps each registered kernel's code alive
+
+
+@functools.cache
+def is_available() -> bool:
+    """Whether llvmlite is installed and this processor has the instructions that the kernels are written in."""
+    try:
+        import llvmlite.binding as llvm
+    except ImportError:
+        return False
+    features = llvm.get_host_cpu_features()
+    return all(features.get(name) for name in ("avx512f", "avx512bw", "avx512vl", "avx512bf16"))
+
+
+def num_threads() -> int:
+    """Threads that take parts."""
+    return len(os.sched_getaffinity(0))
+
+
+def register(name: str, kernel: str, num_parts: int, num_operands: int, num_results: int = 1) -> None:
+    """Compile a kernel and make it a target of `jax.ffi.ffi_call`, once per name."""
+    with _lock:
+        if name not in _engines:
+            _engines[name] = engine = _compile(kernel + _handler(num_parts, num_operands, num_results))
+            address = engine.get_function_address("handler")
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(ctypes.CFUNCTYPE(None)(address)), platform="cpu")
+
+
+def _compile(text: str) -> Any:
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    module = llvm.parse_assembly(text)
+    module.verify()
+    machine = llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
+    )
+    passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
+    passes.getModulePassManager().run(module, passes)
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    return engine
+
+
+@functools.cache
+def _interface() -> tuple[int, int, int]:
+    """XLA's version numbers of the interface, and the byte offset of its function that schedules a task."""
+    header = (Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
+    major, minor = (int(re.findall(rf"#define XLA_FFI_API_{part} (\d+)", header)[0]) for part in ("MAJOR", "MINOR"))
+    functions = re.findall(r"_XLA_FFI_API_STRUCT_FIELD\((XLA_FFI_\w+)\);", header)
+    return major, minor, 48 + 8 * functions.index("XLA_FFI_ThreadPool_Schedule")
+
+
+def _handler(num_parts: int, num_operands: int, num_results: int) -> str:
+    """What XLA calls. Offsets are those of the structures in xla/ffi/api/c_api.h.
+
+    A job is `{next part, parts done, holders, addresses}` on the heap: a helper may wake when all is done.
+    """
+    major, minor, schedule = _interface()
+    num_helpers = max(min(num_threads(), num_parts) - 1, 0)
+    count = num_operands + num_results
+    copies = "".join(
+        f"""
+  %list{i} = load ptr, ptr {"%arguments" if i < num_operands else "%results"}
+  %slot{i} = getelementptr ptr, ptr %list{i}, i64 {i if i < num_operands else i - num_operands}
+  %buffer{i} = load ptr, ptr %slot{i}
+  %field{i} = getelementptr i8, ptr %buffer{i}, i64 24
+  %data{i} = load ptr, ptr %field{i}
+  %target{i} = getelementptr i8, ptr %job, i64 {24 + 8 * i}
+  store ptr %data{i}, ptr %target{i}"""
+        for i in range(count)
+    )
+    helpers = "\n  call ptr %schedule(ptr %request)" * num_helpers
+    return f"""
+declare ptr @malloc(i64)
+declare void @free(ptr)
+declare void @llvm.x86.sse2.pause()
+
+define internal void @work(ptr %job) {{
+entry:
+  %buffers = getelementptr i8, ptr %job, i64 24
+  %done = getelementptr i8, ptr %job, i64 8
+  br label %next
+next:
+  %part = atomicrmw add ptr %job, i64 1 acq_rel
+  %mine = icmp slt i64 %part, {num_parts}
+  br i1 %mine, label %run, label %exit
+run:
+  call void @part(ptr %buffers, i64 %part)
+  atomicrmw add ptr %done, i64 1 release
+  br label %next
+exit:
+  ret void
+}}
+
+define internal void @leave(ptr %job) {{
+  %holders = getelementptr i8, ptr %job, i64 16
+  %before = atomicrmw sub ptr %holders, i64 1 acq_rel
+  %last = icmp eq i64 %before, 1
+  br i1 %last, label %drop, label %exit
+drop:
+  call void @free(ptr %job)
+  br label %exit
+exit:
+  ret void
+}}
+
+define internal void @help(ptr %job) {{
+  call void @work(ptr %job)
+  call void @leave(ptr %job)
+  ret void
+}}
+
+define ptr @handler(ptr %frame) {{
+entry:
+  %extension_field = getelementptr i8, ptr %frame, i64 8
+  %extension = load ptr, ptr %extension_field
+  %asked = icmp ne ptr %extension, null
+  br i1 %asked, label %describe, label %execute
+describe:
+  %metadata_field = getelementptr i8, ptr %extension, i64 24
+  %metadata = load ptr, ptr %metadata_field
+  %major = getelementptr i8, ptr %metadata, i64 24
+  store i32 {major}, ptr %major
+  %minor = getelementptr i8, ptr %metadata, i64 28
+  store i32 {minor}, ptr %minor
+  %traits = getelementptr i8, ptr %metadata, i64 32
+  store i32 0, ptr %traits
+  ret ptr null
+execute:
+  %job = call ptr @malloc(i64 {24 + 8 * count})
+  store i64 0, ptr %job
+  %done = getelementptr i8, ptr %job, i64 8
+  store i64 0, ptr %done
+  %holders = getelementptr i8, ptr %job, i64 16
+  store i64 {num_helpers + 1}, ptr %holders
+  %arguments = getelementptr i8, ptr %frame, i64 72
+  %results = getelementptr i8, ptr %frame, i64 112{copies}
+  %request = alloca [5 x ptr]
+  %request_size = getelementptr i8, ptr %request, i64 0
+  store i64 40, ptr %request_size
+  %request_extension = getelementptr i8, ptr %request, i64 8
+  store ptr null, ptr %request_extension
+  %context_field = getelementptr i8, ptr %frame, i64 24
+  %context = load ptr, ptr %context_field
+  %request_context = getelementptr i8, ptr %request, i64 16
+  store ptr %context, ptr %request_context
+  %request_task = getelementptr i8, ptr %request, i64 24
+  store ptr @help, ptr %request_task
+  %request_data = getelementptr i8, ptr %request, i64 32
+  store ptr %job, ptr %request_data
+  %api_field = getelementptr i8, ptr %frame, i64 16
+  %api = load ptr, ptr %api_field
+  %schedule_field = getelementptr i8, ptr %api, i64 {schedule}
+  %schedule = load ptr, ptr %schedule_field{helpers}
+  call void @work(ptr %job)
+  br label %wait
+wait:
+  %finished = load atomic i64, ptr %done acquire, align 8
+  %all = icmp eq i64 %finished, {num_parts}
+  br i1 %all, label %exit, label %spin
+spin:
+  call void @llvm.x86.sse2.pause()
+  br label %wait
+exit:
+  call void @leave(ptr %job)
+  ret ptr null
+}}
+"""
