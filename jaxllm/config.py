@@ -14,6 +14,7 @@ from typing import Any
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 KV_DTYPES = (*DTYPES, "int8", "fp8")
+MATMUL_BACKENDS = ("auto", "xla", "llvm")
 ATTENTION_BACKENDS = ("auto", "xla", "pallas_gpu", "pallas_tpu")
 LOAD_FORMATS = ("auto", "dummy")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
@@ -314,6 +315,7 @@ class EngineConfig:
     deterministic: bool = False
     load_format: str = "auto"
     attention_backend: str = "auto"
+    matmul_backend: str = "auto"
     host_kv_bytes: int = 0
     disk_kv_bytes: int = 0
     disk_kv_path: str | None = None
@@ -325,7 +327,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         words = {"dtype": DTYPES, "kv_dtype": KV_DTYPES, "load_format": LOAD_FORMATS,
-                 "attention_backend": ATTENTION_BACKENDS}  # fmt: skip
+                 "attention_backend": ATTENTION_BACKENDS, "matmul_backend": MATMUL_BACKENDS}  # fmt: skip
         for name, known in words.items():
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name}={value!r} is not supported; use one of {', '.join(known)}")

@@ -6,7 +6,15 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.config import ATTENTION_BACKENDS, DTYPES, KV_DTYPES, LOAD_FORMATS, PREEMPTION_MODES, EngineConfig
+from jaxllm.config import (
+    ATTENTION_BACKENDS,
+    DTYPES,
+    KV_DTYPES,
+    LOAD_FORMATS,
+    MATMUL_BACKENDS,
+    PREEMPTION_MODES,
+    EngineConfig,
+)
 from jaxllm.interrupts import raise_if_interrupted
 
 if TYPE_CHECKING:
@@ -46,6 +54,9 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         choices=ATTENTION_BACKENDS,
         default=default.attention_backend,
         help="auto: by the platform",
+    )
+    group.add_argument(
+        "--matmul-backend", choices=MATMUL_BACKENDS, default=default.matmul_backend, help="auto: by the processor"
     )
     group.add_argument("--host-kv-bytes", type=int, default=0, metavar="BYTES", help="host memory for evicted KV pages")
     group.add_argument("--disk-kv-bytes", type=int, default=0, metavar="BYTES", help="disk space for KV pages")

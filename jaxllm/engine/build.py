@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.engine import Engine
     from jaxllm.engine.runner import ModelRunner, RunnerShapes
     from jaxllm.models.loader import AbstractModel
+    from jaxllm.sharding.mesh import Placement
     from jaxllm.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -190,14 +191,31 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def make_model(config: EngineConfig, model_config: ModelConfig, placement) -> AbstractModel:
+def make_model(config: EngineConfig, model_config: ModelConfig, placement: Placement) -> AbstractModel:
     """The abstract decoder in the dtype asked for; bfloat16 unless told otherwise."""
     import jax.numpy as jnp
 
     from jaxllm.models.loader import abstract_model
 
     name = "bfloat16" if config.dtype == "auto" else config.dtype
-    return abstract_model(model_config, placement, jnp.dtype(name))
+    return abstract_model(model_config, placement, jnp.dtype(name), is_packed=_packs(config, placement))
+
+
+def _packs(config: EngineConfig, placement: Placement) -> bool:
+    """Whether the processor's own kernels multiply. Raises ValueError where they are asked for and cannot."""
+    from jaxllm.ops.cpu import ffi
+
+    mesh = placement.mesh
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        if config.matmul_backend == "llvm":
+            raise ValueError("matmul_backend='llvm' is for one CPU device; use auto or xla")
+        return False
+    if config.matmul_backend == "xla":
+        return False
+    reason = ffi.unavailable()
+    if reason and config.matmul_backend == "llvm":
+        raise ValueError(f"matmul_backend='llvm' cannot run: {reason}; use auto or xla")
+    return not reason
 
 
 def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:

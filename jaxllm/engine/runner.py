@@ -378,6 +378,7 @@ def make_programs(model: AbstractModel, shapes: RunnerShapes) -> Programs:
         placement=model.placement,
         residual_dtype=shapes.residual_dtype,
         max_steps=shapes.max_decode_steps,
+        packed=model.packed_dims(),
         # Deterministic iterations have a tile for every decode.
         backend=dataclasses.replace(shapes.attention, query_tile=16) if shapes.deterministic else shapes.attention,
     )
@@ -433,10 +434,9 @@ def abstract_arrays(model: AbstractModel, shapes: RunnerShapes) -> tuple[Any, An
     def shaped(variable: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
 
-    params = jax.tree.leaves(jax.tree.map(shaped, model.state, model.shardings()))
     state = jax.eval_shape(functools.partial(_zero_state, shapes))
     whole = model.placement.replicated
-    return params, _abstract_pages(model, shapes), jax.tree.map(lambda s: shaped(s, whole), state)
+    return model.abstract_parameters(), _abstract_pages(model, shapes), jax.tree.map(lambda s: shaped(s, whole), state)
 
 
 def _abstract_pages(model: AbstractModel, shapes: RunnerShapes) -> list[Any]:

@@ -30,8 +30,9 @@ class Attention(nnx.Module):
         self.index = index
         self.eps, self.qk_norm = cfg.rms_norm_eps, cfg.qk_norm
         self.spec = AttentionSpec(scale=cfg.score_scale, window=cfg.window(index), softcap=cfg.attention_softcap)
-        self.qkv = param((d, k, g + 2, h), ("model_in", "heads", "qkv", "head_dim"), dtype)
-        self.out = param((k, g, h, d), ("heads_in", "group", "head_dim", "model_out"), dtype)
+        self.qkv = param((d, k, g + 2, h), ("model_in", "heads", "qkv", "head_dim"), dtype, contracted=(0,))
+        out_dims = ("heads_in", "group", "head_dim", "model_out")
+        self.out = param((k, g, h, d), out_dims, dtype, contracted=(0, 1, 2))
         self.qkv_bias = param((k, g + 2, h), ("heads", "qkv", "head_dim")) if cfg.qkv_bias else None
         self.out_bias = param((d,), ("model_out",)) if cfg.out_bias else None
         if cfg.qk_norm == "head":
@@ -81,15 +82,15 @@ class MultiHeadLatentAttention(nnx.Module):
         self.spec = AttentionSpec(scale=cfg.score_scale, softcap=cfg.attention_softcap, window=cfg.window(index),
                                   value_width=a.kv_rank)  # fmt: skip
         if a.q_rank is None:
-            self.query = param((d, n, width), ("model_in", "heads", "head_dim"), dtype)
+            self.query = param((d, n, width), ("model_in", "heads", "head_dim"), dtype, contracted=(0,))
         else:
-            self.q_down = param((d, a.q_rank), ("model_in", "latent"), dtype)
+            self.q_down = param((d, a.q_rank), ("model_in", "latent"), dtype, contracted=(0,))
             self.q_norm = param((a.q_rank,), ("latent",))
-            self.query = param((a.q_rank, n, width), ("latent", "heads", "head_dim"), dtype)
-        self.kv_down = param((d, a.cache_width), ("model_in", "latent"), dtype)
+            self.query = param((a.q_rank, n, width), ("latent", "heads", "head_dim"), dtype, contracted=(0,))
+        self.kv_down = param((d, a.cache_width), ("model_in", "latent"), dtype, contracted=(0,))
         self.kv_norm = param((a.kv_rank,), ("latent",))
         self.kv_up = param((a.kv_rank, n, a.nope_dim + a.value_dim), ("latent", "heads", "head_dim"), dtype)
-        self.out = param((n, a.value_dim, d), ("heads_in", "head_dim", "model_out"), dtype)
+        self.out = param((n, a.value_dim, d), ("heads_in", "head_dim", "model_out"), dtype, contracted=(0, 1))
 
     def __call__(self, x_TD: jax.Array, rope: Tables | None, ctx: Context) -> jax.Array:
         assert rope is not None, "latent attention has rotary dims"

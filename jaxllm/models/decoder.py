@@ -19,13 +19,16 @@ from jaxllm.config import ModelConfig, Rope
 from jaxllm.models.attention import Attention, MultiHeadLatentAttention
 from jaxllm.models.ffn import FeedForward, MixtureOfExperts
 from jaxllm.models.modules import Attend, Context, Norm, contract, param
+from jaxllm.ops.cpu.packed import PackedMatrix, packed_rows
 from jaxllm.ops.rope import Tables, rope_tables
 
 __all__ = ["Attend", "Block", "Context", "Decoder"]
 
 
-def _look_up(table_VD: jax.Array, tokens_T: jax.Array) -> jax.Array:
+def _look_up(table_VD: jax.Array | PackedMatrix, tokens_T: jax.Array) -> jax.Array:
     """Rows of the embedding."""
+    if isinstance(table_VD, PackedMatrix):
+        return packed_rows(table_VD, tokens_T)
     return jax.lax.platform_dependent(
         table_VD, tokens_T, cpu=_look_up_on_cpu, default=lambda table, tokens: table[tokens]
     )
@@ -83,17 +86,17 @@ class Decoder(nnx.Module):
         self.cfg = cfg
         self.kv_copies = kv_copies
         table = (cfg.vocab_size + vocab_padding, cfg.hidden_size)
-        self.embedding = param(table, ("vocab", "model"), dtype)
+        self.embedding = param(table, ("vocab", "model"), dtype, contracted=(1,) if cfg.tie_word_embeddings else ())
         if cfg.learned_positions:
             self.positions = param((cfg.max_position_embeddings, cfg.hidden_size), ("positions", "model"), dtype)
         self.layers = nnx.List([Block(cfg, i, kv_copies, dtype) for i in range(cfg.num_layers)])
         self.final_norm = Norm(cfg)
         if not cfg.tie_word_embeddings:
-            self.lm_head = param(table, ("vocab", "model"), dtype)
+            self.lm_head = param(table, ("vocab", "model"), dtype, contracted=(1,))
 
     def __call__(self, tokens_T: jax.Array, positions_T: jax.Array, ctx: Context) -> jax.Array:
         """Hidden states before the final norm, `[T, D]`."""
-        x_TD = _look_up(self.embedding[...], tokens_T).astype(ctx.residual_dtype)
+        x_TD = _look_up(self.embedding.get_value(), tokens_T).astype(ctx.residual_dtype)
         if self.cfg.embedding_scale != 1.0:
             x_TD = x_TD * jnp.asarray(self.cfg.embedding_scale, x_TD.dtype)
         if self.cfg.learned_positions:

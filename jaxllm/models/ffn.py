@@ -25,8 +25,8 @@ class FeedForward(nnx.Module):
     def __init__(self, cfg: ModelConfig, size: int, dtype: jnp.dtype):
         d, ups = cfg.hidden_size, 2 if cfg.gated else 1
         self.activation, self.clamped = cfg.activation, cfg.clamped_swiglu
-        self.gate_up = param((d, ups, size), ("model_in", "gate_up", "ffn"), dtype)
-        self.down = param((size, d), ("ffn_in", "model_out"), dtype)
+        self.gate_up = param((d, ups, size), ("model_in", "gate_up", "ffn"), dtype, contracted=(0,))
+        self.down = param((size, d), ("ffn_in", "model_out"), dtype, contracted=(0,))
         self.gate_up_bias = param((ups, size), ("gate_up", "ffn")) if cfg.mlp_bias else None
         self.down_bias = param((d,), ("model_out",)) if cfg.mlp_bias else None
 

@@ -24,6 +24,7 @@ from jaxllm.config import ModelConfig
 from jaxllm.models.decoder import Decoder
 from jaxllm.models.families import Family, family_of
 from jaxllm.models.weights import Box, Source, WeightMap, checkpoint_tensors
+from jaxllm.ops.cpu.packed import abstract_panels, pack, packs
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import check_divides, kv_copies, vocab_padding
 
@@ -42,6 +43,41 @@ class AbstractModel:
     placement: Placement
     kv_copies: int
     vocab_padding: int
+    is_packed: bool = False
+
+    def packs(self, variable: Any) -> bool:
+        """Whether this parameter is kept in panels."""
+        want = variable.get_value()
+        return self.is_packed and packs(want.shape, want.dtype, variable.get_metadata("contracted"))
+
+    def packed_dims(self) -> tuple[tuple[int, ...] | None, ...]:
+        """For every parameter in order: the dims that products keep where it is in panels, else None."""
+
+        def kept(variable: Any) -> tuple[int, ...] | None:
+            contracted = variable.get_metadata("contracted")
+            shape = variable.get_value().shape
+            return tuple(n for i, n in enumerate(shape) if i not in contracted) if self.packs(variable) else None
+
+        return tuple(kept(variable) for _, variable in nnx.to_flat_state(self.state))
+
+    def abstract_parameters(self) -> list[jax.ShapeDtypeStruct]:
+        """Every parameter as it is kept: shape, dtype and sharding, in order."""
+
+        def shaped(variable: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+            want, place = variable.get_value(), sharding.get_value()
+            if self.packs(variable):
+                want, place = abstract_panels(want, variable.get_metadata("contracted")), self.placement.replicated
+            return jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=place)
+
+        flat = zip(nnx.to_flat_state(self.state), nnx.to_flat_state(self.shardings()), strict=True)
+        return [shaped(variable, sharding) for (_, variable), (_, sharding) in flat]
+
+    def packed(self, variable: Any, array: jax.Array) -> jax.Array:
+        """A parameter's value as it is kept."""
+        if not self.packs(variable):
+            return array
+        panels = pack(np.asarray(array), variable.get_metadata("contracted"))
+        return jax.device_put(panels, self.placement.replicated, may_alias=True)
 
     def shardings(self) -> Any:
         """NamedShardings in the shape of the state; refuses sizes that do not divide."""
@@ -66,17 +102,18 @@ class AbstractModel:
 
 
 def abstract_model(
-    cfg: ModelConfig, placement: Placement, dtype: jnp.dtype, *, canonical: bool = False
+    cfg: ModelConfig, placement: Placement, dtype: jnp.dtype, *, canonical: bool = False, is_packed: bool = False
 ) -> AbstractModel:
     """Shapes of the decoder for this mesh: key/value heads repeated and vocabulary padded where the cut asks for it.
 
-    `canonical` leaves both out: the shapes that do not depend on the mesh.
+    `canonical` leaves both out: the shapes that do not depend on the mesh. `is_packed` (one CPU alone) keeps matrices
+    in panels, see `jaxllm.ops.cpu.packed`; the shapes here stay those of the matrices.
     """
     copies = 1 if canonical else kv_copies(cfg, placement.rules, placement.sizes)
     padding = 0 if canonical else vocab_padding(cfg, placement.rules, placement.sizes)
     model = nnx.eval_shape(lambda: Decoder(cfg, kv_copies=copies, vocab_padding=padding, dtype=dtype))
     graph, state = nnx.split(model)
-    return AbstractModel(cfg, graph, state, placement, copies, padding)
+    return AbstractModel(cfg, graph, state, placement, copies, padding, is_packed)
 
 
 def load_parameters(model: AbstractModel, checkpoint: Checkpoint) -> Any:
@@ -92,7 +129,7 @@ def load_parameters(model: AbstractModel, checkpoint: Checkpoint) -> Any:
     def load(item: Any) -> Any:
         path, variable = item
         array = _load_array(sources[path], variable.get_value(), shardings[path].get_value(), checkpoint)
-        return path, variable.replace(array)
+        return path, variable.replace(model.packed(variable, array))
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return nnx.from_flat_state(list(pool.map(load, nnx.to_flat_state(model.state))))
@@ -109,7 +146,8 @@ def random_parameters(model: AbstractModel, seed: int = 0) -> Any:
         kind = (want.shape, want.dtype, sharding)
         if kind not in makers:
             makers[kind] = jax.jit(functools.partial(_random, want.shape, want.dtype), out_shardings=sharding)
-        return variable.replace(makers[kind](jax.random.fold_in(key, zlib.crc32(repr(path).encode()))))
+        array = makers[kind](jax.random.fold_in(key, zlib.crc32(repr(path).encode())))
+        return variable.replace(model.packed(variable, array))
 
     return nnx.map_state(make, model.state)
 

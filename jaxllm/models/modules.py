@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxllm.config import ModelConfig
 from jaxllm.ops.attention import AttentionSpec
+from jaxllm.ops.cpu.packed import PackedMatrix, packed_product
 from jaxllm.ops.norm import layer_norm, rms_norm
 
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -54,15 +55,27 @@ class Context:
         return self.shard(y_TD, "residual_tokens", "model")
 
 
-def param(shape: tuple[int, ...], dims: tuple[str, ...], dtype: jnp.dtype = FLOAT32) -> nnx.Param:
-    """A parameter with its logical dims. Zeros: real values arrive from a checkpoint, never from here."""
+def param(
+    shape: tuple[int, ...],
+    dims: tuple[str, ...],
+    dtype: jnp.dtype = FLOAT32,
+    *,
+    contracted: tuple[int, ...] = (),
+) -> nnx.Param:
+    """A parameter with its logical dims. Zeros: real values arrive from a checkpoint, never from here.
+
+    `contracted` says which dims of a matrix (its first ones, or its last) every product sums over: such a matrix may
+    be stored in the order that a kernel wants (see `jaxllm.ops.cpu.packed`).
+    """
     assert len(shape) == len(dims), (shape, dims)
-    return nnx.Param(jnp.zeros(shape, dtype), dims=dims)
+    return nnx.Param(jnp.zeros(shape, dtype), dims=dims, contracted=contracted)
 
 
 def contract(spec: str, x: jax.Array, weight: nnx.Param | jax.Array) -> jax.Array:
     """Matrix product in the weight's dtype, accumulated in float32."""
-    w = weight[...]
+    w = weight.get_value() if isinstance(weight, nnx.Param) else weight
+    if isinstance(w, PackedMatrix):
+        return packed_product(x, w)
     precision = "highest" if w.dtype == jnp.float32 else None  # float32 means float32 on every backend
     return jnp.einsum(spec, x.astype(w.dtype), w, preferred_element_type=jnp.float32, precision=precision)
 

@@ -24,14 +24,15 @@ _engines: dict[str, Any] = {}  # what keeps each registered kernel's code alive
 
 
 @functools.cache
-def is_available() -> bool:
-    """Whether llvmlite is installed and this processor has the instructions that the kernels are written in."""
+def unavailable() -> str | None:
+    """Why kernels cannot run here: llvmlite is not installed, or the processor lacks the instructions they use."""
     try:
         import llvmlite.binding as llvm
     except ImportError:
-        return False
+        return "llvmlite is not installed (pip install 'jaxllm[cpu]')"
     features = llvm.get_host_cpu_features()
-    return all(features.get(name) for name in ("avx512f", "avx512bw", "avx512vl", "avx512bf16"))
+    missing = [name for name in ("avx512f", "avx512bw", "avx512vl", "avx512bf16") if not features.get(name)]
+    return f"the processor has no {missing[0]} instructions" if missing else None
 
 
 def num_threads() -> int:

@@ -11,6 +11,7 @@ Dimension letters: M rows of x, K contracted, N columns, B panels, C columns of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import jax
@@ -27,30 +28,62 @@ _AHEAD = 4096  # bytes to prefetch ahead where each panel is read once
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class PackedMatrix:
-    """A bfloat16 matrix `[K, N]` in panels.
+    """A bfloat16 matrix in panels.
 
     Attributes:
         panels: uint32 `[B, K/2, C]`: rows 2k (low half) and 2k+1 of column c of each panel.
-        shape: of the array that was packed.
+        remaining: the sizes of the dims that a product keeps.
     """
 
     panels: jax.Array
-    shape: tuple[int, ...] = field(metadata={"static": True})
+    remaining: tuple[int, ...] = field(metadata={"static": True})
 
 
-def fits(shape: tuple[int, int], dtype: jnp.dtype) -> bool:
-    """Whether a `[K, N]` matrix can be packed."""
-    return dtype == jnp.bfloat16 and shape[0] % 2 == 0 and shape[1] % PANEL == 0
+def packs(shape: tuple[int, ...], dtype: jnp.dtype, contracted: tuple[int, ...]) -> bool:
+    """Whether a matrix can be kept in panels; `contracted` are the dims that products sum over, none: never."""
+    k, n = _sizes(shape, contracted)
+    return bool(contracted) and dtype == jnp.bfloat16 and k % 2 == 0 and n % PANEL == 0
 
 
-def pack(w_KN: np.ndarray) -> np.ndarray:
-    """Panels of a bfloat16 matrix; see `PackedMatrix`."""
-    k, n = w_KN.shape
-    bits = np.ascontiguousarray(w_KN).view(np.uint16).reshape(k // 2, 2, n)
+def _sizes(shape: tuple[int, ...], contracted: tuple[int, ...]) -> tuple[int, int]:
+    k = math.prod(shape[i] for i in contracted)
+    return k, math.prod(shape) // k
+
+
+def abstract_panels(matrix: jax.ShapeDtypeStruct, contracted: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """The shape that `pack` gives."""
+    k, n = _sizes(matrix.shape, contracted)
+    return jax.ShapeDtypeStruct((n // PANEL, k // 2, PANEL), jnp.uint32)
+
+
+def pack(matrix: np.ndarray, contracted: tuple[int, ...]) -> np.ndarray:
+    """Panels `[B, K/2, C]` of a bfloat16 matrix whose contracted dims are its first or its last."""
+    k, n = _sizes(matrix.shape, contracted)
+    bits = np.ascontiguousarray(matrix).view(np.uint16)
+    if contracted[0] > 0:
+        return np.ascontiguousarray(bits.view(np.uint32).reshape(n // PANEL, PANEL, k // 2).swapaxes(1, 2))
+    bits = bits.reshape(k // 2, 2, n)
     pairs = bits[:, 1].astype(np.uint32)
     pairs <<= 16
     pairs |= bits[:, 0]
     return np.ascontiguousarray(pairs.reshape(k // 2, n // PANEL, PANEL).swapaxes(0, 1))
+
+
+def packed_product(x: jax.Array, matrix: PackedMatrix) -> jax.Array:
+    """Sums over the last dims of x and the contracted dims of the matrix: `[..., remaining dims]`, float32."""
+    width, *remaining = 1, *matrix.remaining
+    first = x.ndim
+    while width < 2 * matrix.panels.shape[1]:
+        first -= 1
+        width *= x.shape[first]
+    y_MN = matmul(x.reshape(-1, width), matrix.panels)
+    return y_MN.reshape(*x.shape[:first], *remaining)
+
+
+def packed_rows(matrix: PackedMatrix, index_T: jax.Array) -> jax.Array:
+    """Rows `[T, K]` of a matrix whose last dim is the contracted one."""
+    pairs_TK = matrix.panels[index_T // PANEL, :, index_T % PANEL]
+    return jax.lax.bitcast_convert_type(pairs_TK, jnp.bfloat16).reshape(index_T.shape[0], -1)
 
 
 def matmul(x_MK: jax.Array, panels_BKC: jax.Array) -> jax.Array:
