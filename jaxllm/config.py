@@ -15,7 +15,7 @@ from typing import Any
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 KV_DTYPES = (*DTYPES, "int8", "fp8")
 MATMUL_BACKENDS = ("auto", "xla", "llvm")
-ATTENTION_BACKENDS = ("auto", "xla", "pallas_gpu", "pallas_tpu")
+ATTENTION_BACKENDS = ("auto", "xla", "llvm", "pallas_gpu", "pallas_tpu")
 LOAD_FORMATS = ("auto", "dummy")
 PREEMPTION_MODES = ("auto", "recompute", "swap")
 

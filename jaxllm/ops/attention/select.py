@@ -1,7 +1,7 @@
 """One `attention` for every platform: picks the implementation, and says once where it cannot have the one asked for.
 
-`xla` runs everywhere and is the oracle; `pallas_gpu` and `pallas_tpu` are kernels. A kernel that cannot take a layer
-falls back to `xla`, once loudly in the log. Knows platforms by their name only.
+`xla` runs everywhere and is the oracle; `llvm` (for CPUs), `pallas_gpu` and `pallas_tpu` are kernels. A kernel that
+cannot take a layer falls back to `xla`, once loudly in the log. Knows platforms by their name only.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import jax
 from jaxllm.config import ATTENTION_BACKENDS, ModelConfig
 from jaxllm.ops.attention import xla
 from jaxllm.ops.attention.metadata import AttentionSpec, RaggedRows, SingleRows
+from jaxllm.ops.cpu import ffi
 
 log = logging.getLogger(__name__)
-_PLATFORM_OF = {"pallas_gpu": ("gpu", "cuda"), "pallas_tpu": ("tpu",)}
+_PLATFORM_OF = {"llvm": ("cpu",), "pallas_gpu": ("gpu", "cuda"), "pallas_tpu": ("tpu",)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class AttentionBackend:
     """A chosen implementation.
 
     Attributes:
-        name: "xla", "pallas_gpu" or "pallas_tpu".
+        name: "xla", "llvm", "pallas_gpu" or "pallas_tpu".
         interpret: run a kernel's operations through XLA: for tests of its arithmetic on a CPU.
         query_tile: queries of a row that `xla` takes together.
     """
@@ -66,13 +67,20 @@ def choose_backend(requested: str, platform: str) -> AttentionBackend:
         raise ValueError(f"attention_backend={requested!r} is not one of {', '.join(ATTENTION_BACKENDS)}")
     if requested == "auto":
         fitting = [name for name, platforms in _PLATFORM_OF.items() if platform in platforms]
-        return AttentionBackend(fitting[0] if fitting else "xla")
+        return AttentionBackend(fitting[0]) if fitting and not _missing(fitting[0]) else XLA
+    if requested != "xla" and platform in _PLATFORM_OF[requested] and (reason := _missing(requested)):
+        raise ValueError(f"attention_backend={requested!r} cannot run: {reason}; use auto or xla")
     if requested == "xla" or platform in _PLATFORM_OF[requested]:
         return AttentionBackend(requested)
     if requested == "pallas_gpu" and platform == "cpu":
         log.warning("attention_backend=pallas_gpu is interpreted on a CPU: correct and very slow, for tests only")
         return AttentionBackend(requested, interpret=True)
     raise ValueError(f"attention_backend={requested!r} does not run on {platform}; use auto or xla")
+
+
+def _missing(name: str) -> str | None:
+    """What a kernel needs and this machine lacks."""
+    return ffi.unavailable() if name == "llvm" else None
 
 
 def attention(
@@ -97,6 +105,12 @@ def attention(
     Returns:
         Like `q`; the last dim is the values' width. Queries of nobody give zeros.
     """
+    if backend.name == "llvm":
+        from jaxllm.ops.cpu import attention as cpu
+
+        if (reason := cpu.unsupported(pages, spec)) is None:
+            return cpu.attention(q, pages, rows, spec=spec, sinks_KG=sinks_KG)
+        _say_once(backend.name, reason)
     if backend.name == "pallas_gpu":
         from jaxllm.ops.attention import pallas_gpu as kernel
 
@@ -114,4 +128,4 @@ def attention(
 
 @functools.cache
 def _say_once(name: str, reason: str) -> None:
-    log.warning("attention falls back from %s to xla, which is much slower on an accelerator: %s", name, reason)
+    log.warning("attention falls back from %s to xla, which is much slower: %s", name, reason)
