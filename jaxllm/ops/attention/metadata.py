@@ -34,7 +34,8 @@ class RaggedRows:
     """The tuple `(q_start, q_end, kv_length)` per request, as arrays, and the page tables.
 
     The first `num_single` rows have exactly one query each, at flat index = row index; the rows after them have
-    any number. Query `i` of a row sits at absolute position `kv_len - q_len + i` and sees what is at or before it.
+    any number. Queries lie in the order of their rows. Query `i` of a row sits at absolute position
+    `kv_len - q_len + i` and sees what is at or before it.
 
     Attributes:
         q_start: int32 `[R]`, index of the row's first query in the flat batch.

@@ -12,8 +12,8 @@ page, M pages per row, L vectors of 16 lanes, S keys of a block.
 
 from __future__ import annotations
 
-import hashlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ _KEYS = 64  # of a block
 _VECTOR = "<16 x float>"
 _DECLARATIONS = f"""
 declare ptr @aligned_alloc(i64, i64)
+declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
 declare i64 @llvm.smin.i64(i64, i64)
 declare i64 @llvm.smax.i64(i64, i64)
 declare {_VECTOR} @llvm.fma.v16f32({_VECTOR}, {_VECTOR}, {_VECTOR})
@@ -73,20 +74,13 @@ def attention(
         value_width=spec.value_width or width, page_size=values.shape[2], pages_per_row=table.shape[1],
         cache=_DTYPES[values.dtype.name], spec=spec, is_single=is_single, has_sinks=sinks_KG is not None,
     )  # fmt: skip
-    kernel = _kernel(shape)
-    name = f"jaxllm_attention_{hashlib.sha256(kernel.encode()).hexdigest()[:24]}"
     operands = [q.astype(jnp.float32), values, table, rows.kv_len]
     operands += [] if isinstance(rows, SingleRows) else [rows.q_start, rows.q_len]
     operands += [] if scales is None else [scales]
     operands += [] if sinks_KG is None else [sinks_KG.astype(jnp.float32)]
-    ffi.register(name, kernel, shape.num_parts, len(operands))
+    name = ffi.register(_kernel(shape), shape.num_parts, len(operands))
     result = jax.ShapeDtypeStruct((num_tokens, num_heads, group, shape.value_width), jnp.float32)
-    out = jax.ffi.ffi_call(name, result)(*operands)
-    if isinstance(rows, RaggedRows):  # the kernel writes only what belongs to a row
-        token_T1 = jnp.arange(num_tokens)[:, None]
-        owned_T = jnp.any((token_T1 >= rows.q_start) & (token_T1 < rows.q_start + rows.q_len), axis=1)
-        out = jnp.where(owned_T[:, None, None, None], out, 0.0)
-    return out.astype(q.dtype)
+    return jax.ffi.ffi_call(name, result)(*operands).astype(q.dtype)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,11 +102,13 @@ class _Shape:
 
     @property
     def num_parts(self) -> int:
-        """Tiles of lanes that may exist, times heads; parts beyond those that do exist return at once."""
-        tiles = (
-            self.rows * -(-self.group // _LANES) if self.is_single else self.rows + self.tokens * self.group // _LANES
-        )
-        return tiles * self.heads
+        """Tiles of lanes that may exist, times heads, and in a flat batch one for the queries of nobody.
+
+        Parts beyond those that do exist return at once.
+        """
+        if self.is_single:
+            return self.rows * -(-self.group // _LANES) * self.heads
+        return (self.rows + self.tokens * self.group // _LANES) * self.heads + 1
 
     @property
     def halves(self) -> int:
@@ -178,7 +174,26 @@ def _part(s: _Shape) -> str:
         with f.when(f.let(f"and i1 {not_before}, {not_after}")):
             run(row, q_len, f.mul(index, _LANES), int_of("q_start", row))
         before.set(str(f.add(before.get(), tiles)))
+    with f.when(f.let(f"icmp eq i64 {part}, {s.num_parts - 1}")):
+        _clear_unowned(f, s, f.load("ptr", f.at(buffers, 8 * s.operand("out")), 8), int_of)
     return f.text()
+
+
+def _clear_unowned(f: Function, s: _Shape, out: str, int_of: Callable[[str, Value], Value]) -> None:
+    """Zeros for the queries before, between and after the rows."""
+
+    def clear(first: Value, end: Value) -> None:
+        size = 4 * s.heads * s.group * s.value_width
+        f.do(f"call void @llvm.memset.p0.i64(ptr {f.at(out, f.mul(first, size))}, i8 0, "
+             f"i64 {f.mul(f.sub(end, first), size)}, i1 false)")  # fmt: skip
+
+    cursor = f.variable("i64", "0")
+    with f.loop(0, s.rows) as row:
+        count, start = int_of("q_len", row), int_of("q_start", row)
+        with f.when(f.let(f"icmp sgt i64 {count}, 0")):
+            clear(cursor.get(), start)
+            cursor.set(str(f.add(start, count)))
+    clear(cursor.get(), s.tokens)
 
 
 def _power(f: Function, x: str) -> str:

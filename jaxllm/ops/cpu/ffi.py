@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 import re
 import threading
@@ -40,13 +41,16 @@ def num_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def register(name: str, kernel: str, num_parts: int, num_operands: int, num_results: int = 1) -> None:
-    """Compile a kernel and make it a target of `jax.ffi.ffi_call`, once per name."""
+def register(kernel: str, num_parts: int, num_operands: int) -> str:
+    """Compile a kernel of one result, once, and return its name for `jax.ffi.ffi_call`: the same in every process."""
+    text = kernel + _handler(num_parts, num_operands)
+    name = f"jaxllm_{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     with _lock:
         if name not in _engines:
-            _engines[name] = engine = _compile(kernel + _handler(num_parts, num_operands, num_results))
+            _engines[name] = engine = _compile(text)
             address = engine.get_function_address("handler")
             jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(ctypes.CFUNCTYPE(None)(address)), platform="cpu")
+    return name
 
 
 def _compile(text: str) -> Any:
@@ -75,14 +79,14 @@ def _interface() -> tuple[int, int, int]:
     return major, minor, 48 + 8 * functions.index("XLA_FFI_ThreadPool_Schedule")
 
 
-def _handler(num_parts: int, num_operands: int, num_results: int) -> str:
+def _handler(num_parts: int, num_operands: int) -> str:
     """What XLA calls. Offsets are those of the structures in xla/ffi/api/c_api.h.
 
     A job is `{next part, parts done, holders, addresses}` on the heap: a helper may wake when all is done.
     """
     major, minor, schedule = _interface()
     num_helpers = max(min(num_threads(), num_parts) - 1, 0)
-    count = num_operands + num_results
+    count = num_operands + 1
     copies = "".join(
         f"""
   %list{i} = load ptr, ptr {"%arguments" if i < num_operands else "%results"}

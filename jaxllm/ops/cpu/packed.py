@@ -89,9 +89,8 @@ def packed_rows(matrix: PackedMatrix, index_T: jax.Array) -> jax.Array:
 def matmul(x_MK: jax.Array, panels_BKC: jax.Array) -> jax.Array:
     """float32 `[M, N]`; `x` is rounded to bfloat16."""
     (m, k), (b, _, c) = x_MK.shape, panels_BKC.shape
-    name = f"jaxllm_matmul_{m}x{k}x{b * c}"
     num_parts = min(b, 4 * ffi.num_threads())
-    ffi.register(name, _kernel(m, k, b, num_parts), num_parts, num_operands=2)
+    name = ffi.register(_kernel(m, k, b, num_parts), num_parts, num_operands=2)
     return jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((m, b * c), jnp.float32))(x_MK.astype(jnp.bfloat16), panels_BKC)
 
 
