@@ -255,6 +255,7 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
         num_pages=num_pages,
         num_replicas=model.placement.parts("pages"),
         token_multiple=model.placement.token_multiple(),
+        single_row=model.is_packed,
         page_size=config.page_size,
         max_decode_steps=0 if config.deterministic else config.max_decode_steps,
         deterministic=config.deterministic,

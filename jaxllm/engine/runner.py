@@ -53,6 +53,7 @@ class RunnerShapes:
     attention: AttentionBackend = XLA
     num_replicas: int = 1
     token_multiple: int = 1
+    single_row: bool = False  # whether a program for one row pays: XLA's products cost for 1 row what they do for 4
 
     def page_layout(self, kv_copies: int) -> PageLayout:
         """Of one layer's cache, the pages of all replicas."""
@@ -80,10 +81,11 @@ class RunnerShapes:
 
     @property
     def row_buckets(self) -> tuple[int, ...]:
-        """Sizes of the sampling step and the decode loop: 4 rows cost what 1 costs (see docs/performance.md)."""
+        """Sizes of the sampling step and the decode loop."""
         if self.deterministic:
             return (max(4, self.max_num_seqs),)
-        return batches.make_buckets(4, max(4, self.max_num_seqs), 2)
+        buckets = batches.make_buckets(4, max(4, self.max_num_seqs), 2)
+        return (1, *buckets) if self.single_row else buckets
 
     @property
     def sampling_programs(self) -> tuple[str, ...]:
