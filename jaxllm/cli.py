@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = command("serve", _serve, "Answer OpenAI clients over HTTP.")
     server_cli.add_arguments(serve)
     add_engine_flags(serve)
-    serve.set_defaults(max_decode_steps=1)  # more tokens per dispatch would arrive in bursts
+    serve.set_defaults(max_decode_steps=4)  # whoever arrives waits for the dispatches under way
 
     pull = command("pull", _pull, "Fetch a model by its short name, for offline use.")
     pull.add_argument("name", nargs="?", default=EngineConfig().model)

@@ -23,18 +23,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     throughput.add_argument("--num-prompts", type=int, default=32)
     throughput.add_argument("--input-len", type=int, default=16, help="tokens per prompt")
     throughput.add_argument("--output-len", type=int, default=64, help="tokens generated per prompt")
-    throughput.add_argument("--trace", type=Path, metavar="FILE", help="take the lengths from a .csv or .jsonl instead")
-    throughput.add_argument(
-        "--scale-lengths", action="store_true", help="shrink the trace to --max-model-len; default: skip what is longer"
-    )
+    _add_trace_flags(throughput)
     throughput.add_argument("--num-iters", type=int, default=3, help="repeats; the median is reported")
 
-    latency = benches.add_parser("latency", help="one batch that arrives together: TTFT, TPOT, ITL, end to end")
+    latency = benches.add_parser("latency", help="batches that arrive together: TTFT, TPOT, ITL, end to end")
     latency.set_defaults(run=_latency)
-    latency.add_argument("--batch-size", type=int, default=8)
-    latency.add_argument("--input-len", type=int, default=32)
-    latency.add_argument("--output-len", type=int, default=128)
-    latency.add_argument("--num-iters", type=int, default=30)
+    latency.add_argument("--batch-size", type=int, default=8, help="requests that arrive together")
+    latency.add_argument("--input-len", type=int, default=32, help="tokens per prompt")
+    latency.add_argument("--output-len", type=int, default=128, help="tokens generated per prompt")
+    _add_trace_flags(latency)
+    latency.add_argument("--num-prompts", type=int, help="in all; default: one batch, with --trace 32")
+    latency.add_argument("--num-iters", type=int, help="repeats; default 30, with --trace 1")
 
     prefix = benches.add_parser("prefix", help="a second batch whose prefixes were pushed off the device: TTFT")
     prefix.set_defaults(run=_prefix)
@@ -78,6 +77,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     bench_serve.add_arguments(serving)
 
 
+def _add_trace_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="take the lengths from a .csv or .jsonl instead")
+    parser.add_argument(
+        "--scale-lengths", action="store_true", help="shrink the trace to --max-model-len; default: skip what is longer"
+    )
+
+
 def _check_counts(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) < 1:
@@ -105,17 +111,18 @@ def _workload(args: argparse.Namespace, llm: LLM, seed: int) -> list[Planned]:
 
 
 def _latency(args: argparse.Namespace) -> int:
-    from jaxllm.bench.latency import measure_latency
+    from jaxllm.bench.latency import format_report, measure_latency
 
-    _check_counts(args, "batch_size", "input_len", "output_len", "num_iters")
-    sizes = {name: getattr(args, name) for name in ("batch_size", "input_len", "output_len", "num_iters")}
-    report = measure_latency(load_llm(args), **sizes)
-    if args.json:
-        print(json.dumps(report))
-        return 0
-    for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
-        row = "  ".join(f"{p} {value:9.2f}" for p, value in report[name].items())
-        print(f"{name:<8} {row}")
+    if args.num_prompts is None:
+        args.num_prompts = 32 if args.trace else args.batch_size
+    if args.num_iters is None:
+        args.num_iters = 1 if args.trace else 30
+    _check_counts(args, "batch_size", "num_prompts", "input_len", "output_len", "num_iters")
+    llm = load_llm(args)
+    report = measure_latency(
+        llm, lambda seed: _workload(args, llm, seed), batch_size=args.batch_size, num_iters=args.num_iters
+    )
+    print(json.dumps(report) if args.json else format_report(report))
     return 0
 
 

@@ -1,48 +1,72 @@
-"""Latency of one batch: all requests arrive together -> distributions of TTFT, TPOT, ITL and end-to-end time.
+"""Latency of batches: requests that arrive together -> distributions of TTFT, TPOT, ITL and end-to-end time.
 
-Times are taken where tokens reach the host, so several tokens of one dispatch count as one gap and zeros.
+A batch is sent when the one before has ended. Times are taken where tokens reach the host, so several tokens of one
+dispatch count as one gap and zeros. Knows nothing of where the lengths come from.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxllm.bench.workload import random_prompts
 from jaxllm.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from jaxllm.bench.workload import Planned
     from jaxllm.engine.llm import LLM
 
 PERCENTILES = (50, 90, 99)
 
 
-def measure_latency(llm: LLM, *, batch_size: int, input_len: int, output_len: int, num_iters: int) -> dict[str, Any]:
-    """Run `num_iters` batches after a warm-up; milliseconds, percentiles over all requests (ITL: all gaps)."""
-    llm.engine.runner.warm_up(sampling=False, tiers=llm.engine.tiers is not None)
-    _arrivals(llm, batch_size, input_len, 2, seed=0)
-    runs = [_arrivals(llm, batch_size, input_len, output_len, seed=1 + i) for i in range(num_iters)]
-    tokens = [times for run in runs for times in run]
+def measure_latency(
+    llm: LLM, workload: Callable[[int], Sequence[Planned]], *, batch_size: int, num_iters: int
+) -> dict[str, Any]:
+    """Run the workload `num_iters` times after a warm-up.
+
+    Args:
+        llm: the engine.
+        workload: seed -> requests. No two seeds may share tokens: nothing may come out of the prefix cache.
+        batch_size: requests that arrive together, in the workload's order; the last batch may have fewer.
+        num_iters: repeats; the percentiles are over all requests of all of them (ITL: over all gaps).
+
+    Returns:
+        Milliseconds, the sizes of one repeat, and how many programs were compiled after the warm-up.
+    """
+    runner = llm.engine.runner
+    runner.warm_up(sampling=False, tiers=llm.engine.tiers is not None)
+    requests = workload(0)
+    _arrivals(llm, requests[:batch_size], max_tokens=2)
+    tokens = [times for i in range(num_iters) for times in _run(llm, workload(1 + i), batch_size)]
     return {
         "model": llm.config.model,
         "batch_size": batch_size,
+        "num_prompts": len(requests),
+        "prompt_tokens": sum(len(request.prompt) for request in requests),
+        "output_tokens": sum(request.output_len for request in requests),
         "ttft_ms": percentiles([t[0] for t in tokens]),
         "tpot_ms": percentiles([(t[-1] - t[0]) / (len(t) - 1) for t in tokens if len(t) > 1]),
         "itl_ms": percentiles([gap for t in tokens for gap in np.diff(t)]),
         "e2e_ms": percentiles([t[-1] for t in tokens]),
+        "compilations_after_warmup": runner.num_compilations_after_warmup,
     }
 
 
-def _arrivals(llm: LLM, batch_size: int, input_len: int, output_len: int, seed: int) -> list[list[float]]:
+def _run(llm: LLM, requests: Sequence[Planned], batch_size: int) -> list[list[float]]:
+    starts = range(0, len(requests), batch_size)
+    return [times for start in starts for times in _arrivals(llm, requests[start : start + batch_size])]
+
+
+def _arrivals(llm: LLM, requests: Sequence[Planned], max_tokens: int | None = None) -> list[list[float]]:
     """For each request, when each of its tokens arrived, in seconds after all were sent."""
-    engine = llm.engine
-    params = SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True)
+    engine, times = llm.engine, {}
     started = time.perf_counter()
-    planned = random_prompts(batch_size, input_len, output_len, llm.model_config.vocab_size, seed)
-    times: dict[str, list[float]] = {engine.add_request(p.prompt, params).request_id: [] for p in planned}
+    for request in requests:
+        limit = min(request.output_len, max_tokens or request.output_len)
+        params = SamplingParams(temperature=0.0, max_tokens=limit, ignore_eos=True)
+        times[engine.add_request(request.prompt, params).request_id] = []
     while engine.has_work:
         for news in engine.step():
             times[news.request.request_id] += [time.perf_counter() - started] * len(news.tokens)
@@ -52,3 +76,14 @@ def _arrivals(llm: LLM, batch_size: int, input_len: int, output_len: int, seed: 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
     """`{"p50": ..., "p90": ..., "p99": ...}` in milliseconds; empty for no values."""
     return {f"p{p}": float(np.percentile(seconds, p)) * 1e3 for p in PERCENTILES} if len(seconds) else {}
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """A row of percentiles per metric, and what was run."""
+    lines = [
+        f"{report['num_prompts']} prompts in batches of {report['batch_size']}: "
+        f"{report['prompt_tokens']} prompt tokens, {report['output_tokens']} output tokens"
+    ]
+    for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
+        lines.append(f"{name:<8} " + "  ".join(f"{p} {value:9.2f}" for p, value in report[name].items()))
+    return "\n".join([*lines, f"compilations after warm-up {report['compilations_after_warmup']}"])

@@ -167,10 +167,17 @@ class AsyncLLM:
         finally:
             stream.cancel()
 
-    async def open(self, prompts: Sequence[Prompt], params: SamplingParams, request_id: str | None = None) -> Stream:
-        """Start several prompts as one stream; either all are accepted or none. See `generate` for errors."""
+    async def open(
+        self, prompts: Sequence[Prompt], params: SamplingParams, request_id: str | None = None, *, streamed: bool = True
+    ) -> Stream:
+        """Start several prompts as one stream; either all are accepted or none. See `generate` for errors.
+
+        With `streamed=False` nobody minds when tokens come several at a time, which spares the host work.
+        """
         self._check_room(len(prompts) * params.n)
         jobs = [await self._prepare(prompt, params) for prompt in prompts]
+        for job in jobs:
+            job.extra["streamed"] = streamed
         self._check_room(len(prompts) * params.n)  # others came in the meantime
         stream = self._opened(Stream(self, [job.output for job in jobs], len(jobs), len(prompts) * params.n))
         name = request_id or f"request-{next(self._names)}"

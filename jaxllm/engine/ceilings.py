@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -57,11 +58,11 @@ def known_ceilings(model: AbstractModel) -> Ceilings | None:
     return _ceilings(chip, model, "data sheet") if chip else None
 
 
-def measured_ceilings(model: AbstractModel) -> Ceilings:
-    """Measure a device of the mesh: takes under a second on a CPU, and the device for itself."""
+def measured_ceilings(model: AbstractModel, between: Callable[[], None] = lambda: None) -> Ceilings:
+    """Measure a device of the mesh: takes under a second on a CPU, and the device for itself; see `measure_device`."""
     matrices = max(nnx.to_flat_state(model.state), key=lambda item: item[1].get_value().size)[1].get_value()
     device = model.placement.mesh.devices.flat[0]
-    return _ceilings(measure_device(matrices.dtype.name, device=device), model, "measured")
+    return _ceilings(measure_device(matrices.dtype.name, device=device, between=between), model, "measured")
 
 
 def _ceilings(chip: Chip, model: AbstractModel, how: str) -> Ceilings:

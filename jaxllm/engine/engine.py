@@ -108,12 +108,13 @@ class Engine:
     def add_request(
         self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None,
         priority: int = 0, cache_salt: str = "", constraint: Constraint | None = None,
-        parent: Request | None = None, lockstep: bool = False,
+        parent: Request | None = None, lockstep: bool = False, streamed: bool = False,
     ) -> Request:  # fmt: skip
         """Queue one prompt (`params.n` is the caller's business). Raises ValueError that says what to change.
 
         With a `parent` of the same prompt it waits until that prompt is computed, and starts on its pages. Under
-        `lockstep` it stops after every token until the caller has said which one to go on with (`replace_last`).
+        `lockstep` it stops after every token until the caller has said which one to go on with (`replace_last`). A
+        `streamed` one, and whatever runs beside it, gets its tokens one by one.
         """
         number = next(self._counter)
         request_id = request_id or f"request-{number}"
@@ -132,6 +133,7 @@ class Engine:
             cache_salt=cache_salt,
             constraint=constraint,
             parent=parent,
+            streamed=streamed,
             num_confirmed=len(prompt_token_ids) if lockstep else None,
         )
         self.scheduler.add(request)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.engine.accounting import percent
+from jaxllm.engine.ceilings import measured_ceilings
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.jobs import Job, Jobs
 from jaxllm.engine.outputs import CompletionBuilder, Logprob
@@ -29,6 +30,10 @@ _REPORT_SECONDS = 10.0
 
 class EngineError(RuntimeError):
     """The engine failed while it worked on this request; the cause is in the log."""
+
+
+class _WorkArrived(Exception):
+    """Ends a measurement that may wait."""
 
 
 @dataclass(slots=True)
@@ -88,6 +93,7 @@ class EngineThread:
         self._tasks: dict[Any, _Task] = {}  # by listener
         self._by_job: dict[Job, _Task] = {}
         self._failed_at = -1
+        self._wants_ceilings = False
         self._updates: list[Update] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -105,6 +111,14 @@ class EngineThread:
     def cancel(self, listener: Any) -> None:
         """End what was started for a listener; there will be no more updates."""
         self._commands.put(lambda: self._cancel(listener))
+
+    def measure_when_idle(self) -> None:
+        """Learn what the devices could do, for MFU and MBU, where no data sheet says it.
+
+        At the first pause of half a second after this call; work that arrives meanwhile goes first, and the next such
+        pause is tried. Call it when nothing compiles any more.
+        """
+        self._commands.put(self._want_ceilings)
 
     def stop(self, timeout: float = 10.0) -> None:
         """End the thread; unfinished work is aborted."""
@@ -152,6 +166,7 @@ class EngineThread:
                 command = self._commands.get_nowait() if busy else self._commands.get(timeout=_IDLE_SECONDS)
             except queue.Empty:
                 if not busy:
+                    self._measure()
                     self.last_progress = time.monotonic()
                 return True
             if command is None:
@@ -160,6 +175,29 @@ class EngineThread:
                 self.last_progress = time.monotonic()
                 busy = True
             command()
+
+    def _want_ceilings(self) -> None:
+        self._wants_ceilings = self._engine.accounting.ceilings is None
+
+    def _measure(self) -> None:
+        if not self._wants_ceilings:
+            return
+        try:
+            ceilings = measured_ceilings(self._engine.runner.model, self._give_way)
+        except _WorkArrived:
+            return
+        except Exception as error:  # no memory to measure with, say
+            log.warning("MFU and MBU stay unknown: the device cannot be measured", exc_info=error)
+        else:
+            self._engine.accounting.ceilings = ceilings
+            log.info(
+                "%s: %.3g TFLOP/s, %.3g GB/s", ceilings.source, ceilings.flops_per_s / 1e12, ceilings.bytes_per_s / 1e9
+            )
+        self._wants_ceilings = False
+
+    def _give_way(self) -> None:
+        if not self._commands.empty():
+            raise _WorkArrived
 
     def _step(self) -> None:
         before = self._engine.progress

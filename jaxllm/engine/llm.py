@@ -91,7 +91,7 @@ class LLM:
         jobs: list[Job] = []
         try:
             for prompt, p in zip(prompts, params, strict=True):
-                jobs.append(self._submit(prompt, p, return_errors))
+                jobs.append(self._submit(prompt, p, return_errors=return_errors))
             for _ in self._run(jobs, use_tqdm):
                 pass
         finally:  # Ctrl-C or a refused prompt: nothing may stay behind in the engine
@@ -122,7 +122,7 @@ class LLM:
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the first completion's text as it grows. Leaving the loop aborts the request."""
         (params,) = self._params_for([prompt], sampling_params)
-        job = self._submit(prompt, params, return_errors=False)
+        job = self._submit(prompt, params, streamed=True)
         builder, sent = next(iter(job.builders.values())), 0
         try:
             for _ in self._run([job], use_tqdm=False):
@@ -179,9 +179,12 @@ class LLM:
             raise ValueError(f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each")
         return list(params)
 
-    def _submit(self, prompt: Prompt, params: SamplingParams, return_errors: bool) -> Job:
+    def _submit(
+        self, prompt: Prompt, params: SamplingParams, *, return_errors: bool = False, streamed: bool = False
+    ) -> Job:
         try:
             job = self._jobs.prepare(prompt, params)
+            job.extra["streamed"] = streamed
             self._score_prompt(job)
             self._jobs.start(job)
         except ValueError as error:

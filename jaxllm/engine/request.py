@@ -68,6 +68,7 @@ class Request:
         swapped: its cache while it is preempted, where that was kept.
         num_confirmed: tokens that may be built on, where somebody chooses each one from what was sampled (beam
             search); None: all.
+        streamed: somebody reads its tokens one by one as they come.
         slot: row of the device's per-request state while running, else -1.
         constraint: limits the next token by those before it, so none may be sampled ahead of reading them.
         error: why the engine ended it with `abort`, where it knows.
@@ -93,6 +94,7 @@ class Request:
     num_cached: int | None = None
     num_preemptions: int = 0
     replica: int = 0
+    streamed: bool = False
     slot: int = -1
     pages: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)
@@ -122,6 +124,11 @@ class Request:
     def exhausted(self) -> bool:
         """Whether nothing more may be scheduled: the last token it may have is already sampled."""
         return self.num_tokens >= self.limit
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether what it samples can end it before its limit."""
+        return bool(self.stop_ids or self.params.stop)
 
     @property
     def must_wait(self) -> bool:

@@ -183,11 +183,21 @@ class Scheduler:
     # Rule 1: every running decode takes one token per iteration.
 
     def loop_steps(self) -> int:
-        """Iterations that may run without looking up: more than one only if nothing waits and pages suffice."""
+        """Iterations that may run without looking up; 0: not more than one.
+
+        As many as `max_decode_steps`, the longest request left and the pages allow. But one at a time while a running
+        request is streamed, whose tokens would come in bursts; and while anybody waits, unless all slots are taken and
+        none can fall free before the loop ends.
+        """
         active = [r for r in self.running if not r.exhausted]
-        if not active or self.num_waiting or any(r.num_left != 1 or r.one_at_a_time for r in active):
+        if not active or any(r.num_left != 1 or r.one_at_a_time or r.streamed for r in active):
             return 0
-        steps = min(self.max_decode_steps, max(r.limit - r.num_tokens for r in active))
+        left = [r.limit - r.num_tokens for r in active]
+        steps = min(self.max_decode_steps, max(left))
+        if self.num_waiting:
+            if self._free_slots or len(active) < len(self.running) or any(r.may_stop for r in active):
+                return 0
+            steps = min(steps, *left)
         growth = sum(self.residency.missing(r, r.num_computed + _granted(r, steps)) for r in active)
         return steps if steps > 1 and growth <= self.pool.num_free else 0
 

@@ -132,8 +132,10 @@ def chip_of_device(device_kind: str) -> Chip | None:
     return None
 
 
-def measure_device(dtype: str = "bfloat16", *, device: Any = None) -> Chip:
+def measure_device(dtype: str = "bfloat16", *, device: Any = None, between: Callable[[], None] = lambda: None) -> Chip:
     """Measure a device's copy bandwidth and GEMM rate, in under a second on a CPU. The default is the host CPU.
+
+    `between` is called between two runs, a few milliseconds apart on a CPU: what it raises ends the measurement.
 
     Copy: an array updated in place, read and written once. GEMM: square, accumulated in float32. The best of a
     few runs of each, since whatever else runs on the machine can only slow them down.
@@ -147,9 +149,9 @@ def measure_device(dtype: str = "bfloat16", *, device: Any = None) -> Chip:
     increment = jax.jit(lambda x: x + 1, donate_argnums=0)
     product = jax.jit(lambda a: jnp.einsum("ij,jk->ik", a, a, preferred_element_type=jnp.float32))
     with jax.default_device(device):
-        copy_s = _best_seconds(increment, jnp.zeros(length, jnp.float32))
+        copy_s = _best_seconds(increment, jnp.zeros(length, jnp.float32), between)
         square = jnp.ones((width, width), dtype)
-        gemm_s = _best_seconds(lambda _: product(square), None)
+        gemm_s = _best_seconds(lambda _: product(square), None, between)
     flops = 2 * width**3 / gemm_s
     return Chip(
         name="cpu" if on_cpu else device.device_kind,
@@ -161,11 +163,12 @@ def measure_device(dtype: str = "bfloat16", *, device: Any = None) -> Chip:
     )
 
 
-def _best_seconds(step: Callable[[Any], Any], value: Any, budget_s: float = 0.2) -> float:
+def _best_seconds(step: Callable[[Any], Any], value: Any, between: Callable[[], None], budget_s: float = 0.2) -> float:
     """Least time of one call, each fed what the one before gave, after one that compiles."""
     value = step(value).block_until_ready()
     best, deadline = float("inf"), time.perf_counter() + budget_s
     while time.perf_counter() < deadline:
+        between()
         started = time.perf_counter()
         value = step(value).block_until_ready()
         best = min(best, time.perf_counter() - started)

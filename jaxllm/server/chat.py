@@ -63,7 +63,8 @@ class _Call:
 
     async def start(self) -> Generation:
         prompt = await self._ctx.llm.in_thread(self._render)
-        return await Generation.open(self._ctx, [prompt | prompt_extras(self._body)], self._params, self._name)
+        prompts, streamed = [prompt | prompt_extras(self._body)], bool(self._body.stream)
+        return await Generation.open(self._ctx, prompts, self._params, self._name, streamed=streamed)
 
     def _render(self) -> dict[str, Any]:
         """The conversation through the model's template; only variables it may know get in."""

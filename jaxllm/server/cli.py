@@ -80,6 +80,7 @@ def start(
         max_num_queued_requests=args.max_num_queued_requests, stuck_seconds=args.stuck_seconds, **hooks, **engine
     )
     _warm_up(llm, args.warm_up)
+    llm.thread.measure_when_idle()
     where = listen.uds or f"http{'s' if listen.ssl_certfile else ''}://{listen.host}:{listen.port}"
     print(f"jaxllm: serving {settings.served_model_names[0]} on {where}", file=sys.stderr, flush=True)
     return serve(make_app(llm, settings), llm, listen)

@@ -62,7 +62,7 @@ class _Call:
     async def start(self) -> Generation:
         extras = prompt_extras(self._body)
         prompts = [extras | prompt for prompt in as_prompts(self._body.prompt)]
-        return await Generation.open(self._ctx, prompts, self._params, self._name)
+        return await Generation.open(self._ctx, prompts, self._params, self._name, streamed=bool(self._body.stream))
 
     async def answer(self) -> dict[str, Any]:
         generation = await self.start()

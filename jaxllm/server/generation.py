@@ -33,10 +33,11 @@ class Generation:
 
     @classmethod
     async def open(
-        cls, ctx: Context, prompts: Sequence[Any], params: SamplingParams, request_id: str
-    ) -> Generation:  # fmt: skip
+        cls, ctx: Context, prompts: Sequence[Any], params: SamplingParams, request_id: str, *, streamed: bool
+    ) -> Generation:
         """Start; see `AsyncLLM.open` for what is raised."""
-        generation = cls(ctx, await ctx.llm.open(prompts, params, request_id), params.n)
+        stream = await ctx.llm.open(prompts, params, request_id, streamed=streamed)
+        generation = cls(ctx, stream, params.n)
         ctx.metrics.prompt_tokens.inc(generation.num_prompt_tokens)
         return generation
 

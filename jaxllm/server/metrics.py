@@ -112,6 +112,9 @@ class _EngineFigures:
         after = engine.runner.num_compilations_after_warmup
         yield "compilations_after_warmup", "counter", "Programs compiled while serving: defects.", after
         yield "engine_failures", "counter", "Iterations that raised.", thread.num_failures
+        if (ceilings := engine.accounting.ceilings) is not None:
+            yield "peak_flops_per_second", "gauge", "Of all devices: 100% MFU.", ceilings.flops_per_s
+            yield "peak_bytes_per_second", "gauge", "Of all devices: 100% MBU.", ceilings.bytes_per_s
         for what in ("mfu", "mbu"):
             value = _utilisation(engine, what)
             if value is not None:

@@ -59,7 +59,8 @@ class _Call:
 
     async def start(self) -> Generation:
         prompt = await self._ctx.llm.in_thread(self._render)
-        return await Generation.open(self._ctx, [prompt], self._params, self._id)
+        streamed = bool(self._body.stream)
+        return await Generation.open(self._ctx, [prompt], self._params, self._id, streamed=streamed)
 
     def _render(self) -> dict[str, Any]:
         body, tokenizer = self._body, self._ctx.llm.get_tokenizer()

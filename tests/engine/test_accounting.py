@@ -166,20 +166,52 @@ def test_throughput_reports_utilisation(llm: LLM) -> None:
     assert "MFU" in format_report(report) and "host CPU (measured)" in format_report(report)
 
 
-def test_replaying_a_trace_compiles_nothing_after_warm_up(
-    llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trace = tmp_path / "trace.csv"
-    lengths = [(37 * i % 900 + 1, 13 * i % 40 + 1) for i in range(60)]
+@pytest.fixture
+def trace(tmp_path: Path) -> tuple[Path, list[tuple[int, int]]]:
+    """A file of 60 requests, and their prompt and output tokens shrunk so that the longest is 512."""
+    path, lengths = tmp_path / "trace.csv", [(37 * i % 900 + 1, 13 * i % 40 + 1) for i in range(60)]
     rows = "".join(f"{prompt},{output}\n" for prompt, output in lengths)
-    trace.write_text("num_prefill_tokens,num_decode_tokens\n" + rows)
+    path.write_text("num_prefill_tokens,num_decode_tokens\n" + rows)
+    factor = 512 / max(prompt + output for prompt, output in lengths)
+    return path, [(max(1, int(prompt * factor)), max(1, int(output * factor))) for prompt, output in lengths]
+
+
+def test_replaying_a_trace_compiles_nothing_after_warm_up(
+    llm: LLM, trace: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, lengths = trace
     monkeypatch.setattr(bench_cli, "load_llm", lambda args: llm)
-    flags = ["--num-prompts=60", f"--trace={trace}", "--scale-lengths", "--num-iters=1", "--json"]
+    flags = ["--num-prompts=60", f"--trace={path}", "--scale-lengths", "--num-iters=1", "--json"]
     assert main(["bench", "throughput", *flags]) == 0
     report = json.loads(capsys.readouterr().out)
-    factor = 512 / max(prompt + output for prompt, output in lengths)
-    assert report["prompt_tokens"] == sum(max(1, int(prompt * factor)) for prompt, _ in lengths)
+    assert report["prompt_tokens"] == sum(prompt for prompt, _ in lengths)
     assert report["compilations_after_warmup"] == 0
+
+
+def test_latency_of_a_trace_is_that_of_its_lengths_in_batches_that_arrive_together(
+    llm: LLM, trace: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, lengths = trace
+    monkeypatch.setattr(bench_cli, "load_llm", lambda args: llm)
+    sent, add_request = [], llm.engine.add_request
+
+    def add(prompt: list[int], params: SamplingParams) -> Request:
+        sent.append((len(prompt), params.max_tokens, len(llm.engine.unfinished)))
+        return add_request(prompt, params)
+
+    monkeypatch.setattr(llm.engine, "add_request", add)
+    flags = ["--batch-size=3", f"--trace={path}", "--scale-lengths"]
+    assert main(["bench", "latency", *flags, "--num-prompts=60", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert sent[3:] == [(*length, i % 3) for i, length in enumerate(lengths)], "after three to warm up"
+    assert report["num_prompts"] == 60
+    assert report["output_tokens"] == sum(output for _, output in lengths)
+    assert report["compilations_after_warmup"] == 0
+    for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
+        assert set(report[name]) == {"p50", "p90", "p99"}
+    assert 0 < report["ttft_ms"]["p50"] < report["e2e_ms"]["p50"]
+    assert main(["bench", "latency", *flags, "--num-prompts=4"]) == 0
+    assert "4 prompts in batches of 3" in capsys.readouterr().out
 
 
 def test_records_can_be_summed() -> None:

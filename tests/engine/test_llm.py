@@ -197,9 +197,12 @@ def test_logprobs_are_those_of_transformers(llm: LLM, theirs: LlamaForCausalLM) 
 
 def test_streamed_pieces_join_to_the_offline_answer(llm: LLM) -> None:
     expected = llm.generate("stream", GREEDY)[0].outputs[0].text
+    before = llm.engine.num_completed
     pieces = list(llm.stream("stream", GREEDY))
     assert "".join(pieces) == expected
     assert len(pieces) > 1
+    records = list(llm.engine.records)[before - llm.engine.num_completed :]
+    assert {record.num_steps for record in records} == {1}, "tokens came in bursts"
 
 
 def test_leaving_a_stream_early_frees_its_pages(llm: LLM) -> None:

@@ -85,17 +85,6 @@ def test_a_better_priority_goes_first_and_is_preempted_last() -> None:
     assert plan.chunks[0].request.request_id == "urgent"
 
 
-def test_decodes_loop_only_while_nothing_waits() -> None:
-    h = make(steps=8, seqs=2)
-    for name in "abc":
-        h.scheduler.add(request(name, [1, 2], max_tokens=20))
-    h.run()
-    for plan in h.plans:
-        if plan.num_steps > 1:
-            assert {c.request.request_id for c in plan.chunks} <= {"c"}, "a loop ran while c was waiting"
-    assert any(plan.num_steps == 8 for plan in h.plans)
-
-
 def test_when_out_of_pages_the_newest_is_preempted_and_still_gives_the_same_tokens() -> None:
     h = make(num_pages=8, seqs=3, caching=False)
     requests = [request(name, [i, i + 1, i + 2], max_tokens=16) for i, name in enumerate("abc")]
@@ -172,8 +161,9 @@ def test_any_order_of_add_abort_preempt_and_finish_gives_the_naive_tokens(seed: 
         if pending and rng.random() < 0.4:
             pending -= 1
             prompt = shared[: rng.randrange(12)] + [rng.randrange(5) for _ in range(rng.randrange(1, 12))]
-            stops = rng.sample(range(100), 10)
+            stops = rng.sample(range(100), rng.choice([0, 10]))
             r = request(str(pending), list(prompt), rng.randrange(1, 12), stops, rng.choice([0, 0, 0, -1, 1]))
+            r.streamed = rng.random() < 0.2
             try:
                 h.scheduler.add(r)
             except ValueError:

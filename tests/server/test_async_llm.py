@@ -10,6 +10,7 @@ import time
 import pytest
 
 from jaxllm import LLM, AsyncLLM, SamplingParams
+from jaxllm.engine.accounting import Ceilings
 from jaxllm.engine.async_llm import Unavailable
 from jaxllm.engine.engine_thread import EngineError
 from tests.server.live import ENGINE, wait_until
@@ -56,6 +57,50 @@ def test_log_says_what_runs_and_how_near_to_the_roofline(tiny_model, caplog, mon
     with caplog.at_level("INFO", "jaxllm"), engine(tiny_model) as llm:
         asyncio.run(final(llm, "abc"))
     assert any("running 1, waiting 0; prefill" in line and "MBU" in line for line in caplog.messages)
+
+
+def test_devices_are_measured_in_a_pause_after_which_mfu_and_mbu_are_known(tiny_model, caplog):
+    with caplog.at_level("INFO", "jaxllm"), engine(tiny_model) as llm:
+        asyncio.run(final(llm, "abc"))
+        assert llm.engine.accounting.recent()["mfu"] is None
+        llm.thread.measure_when_idle()
+        wait_until(lambda: llm.engine.accounting.ceilings)
+        asyncio.run(final(llm, "abc"))
+        wait_until(lambda: not llm.engine.has_work)
+        recent = llm.engine.accounting.recent()
+    assert any("host CPU (measured)" in line for line in caplog.messages)
+    assert 0 < recent["mfu"] < 2 and 0 < recent["mbu"] < 2
+
+
+def test_work_that_arrives_in_a_measurement_goes_first(tiny_model, monkeypatch):
+    started = []
+
+    def endless_at_first(model, between):
+        started.append(time.monotonic())
+        while len(started) == 1:
+            between()
+            time.sleep(0.001)
+        return Ceilings(1e12, 1e11, "test")
+
+    monkeypatch.setattr("jaxllm.engine.engine_thread.measured_ceilings", endless_at_first)
+    with engine(tiny_model) as llm:
+        llm.thread.measure_when_idle()
+        wait_until(lambda: started)
+        assert asyncio.run(final(llm, "abc")).finished
+        assert len(started) == 1 and llm.engine.accounting.ceilings is None
+        wait_until(lambda: llm.engine.accounting.ceilings)
+    assert len(started) == 2
+
+
+def test_device_that_cannot_be_measured_is_asked_once_and_serves_on(tiny_model, monkeypatch, caplog):
+    monkeypatch.setattr("jaxllm.engine.engine_thread._IDLE_SECONDS", 0.01)
+    monkeypatch.setattr("jaxllm.engine.ceilings.measure_device", lambda *_, **__: 1 / 0)
+    with engine(tiny_model) as llm:
+        llm.thread.measure_when_idle()
+        wait_until(lambda: any("MFU and MBU stay unknown" in line for line in caplog.messages))
+        assert asyncio.run(final(llm, "abc")).finished
+        time.sleep(0.1)
+    assert sum("MFU and MBU stay unknown" in line for line in caplog.messages) == 1
 
 
 def test_constrained_requests_do_not_change_their_neighbours(tiny_model):

@@ -10,7 +10,7 @@ import time
 
 import httpx
 
-from tests.server.live import process
+from tests.server.live import process, wait_until
 
 SERVE = "import sys; from jaxllm.cli import main; sys.exit(main(sys.argv[1:]))"
 # The second of two failures in a row: the engine gives up.
@@ -38,7 +38,9 @@ def stream(url: str) -> list[str]:
 
 def test_sigterm_finishes_every_accepted_request_and_refuses_new_ones(tiny_model):
     with process(tiny_model, SERVE) as (child, url), concurrent.futures.ThreadPoolExecutor(16) as pool:
+        wait_until(lambda: "peak_flops_per_second" in httpx.get(f"{url}/stats").json())
         httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, timeout=60)
+        assert 0 < httpx.get(f"{url}/stats").json()["mfu"] < 2
         with httpx.Client(base_url=url) as kept:
             kept.get("/health")
             streams = [pool.submit(stream, url) for _ in range(16)]
