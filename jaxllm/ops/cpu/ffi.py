@@ -14,6 +14,7 @@ import functools
 import hashlib
 import os
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ def unavailable() -> str | None:
     try:
         import llvmlite.binding as llvm
     except ImportError:
-        return "llvmlite is not installed (pip install 'jaxllm[cpu]')"
+        return "llvmlite is not installed (pip install llvmlite)"
+    if sys.platform != "linux":
+        return "the kernels are written for Linux"
     features = llvm.get_host_cpu_features()
     missing = [name for name in ("avx512f", "avx512bw", "avx512vl", "avx512bf16") if not features.get(name)]
     return f"the processor has no {missing[0]} instructions" if missing else None
