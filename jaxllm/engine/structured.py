@@ -39,10 +39,10 @@ class GrammarCompiler:
         try:
             grammar = _grammar(spec)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"structured_outputs is not usable: {_one_line(error)}") from None
+            raise ValueError(f"{_kind(spec)} is not usable: {_one_line(error)}") from None
         matcher = LLMatcher(self._token_trie(), grammar, log_level=0, limits=limits)
         if matcher.is_error():
-            raise ValueError(f"structured_outputs is not usable: {_one_line(matcher.get_error())}")
+            raise ValueError(f"{_kind(spec)} is not usable: {_one_line(matcher.get_error())}")
         return GrammarConstraint(matcher)
 
     def _token_trie(self) -> Any:
@@ -86,6 +86,13 @@ class GrammarConstraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             self.error = f"the grammar cannot go on: {_one_line(self._matcher.get_error())}"
+
+
+def _kind(spec: StructuredOutputs) -> str:
+    """What the user gave: the same constraint comes from response_format, tools and structured_outputs."""
+    if spec.json is not None or spec.json_object:
+        return "the JSON schema"
+    return "the regex" if spec.regex is not None else "the choice" if spec.choice is not None else "the grammar"
 
 
 def _grammar(spec: StructuredOutputs) -> str:

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from jaxllm.engine.engine_thread import CompletionDelta
 from jaxllm.engine.outputs import CompletionOutput
 from jaxllm.engine.sampling_params import SamplingParams
+from jaxllm.server.answers import ChatCompletion, answered
 from jaxllm.server.context import Context, context_of, request_id_of
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Generation
@@ -24,7 +25,7 @@ from jaxllm.server.tools import Call, Piece, ToolParser, forced_schema, make_par
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions")
+@router.post("/v1/chat/completions", responses=answered(ChatCompletion, streams=True))
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """Answer a conversation."""
     ctx = context_of(request)
@@ -48,7 +49,7 @@ class _Call:
         self._ctx, self._body, self._name, self._model = ctx, body, name, model
         self._created = int(time.time())
         if body.top_logprobs is not None and not body.logprobs:
-            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+            raise ApiError(400, "top_logprobs needs logprobs: true; set it", param="top_logprobs")
         self._tools = [] if body.tool_choice == "none" else (body.tools or [])
         self._forced = forced_schema(body.tools or [], body.tool_choice)
         self._params = self._sampling()

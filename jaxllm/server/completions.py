@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from jaxllm.engine.engine_thread import CompletionDelta
 from jaxllm.engine.outputs import CompletionOutput, RequestOutput
 from jaxllm.engine.sampling_params import SamplingParams
+from jaxllm.server.answers import Completion, answered
 from jaxllm.server.context import Context, context_of, request_id_of
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Generation
@@ -23,7 +24,7 @@ from jaxllm.server.streaming import DONE, EventStream, event, unless_disconnecte
 router = APIRouter()
 
 
-@router.post("/v1/completions")
+@router.post("/v1/completions", responses=answered(Completion, streams=True))
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue one prompt or several."""
     ctx = context_of(request)
@@ -46,9 +47,7 @@ class _Call:
         if (body.best_of or 1) > (body.n or 1):
             raise ApiError(400, "best_of above n is not supported; leave it out", param="best_of")
         if body.max_tokens == 0 and not (body.echo and not body.stream):
-            raise ApiError(
-                400, "max_tokens is 0; only with echo and without stream is that an answer", param="max_tokens"
-            )
+            raise ApiError(400, "max_tokens is 0; give at least 1, or set echo and no stream", param="max_tokens")
         self._params = self._sampling()
 
     def _sampling(self) -> SamplingParams:

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from jaxllm.engine.scoring import Scorer
+from jaxllm.server.answers import Embeddings, answered
 from jaxllm.server.completions import as_prompts
 from jaxllm.server.context import Context, context_of
 from jaxllm.server.errors import ApiError
@@ -19,16 +20,16 @@ from jaxllm.server.streaming import unless_disconnected
 router = APIRouter()
 
 
-@router.post("/v1/embeddings")
+@router.post("/v1/embeddings", responses=answered(Embeddings))
 async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     """One vector per input."""
     ctx = context_of(request)
     model = ctx.check_model(body.model)
     if body.dimensions not in (None, ctx.llm.model_config.hidden_size):
+        size = ctx.llm.model_config.hidden_size
         raise ApiError(
-            400, f"dimensions={body.dimensions}, but this model has {ctx.llm.model_config.hidden_size}",
-            param="dimensions",
-        )  # fmt: skip
+            400, f"dimensions is {body.dimensions}, but this model has {size}; leave it out", param="dimensions"
+        )
     prompts = await ctx.llm.in_thread(_token_ids, ctx, body)
     vectors = await unless_disconnected(request, ctx.llm.embed(prompts, ctx.settings.pooling))
     data = [

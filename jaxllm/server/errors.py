@@ -5,6 +5,7 @@ A message says what was wrong and what to do; it never carries internals. Those 
 
 from __future__ import annotations
 
+import difflib
 import json
 import logging
 from typing import Any
@@ -16,10 +17,12 @@ from starlette.exceptions import HTTPException
 
 from jaxllm.engine.async_llm import Unavailable
 from jaxllm.engine.engine_thread import EngineError
+from jaxllm.server.invalid import explain
 
 log = logging.getLogger(__name__)
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 500: "internal_error"}
+_UNREADABLE = "the body cannot be read as JSON; send UTF-8, less nesting and numbers of fewer than 4300 digits"
 
 
 class ApiError(Exception):
@@ -73,11 +76,14 @@ def install(app: FastAPI) -> None:
     async def on_error(_: Request, error: Exception) -> Response:
         return as_api_error(error).response()
 
-    async def on_http(_: Request, error: Exception) -> Response:
+    async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         headers = dict(error.headers) if error.headers else None
-        status = 400 if error.status_code == 422 else error.status_code
-        return ApiError(status, str(error.detail), headers=headers).response()
+        if error.status_code in (400, 422):  # raised where a body cannot even be decoded
+            return ApiError(400, _UNREADABLE, code="invalid_json").response()
+        return ApiError(
+            error.status_code, _misplaced(error, request, list(app.openapi()["paths"])), headers=headers
+        ).response()
 
     async def on_invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -89,12 +95,23 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, on_error)
 
 
+def _misplaced(error: HTTPException, request: Request, paths: list[str]) -> str:
+    """Which path or method to use instead."""
+    method, path = request.method, request.url.path
+    if error.status_code == 405:
+        return f"{method} is not allowed on {path[:100]!r}; use {(error.headers or {}).get('Allow', 'another method')}"
+    if error.status_code != 404:
+        return str(error.detail)
+    close = difflib.get_close_matches(path[:200], paths, n=1, cutoff=0.75)
+    hint = f"did you mean {close[0]!r}?" if close else "/openapi.json lists the routes there are"
+    return f"there is no route {path[:100]!r}; {hint}"
+
+
 def _invalid(error: RequestValidationError) -> ApiError:
-    """The first complaint, without the value (it may be long, or a secret)."""
+    """The complaint that helps most."""
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    where = ".".join(part for part in path if part.isidentifier() or part.isdigit())[:200]
     if first["type"] == "json_invalid":
-        return ApiError(400, "the body is not valid JSON", code="invalid_json")
-    message = f"{where}: {first['msg']}" if where else f"the body: {first['msg']}"
-    return ApiError(400, message[:1000], param=where or None)
+        problem = f"{first['ctx']['error']} at character {first['loc'][-1]}"
+        return ApiError(400, f"the body is not valid JSON: {problem}; correct it", code="invalid_json")
+    message, param = explain(error.errors(), error.body)
+    return ApiError(400, message, param=param)

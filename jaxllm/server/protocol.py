@@ -1,119 +1,59 @@
 """Requests as OpenAI and vLLM clients send them, every field bounded. Names and meanings are theirs.
 
-Fields that are unknown here are ignored, as those servers do; known ones that cannot be honoured are refused.
+Fields that are unknown here are ignored, as those servers do; known ones that cannot be honoured and misspelt ones
+are refused. What the JSON schema of a class cannot derive from its types (`rules`) is checked where it is used.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import Field, StringConstraints, WithJsonSchema
+from pydantic.config import JsonDict
 
-from jaxllm.engine.sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
-
-MAX_PROMPTS = 1024
-_TEXT = 8 << 20
-Text = Annotated[str, StringConstraints(max_length=_TEXT)]
-Name = Annotated[str, StringConstraints(max_length=256)]
-Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, max_length=2**20)]
-Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS)]
-TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS)]
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
-
-
-class Model(BaseModel):
-    """Strict: a number in quotes is text, and NaN is no number."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, protected_namespaces=(), populate_by_name=True)
-
-
-class StreamOptions(Model):
-    """What a stream carries beside its choices."""
-
-    include_usage: bool | None = None
-    continuous_usage_stats: bool | None = None
-
-
-class StructuredFields(Model):
-    """vLLM's `structured_outputs`."""
-
-    json_: dict[str, Any] | Text | None = Field(None, alias="json")
-    json_object: bool | None = None
-    regex: Text | None = None
-    choice: Annotated[list[Name], Field(min_length=1, max_length=1000)] | None = None
-    grammar: Text | None = None
-
-
-class JsonSchema(Model):
-    """The schema of `response_format`."""
-
-    name: Name | None = None
-    description: Text | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
-    strict: bool | None = None
-
-
-class ResponseFormat(Model):
-    """OpenAI's `response_format`."""
-
-    type: Literal["text", "json_object", "json_schema"]
-    json_schema: JsonSchema | None = None
-
-
-class SamplingFields(Model):
-    """What completions and chat completions share."""
-
-    model: Name | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
-    stop_token_ids: (
-        Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_STOP_TOKEN_IDS)] | None
-    ) = None
-    ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
-            Field(max_length=MAX_LOGIT_BIAS),
-        ]
-        | None
-    ) = None
-    skip_special_tokens: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredFields | None = None
-    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
-    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
-    return_token_ids: bool | None = None
-    user: Name | None = None
+from jaxllm.engine.sampling_params import MAX_LOGPROBS, MAX_N
+from jaxllm.server.fields import (
+    STREAM_RULES,
+    UNSUPPORTED,
+    Body,
+    Model,
+    Name,
+    SamplingFields,
+    Schema,
+    Text,
+    Texts,
+    Token,
+    TokenLists,
+    Tokens,
+)  # fmt: skip
+from jaxllm.server.rules import NULL, absent, either, exactly_one, given, only, rules
+from jaxllm.tokenizer.chat_template import ALLOWED_VARIABLES
 
 
 class CompletionRequest(SamplingFields):
     """`POST /v1/completions`."""
 
+    model_config = rules(
+        *STREAM_RULES,
+        either(
+            only(max_tokens=either(NULL, {"minimum": 1})),
+            given(echo={"const": True}) | only(echo={"const": True}, stream={"enum": [False, None]}),
+        ),
+    )
+
     prompt: Text | Tokens | Texts | TokenLists
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
-    suffix: Text | None = None
-    best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
+    suffix: Annotated[Text, WithJsonSchema(UNSUPPORTED | {"const": ""})] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_N, description="At most n.")] | None = None
 
 
 class FunctionCall(Model):
     """A call the model made, as clients send it back."""
 
     name: Name
-    arguments: Text | dict[str, Any]
+    arguments: Annotated[Text, Field(description="The text of a JSON object.", examples=["{}"])] | dict[str, Any]
 
 
 class ToolCall(Model):
@@ -127,12 +67,18 @@ class ToolCall(Model):
 class ContentPart(Model):
     """A part of a message; only text is understood."""
 
+    model_config = rules(given(type={"const": "text"}, text={"type": "string"}))
+
     type: Name
     text: Text | None = None
 
 
 class ChatMessage(Model):
-    """One message of a conversation."""
+    """One message of a conversation; its content may only be missing beside `tool_calls`."""
+
+    model_config = rules(
+        either(given(content={"type": ["string", "array"]}), given(tool_calls={"type": "array", "minItems": 1}))
+    )
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | Annotated[list[ContentPart], Field(max_length=4096)] | None = None
@@ -140,6 +86,9 @@ class ChatMessage(Model):
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
     tool_call_id: Name | None = None
     reasoning_content: Text | None = None
+
+
+Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=4096, fail_fast=True)]
 
 
 class Function(Model):
@@ -171,10 +120,20 @@ class NamedTool(Model):
     function: FunctionName
 
 
+_VARIABLE_NAMES: JsonDict = {"propertyNames": {"enum": [*sorted(ALLOWED_VARIABLES)]}}
+TemplateVariables = Annotated[dict[Name, Any], Field(max_length=32, json_schema_extra=_VARIABLE_NAMES)]
+
+
 class ChatRequest(SamplingFields):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    model_config = rules(
+        *STREAM_RULES,
+        either(absent("top_logprobs"), given(logprobs={"const": True})),
+        either(only(tool_choice={"enum": ["none", "auto", None]}), given(tools={"type": "array", "minItems": 1})),
+    )
+
+    messages: Messages
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
@@ -183,8 +142,17 @@ class ChatRequest(SamplingFields):
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Name | None = None
-    chat_template_kwargs: Annotated[dict[Name, Any], Field(max_length=32)] | None = None
+    chat_template_kwargs: TemplateVariables | None = None
     add_generation_prompt: bool = True
+
+
+class ResponsePart(Model):
+    """A part of `input`; only text is understood."""
+
+    model_config = rules(given(type={"enum": ["input_text", "output_text", "text"]}, text={"type": "string"}))
+
+    type: Name
+    text: Text | None = None
 
 
 class ResponseItem(Model):
@@ -192,15 +160,17 @@ class ResponseItem(Model):
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[ContentPart], Field(min_length=1, max_length=4096)]
+    content: Text | Annotated[list[ResponsePart], Field(min_length=1, max_length=4096)]
 
 
 class ResponseTextFormat(Model):
     """`text.format` of the responses API."""
 
+    model_config = rules(either(only(type={"enum": ["text", "json_object"]}), given(schema={"type": "object"})))
+
     type: Literal["text", "json_object", "json_schema"]
     name: Name | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    schema_: Schema | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
@@ -210,7 +180,7 @@ class ResponseText(Model):
     format: ResponseTextFormat | None = None
 
 
-class ResponsesRequest(Model):
+class ResponsesRequest(Body):
     """`POST /v1/responses`, text only."""
 
     model: Name | None = None
@@ -218,17 +188,17 @@ class ResponsesRequest(Model):
     instructions: Text | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=1e-9, le=1)] | None = None
     stream: bool | None = None
     text: ResponseText | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
-    previous_response_id: Name | None = None
-    background: bool | None = None
+    tools: Annotated[list[dict[str, Any]], WithJsonSchema(UNSUPPORTED | {"type": "array", "maxItems": 0})] | None = None
+    previous_response_id: Annotated[Name, WithJsonSchema(UNSUPPORTED | {"const": ""})] | None = None
+    background: Annotated[bool, WithJsonSchema(UNSUPPORTED | {"const": False})] | None = None
     metadata: Annotated[dict[Name, Any], Field(max_length=16)] | None = None
     user: Name | None = None
 
 
-class EmbeddingRequest(Model):
+class EmbeddingRequest(Body):
     """`POST /v1/embeddings`."""
 
     model: Name | None = None
@@ -238,19 +208,21 @@ class EmbeddingRequest(Model):
     user: Name | None = None
 
 
-class TokenizeRequest(Model):
+class TokenizeRequest(Body):
     """`POST /tokenize`: a text, or a conversation through the chat template."""
+
+    model_config = rules(exactly_one(prompt={"type": "string"}, messages={"type": "array"}))
 
     model: Name | None = None
     prompt: Text | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool | None = None
 
 
-class DetokenizeRequest(Model):
+class DetokenizeRequest(Body):
     """`POST /detokenize`."""
 
     model: Name | None = None
-    tokens: Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=2**20)]
+    tokens: Annotated[list[Token], Field(max_length=2**20, fail_fast=True)]

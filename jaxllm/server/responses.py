@@ -11,17 +11,19 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from jaxllm.engine.sampling_params import SamplingParams, StructuredOutputs
+from jaxllm.server.answers import ResponseAnswer, answered
 from jaxllm.server.context import Context, context_of, request_id_of
 from jaxllm.server.errors import ApiError
+from jaxllm.server.fields import JsonSchema, ResponseFormat
 from jaxllm.server.generation import Generation
-from jaxllm.server.protocol import JsonSchema, ResponseFormat, ResponsesRequest
+from jaxllm.server.protocol import ResponsesRequest
 from jaxllm.server.sampling import of_response_format
 from jaxllm.server.streaming import EventStream, event, unless_disconnected
 
 router = APIRouter()
 
 
-@router.post("/v1/responses")
+@router.post("/v1/responses", responses=answered(ResponseAnswer, streams=True))
 async def responses(body: ResponsesRequest, request: Request) -> Response:
     """Answer an input."""
     ctx = context_of(request)
@@ -54,6 +56,8 @@ class _Call:
         wanted = self._body.text.format if self._body.text else None
         if wanted is None:
             return None
+        if wanted.type == "json_schema" and wanted.schema_ is None:
+            raise ApiError(400, "text.format has no schema; put the JSON schema there", param="text.format")
         schema = JsonSchema(schema=wanted.schema_) if wanted.schema_ is not None else None
         return of_response_format(ResponseFormat(type=wanted.type, json_schema=schema))
 

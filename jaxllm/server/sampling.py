@@ -7,7 +7,7 @@ from typing import Any
 from jaxllm.engine.sampling_params import SamplingParams, StructuredOutputs
 from jaxllm.server.context import Context
 from jaxllm.server.errors import ApiError
-from jaxllm.server.protocol import ResponseFormat, SamplingFields
+from jaxllm.server.fields import ResponseFormat, SamplingFields
 
 _SAME = (
     "temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty n seed stop stop_token_ids "
@@ -23,6 +23,9 @@ def sampling_params(ctx: Context, body: SamplingFields, **others: Any) -> Sampli
         body: the request.
         **others: fields whose meaning depends on the route (`max_tokens`, `logprobs`, ...).
     """
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream: true; set it or leave stream_options out",
+                       param="stream_options")  # fmt: skip
     given = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
     if body.logit_bias:
         given["logit_bias"] = {int(token): value for token, value in body.logit_bias.items()}
@@ -49,7 +52,7 @@ def of_response_format(wanted: ResponseFormat | None) -> StructuredOutputs | Non
     if wanted.type == "json_object":
         return StructuredOutputs(json_object=True)
     if wanted.json_schema is None or wanted.json_schema.schema_ is None:
-        raise ApiError(400, "response_format has no json_schema.schema", param="response_format")
+        raise ApiError(400, "response_format has no json_schema.schema; put the schema there", param="response_format")
     return StructuredOutputs(json=wanted.json_schema.schema_)
 
 

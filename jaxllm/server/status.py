@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from jaxllm import __version__
+from jaxllm.server.answers import ModelCard, ModelList, answered
 from jaxllm.server.context import context_of
 from jaxllm.server.errors import ApiError
 from jaxllm.server.metrics import CONTENT_TYPE
@@ -48,14 +49,14 @@ async def version() -> Response:
     return JSONResponse({"version": __version__})
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=answered(ModelList))
 async def models(request: Request) -> Response:
     """Every name this server answers to."""
     names = context_of(request).settings.served_model_names
     return JSONResponse({"object": "list", "data": [_card(request, name) for name in names]})
 
 
-@router.get("/v1/models/{name:path}")
+@router.get("/v1/models/{name:path}", responses=answered(ModelCard))
 async def model(name: str, request: Request) -> Response:
     """One of them."""
     return JSONResponse(_card(request, context_of(request).check_model(name)))

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from jaxllm.server.answers import Detokenized, Tokenized, answered
 from jaxllm.server.chat import plain_messages
 from jaxllm.server.context import context_of
 from jaxllm.server.errors import ApiError
@@ -15,13 +16,13 @@ from jaxllm.server.protocol import DetokenizeRequest, TokenizeRequest
 router = APIRouter()
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", responses=answered(Tokenized))
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """Token ids of a text or of a conversation."""
     ctx = context_of(request)
     ctx.check_model(body.model)
     if (body.prompt is None) == (body.messages is None):
-        raise ApiError(400, "give either prompt or messages")
+        raise ApiError(400, "give either prompt (a text) or messages (a conversation)")
     tokenizer = ctx.llm.get_tokenizer()
 
     def work() -> list[int]:
@@ -39,7 +40,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     return JSONResponse(answer)
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", responses=answered(Detokenized))
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of token ids."""
     ctx = context_of(request)

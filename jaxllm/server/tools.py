@@ -185,7 +185,7 @@ def forced_schema(tools: Sequence[Tool], choice: NamedTool | str | None) -> Stru
                 400, f"tool_choice names {choice.function.name!r}, which is not in tools", param="tool_choice"
             )
     if not tools:
-        raise ApiError(400, "tool_choice asks for a call, but there are no tools", param="tool_choice")
+        raise ApiError(400, "tool_choice asks for a call, but there are no tools; give some", param="tool_choice")
     schemas = [_call_schema(tool) for tool in tools]
     return StructuredOutputs(json=schemas[0] if len(schemas) == 1 else {"anyOf": schemas})
 

@@ -51,6 +51,8 @@ def _text_content(message: dict[str, Any], where: str) -> str | None:
         return None
     if isinstance(content, str):
         return content
+    if content is None:
+        raise ValueError(f"{where} has no content; give text or a list of text parts (only tool_calls go without)")
     if not isinstance(content, list):
         raise ValueError(f"{where} has content of type {type(content).__name__}; expected text or text parts")
     return "\n".join(_part_text(part, f"{where}.content[{n}]") for n, part in enumerate(content))
@@ -60,6 +62,8 @@ def _part_text(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return part["text"]
     kind = repr(part.get("type")) if isinstance(part, dict) else type(part).__name__
+    if kind == "'text'":
+        raise ValueError(f"{where} has no text; give it as {{'type': 'text', 'text': ...}}")
     raise ValueError(f"{where} is {kind}; expected {{'type': 'text', 'text': ...}}; only text is supported")
 
 
@@ -80,7 +84,7 @@ def _decode_object(text: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is not the text of a JSON object")
+        raise ValueError(f"{where} is not the text of a JSON object; send one, such as '{{}}'")
     return value
 
 

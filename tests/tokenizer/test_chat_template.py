@@ -151,7 +151,7 @@ def test_no_tools_and_an_empty_list_of_tools_are_the_same():
             r"messages\[1\] has role 'robot'",
         ),
         ([{"role": ["user"], "content": "x"}], "has role"),
-        ([{"role": "user"}], "content of type NoneType"),
+        ([{"role": "user"}], "has no content; give text"),
         ([{"role": "user", "content": 3}], "content of type int"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"content\[0\] is 'image_url'; .*only text"),
         ([{"role": "user", "content": "x", "extra": object()}], "holds a object; expected JSON values"),
