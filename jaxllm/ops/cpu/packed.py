@@ -19,9 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.ops.cpu import ffi
+from jaxllm.ops.cpu.ir import Function, Value
+from jaxllm.ops.cpu.lanes import VECTOR, ZERO
 
 PANEL = 32  # columns; two registers of sixteen float32 sums for each row of x
 _ROWS = 12  # of x at a time: 24 sums, two registers of weights and some to spare, of 32
+_DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
+_DECLARATIONS = f"""
+declare {VECTOR} @{_DOT}({VECTOR}, <32 x bfloat>, <32 x bfloat>)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+"""
 _AHEAD = 4096  # bytes to prefetch ahead where each panel is read once
 
 
@@ -95,130 +102,51 @@ def matmul(x_MK: jax.Array, panels_BKC: jax.Array) -> jax.Array:
 
 
 def _kernel(m: int, k: int, num_panels: int, num_parts: int) -> str:
-    """All rows of x for some panels."""
+    """All rows of x times some of the panels, in as few passes over each panel as there are groups of 12 rows."""
     num_passes = -(-m // _ROWS)
     rows, num_larger = divmod(m, num_passes)  # the first `num_larger` passes take one row more
-    groups = [(rows + 1, 0, num_larger), (rows, num_larger, num_passes)]
-    groups = [group for group in groups if group[1] < group[2]]
-    prefetches = 2 if num_passes == 1 else 1
-    loops, before = "", "panel"
-    for size, first, end in groups:
-        start = first * (rows + 1)
-        loops += f"""
-  br label %group{size}
-group{size}:
-  %pass{size} = phi i64 [{first}, %{before}], [%pass{size}.next, %group{size}]
-  %index{size} = sub i64 %pass{size}, {first}
-  %done{size} = mul i64 %index{size}, {size}
-  %row{size} = add i64 %done{size}, {start}
-  %x_offset{size} = mul i64 %row{size}, {2 * k}
-  %x{size} = getelementptr i8, ptr %x, i64 %x_offset{size}
-  %y_offset{size} = mul i64 %row{size}, {4 * PANEL * num_panels}
-  %y{size} = getelementptr i8, ptr %y_panel, i64 %y_offset{size}
-  %ahead{size} = call ptr @ahead(ptr %w_panel, i64 %pass{size})
-  call void @rows{size}(ptr %x{size}, ptr %w_panel, ptr %y{size}, ptr %ahead{size})
-  %pass{size}.next = add i64 %pass{size}, 1
-  %more{size} = icmp slt i64 %pass{size}.next, {end}
-  br i1 %more{size}, label %group{size}, label %after{size}
-after{size}:"""
-        before = f"after{size}"
-    panel_bytes = 2 * PANEL * k
-    next_panel = f"""
-  %second = icmp eq i64 %pass, 1
-  %line = select i1 %second, i64 {panel_bytes + 64}, i64 {panel_bytes}
-  %spread = icmp slt i64 %pass, 2
-  %offset = select i1 %spread, i64 %line, i64 0"""
-    return f"""
-declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+    groups = [g for g in ((rows + 1, 0, num_larger), (rows, num_larger, num_passes)) if g[1] < g[2]]
+    f = Function("part", ["ptr", "i64"])
+    buffers, part = f.args
+    x, w, y = (f.load("ptr", f.at(buffers, 8 * i), 8) for i in range(3))
+    first = f.arithmetic("udiv", f.mul(part, num_panels), num_parts)
+    end = f.arithmetic("udiv", f.mul(f.add(part, 1), num_panels), num_parts)
+    with f.loop(first, end) as panel:
+        w_panel, y_panel = f.at(w, f.mul(panel, 2 * PANEL * k)), f.at(y, f.mul(panel, 4 * PANEL))
+        for count, begin, stop in groups:
+            with f.loop(begin, stop) as nth:
+                row = f.add(f.mul(f.sub(nth, begin), count), begin * (rows + 1))
+                x_rows, y_rows = f.at(x, f.mul(row, 2 * k)), f.at(y_panel, f.mul(row, 4 * PANEL * num_panels))
+                ahead = f.at(w_panel, _AHEAD if num_passes == 1 else _next_panel(f, nth, 2 * PANEL * k))
+                f.do(f"call void @rows{count}(ptr {x_rows}, ptr {w_panel}, ptr {y_rows}, ptr {ahead})")
+    parts = [_rows(count, k, num_panels, prefetches=2 if num_passes == 1 else 1) for count, _, _ in groups]
+    return _DECLARATIONS + "".join(parts) + f.text()
 
-define internal ptr @ahead(ptr %panel, i64 %pass) {{{next_panel if num_passes > 1 else ""}
-  %address = getelementptr i8, ptr %panel, i64 {"%offset" if num_passes > 1 else _AHEAD}
-  ret ptr %address
-}}
-{"".join(_rows(size, k, num_panels, prefetches) for size, _, _ in groups)}
-define internal void @part(ptr %buffers, i64 %part) {{
-entry:
-  %x = load ptr, ptr %buffers
-  %w_field = getelementptr i8, ptr %buffers, i64 8
-  %w = load ptr, ptr %w_field
-  %y_field = getelementptr i8, ptr %buffers, i64 16
-  %y = load ptr, ptr %y_field
-  %first.scaled = mul i64 %part, {num_panels}
-  %first = udiv i64 %first.scaled, {num_parts}
-  %part.next = add i64 %part, 1
-  %end.scaled = mul i64 %part.next, {num_panels}
-  %end = udiv i64 %end.scaled, {num_parts}
-  br label %panel
-panel:
-  %b = phi i64 [%first, %entry], [%b.next, %{before}]
-  %w_offset = mul i64 %b, {panel_bytes}
-  %w_panel = getelementptr i8, ptr %w, i64 %w_offset
-  %y_column = mul i64 %b, {4 * PANEL}
-  %y_panel = getelementptr i8, ptr %y, i64 %y_column{loops}
-  %b.next = add i64 %b, 1
-  %more = icmp slt i64 %b.next, %end
-  br i1 %more, label %panel, label %exit
-exit:
-  ret void
-}}
-"""
+
+def _next_panel(f: Function, nth: Value, panel_bytes: int) -> Value:
+    """What a pass prefetches: the first two each half of the next panel, the others nothing new."""
+    is_early = f.let(f"icmp slt i64 {nth}, 2")
+    return f.let(f"select i1 {is_early}, i64 {f.add(f.mul(nth, 64), panel_bytes)}, i64 0")
 
 
 def _rows(count: int, k: int, num_panels: int, prefetches: int) -> str:
-    """`count` rows of x times one panel: a loop over pairs of k whose sums stay in registers."""
-    sums = [(row, half) for row in range(count) for half in (0, 1)]
-    phis = "".join(
-        f"\n  %sum{r}_{h} = phi <16 x float> [zeroinitializer, %entry], [%sum{r}_{h}.next, %step]" for r, h in sums
-    )
-    fetch = "".join(
-        f"""
-  %fetch{i} = getelementptr i8, ptr %ahead, i64 %fetch_offset{i}
-  call void @llvm.prefetch.p0(ptr %fetch{i}, i32 0, i32 3, i32 1)"""
-        for i in range(prefetches)
-    )
-    offsets = "".join(f"\n  %fetch_offset{i} = add i64 %w_offset, {64 * i}" for i in range(prefetches))
-    loads = "".join(
-        f"""
-  %w_at{h} = getelementptr i8, ptr %w_step, i64 {64 * h}
-  %w{h} = load <32 x bfloat>, ptr %w_at{h}, align 64"""
-        for h in (0, 1)
-    )
-    products = "".join(
-        f"""
-  %x_at{r} = getelementptr i8, ptr %x_step, i64 {2 * k * r}
-  %pair{r} = load i32, ptr %x_at{r}, align 4
-  %lane{r} = insertelement <16 x i32> poison, i32 %pair{r}, i64 0
-  %lanes{r} = shufflevector <16 x i32> %lane{r}, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x{r} = bitcast <16 x i32> %lanes{r} to <32 x bfloat>"""
-        + "".join(
-            f"""
-  %sum{r}_{h}.next = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(
-    <16 x float> %sum{r}_{h}, <32 x bfloat> %x{r}, <32 x bfloat> %w{h})"""
-            for h in (0, 1)
-        )
-        for r in range(count)
-    )
-    stores = "".join(
-        f"""
-  %y{r}_{h} = getelementptr i8, ptr %y, i64 {4 * PANEL * num_panels * r + 64 * h}
-  store <16 x float> %sum{r}_{h}.next, ptr %y{r}_{h}, align 4"""
-        for r, h in sums
-    )
-    return f"""
-define internal void @rows{count}(ptr noalias %x, ptr noalias %w, ptr noalias %y, ptr %ahead) noinline {{
-entry:
-  br label %step
-step:
-  %k = phi i64 [0, %entry], [%k.next, %step]{phis}
-  %w_offset = shl i64 %k, 7
-  %w_step = getelementptr i8, ptr %w, i64 %w_offset
-  %x_offset = shl i64 %k, 2
-  %x_step = getelementptr i8, ptr %x, i64 %x_offset{offsets}{fetch}{loads}{products}
-  %k.next = add i64 %k, 1
-  %more = icmp slt i64 %k.next, {k // 2}
-  br i1 %more, label %step, label %store
-store:{stores}
-  ret void
-}}
-"""
+    """`count` rows of x times one panel, the sums in registers. Arguments: x, panel, y, what to prefetch."""
+    f = Function(f"rows{count}", ["ptr"] * 4, "noinline")
+    x, w, y, ahead = f.args
+    sums = {(row, half): f.variable(VECTOR, ZERO) for row in range(count) for half in (0, 1)}
+    with f.loop(0, k // 2) as pair:
+        step = f.mul(pair, 4 * PANEL)
+        for i in range(prefetches):
+            f.do(f"call void @llvm.prefetch.p0(ptr {f.at(f.at(ahead, step), 64 * i)}, i32 0, i32 3, i32 1)")
+        weights = [f.load("<32 x bfloat>", f.at(f.at(w, step), 64 * half), 64) for half in (0, 1)]
+        column = f.at(x, f.mul(pair, 4))
+        for row in range(count):
+            both = f.splat("i32", f.load("i32", f.at(column, 2 * k * row)), 16)
+            numbers = f.let(f"bitcast <16 x i32> {both} to <32 x bfloat>")
+            for half in (0, 1):
+                operands = f"<32 x bfloat> {numbers}, <32 x bfloat> {weights[half]}"
+                total = sums[row, half]
+                total.set(f.let(f"call {VECTOR} @{_DOT}({VECTOR} {total.get()}, {operands})"))
+    for (row, half), total in sums.items():
+        f.store(VECTOR, total.get(), f.at(y, 4 * PANEL * num_panels * row + 64 * half))
+    return f.text()
