@@ -167,7 +167,7 @@ def engine(plan: Plan, kv_dtype: str = "auto") -> Rows:
     keys = [("decode", bucket(runner, b), True) for b, _ in plan.decode]
     if kv_dtype == "auto":
         keys += [("ragged", t, True) for t in plan.prefill]
-    futures = {key: runner._submit(key) for key in keys}  # all compile at once, and are waited for as they are needed
+    futures = {key: runner.compiler.submit(key) for key in keys}  # all at once, and waited for as they are needed
     for rows, context in plan.decode:
         point = {"phase": "decode", "rows": rows, "context": context, "kv_dtype": runner.shapes.kv_dtype.name}
         if rows * (context + 8 * plan.steps + 64) > (runner.shapes.num_pages - 1) * plan.page_size:
@@ -250,14 +250,13 @@ PARTS: dict[str, Callable[[Plan], Rows]] = {
 
 def make_runner(plan: Plan, kv_dtype: str) -> tuple[Any, Any]:
     """A runner with random weights and a random cache, and what its iterations cost."""
-    from concurrent.futures import ThreadPoolExecutor
-
     import jax
     import jax.numpy as jnp
 
     from jaxllm.config import EngineConfig, ModelConfig
     from jaxllm.engine.build import make_model, runner_shapes
     from jaxllm.engine.ceilings import engine_cost
+    from jaxllm.engine.compile import Compiler
     from jaxllm.engine.runner import ModelRunner
     from jaxllm.models.loader import random_parameters
     from jaxllm.sharding.mesh import Placement, make_mesh
@@ -272,7 +271,7 @@ def make_runner(plan: Plan, kv_dtype: str) -> tuple[Any, Any]:
     )  # fmt: skip
     model = make_model(config, ModelConfig(**plan.model), Placement(make_mesh("tp=1"), load_rules("megatron")))
     runner = ModelRunner(model, runner_shapes(config, model))
-    runner._compilers = ThreadPoolExecutor(8)
+    runner.compiler = Compiler(model, runner.shapes, num_threads=8)
     runner.start(random_parameters(model))
 
     @jax.jit
@@ -301,7 +300,7 @@ def decode_seconds(runner: Any, rows: int, context: int, plan: Plan) -> float:
     from jaxllm.engine import batch as batches
 
     size, shapes = bucket(runner, rows), runner.shapes
-    loop = runner._program("decode", size, True)
+    loop = runner.compiler.program(("decode", size, True))
     table = np.zeros((size, shapes.pages_per_row), np.int32)
     per_row = -(-(context + 8 * plan.steps) // plan.page_size)
     order = 1 + np.random.default_rng(0).permutation(rows * per_row)
@@ -340,8 +339,8 @@ def prefill_seconds(runner: Any, tokens: int) -> float:
     plan = IterationPlan([Chunk(request, 0, tokens, 0)])
     batch = batches.ragged_batch(plan, tokens, runner.shapes.row_buckets[-1], runner.shapes.pages_per_row)
     ids = np.random.default_rng(0).integers(0, runner.model.cfg.vocab_size, runner.shapes.max_model_len)
-    runner._state = runner._program("admit", 0, True)(runner._state, np.int32(0), ids.astype(np.int32))
-    step = runner._program("ragged", tokens, True)
+    runner._state = runner.compiler.program(("admit", 0, True))(runner._state, np.int32(0), ids.astype(np.int32))
+    step = runner.compiler.program(("ragged", tokens, True))
     best = math.inf
     for _ in range(4):
         started = time.perf_counter()

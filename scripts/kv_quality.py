@@ -48,7 +48,7 @@ def last_logits(llm: Any, ids: list[int], count: int) -> np.ndarray:
     request.slot, request.pages = runner.shapes.max_num_seqs, pages
     head = jax.jit(lambda params, x: runner.programs._model(params).logits(x, runner.model.placement.shard))
     while start < len(ids):
-        size = min(runner.scoring_buckets[-1], len(ids) - count - start) or count
+        size = min(runner.shapes.scoring_buckets[-1], len(ids) - count - start) or count
         hidden_TD = runner.hidden_states(IterationPlan([Chunk(request, start, size, 0)]))
         start += size
     llm.engine.pool.free(pages)

@@ -73,7 +73,7 @@ def test_imports_are_seen_wherever_they_stand(tmp_path):
 
 ENGINE, MODELS = "jaxllm.engine", "jaxllm.models"
 FORBIDDEN = {
-    "config.py": {"jax", "flax", "numpy", ENGINE},
+    "config": {"jax", "flax", "numpy", ENGINE},
     "engine/request.py": ARRAYS,
     "engine/scheduler.py": ARRAYS,
     "engine/page_pool.py": ARRAYS,

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from jaxllm.cache.tiers import Tiers
     from jaxllm.checkpoints import Checkpoint
     from jaxllm.engine.engine import Engine
-    from jaxllm.engine.runner import ModelRunner, RunnerShapes
+    from jaxllm.engine.runner import ModelRunner
+    from jaxllm.engine.shapes import RunnerShapes
     from jaxllm.models.loader import AbstractModel
     from jaxllm.sharding.mesh import Placement
     from jaxllm.tokenizer import Tokenizer
@@ -65,7 +66,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
         use_compilation_cache()
         model = make_model(config, model_config, Placement(make_mesh(config.mesh, offset=config.device_offset), rules))
         runner = ModelRunner(model, _agreed(config, model))
-        runner.prepare()  # programs compile while the weights are read
+        runner.compiler.prepare()  # programs compile while the weights are read
         params = _parameters(config, source, model)
         generation = source.checkpoint.generation_config if source.checkpoint else {}
         hf, path = source.hf_config, source.path
@@ -223,7 +224,7 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
     import jax.numpy as jnp
 
     from jaxllm.cache.pages import token_bytes
-    from jaxllm.engine.runner import RunnerShapes
+    from jaxllm.engine.shapes import RunnerShapes
     from jaxllm.ops.attention import XLA, choose_backend, fit_backend
 
     platform = model.placement.mesh.devices.flat[0].platform

@@ -17,10 +17,11 @@ from jaxllm.cache.mover import Mover
 from jaxllm.cache.tiers import Tiers
 from jaxllm.engine.accounting import Accounting, IterationRecord
 from jaxllm.engine.ceilings import engine_cost, known_ceilings
+from jaxllm.engine.in_flight import InFlight
 from jaxllm.engine.page_pool import PagePool
 from jaxllm.engine.replicas import Replicas
 from jaxllm.engine.request import Constraint, Request, Status, next_arrival
-from jaxllm.engine.runner import InFlight, ModelRunner
+from jaxllm.engine.runner import ModelRunner
 from jaxllm.engine.sampling import Sampled
 from jaxllm.engine.sampling_params import SamplingParams
 from jaxllm.engine.scheduler import Chunk, Scheduler

@@ -108,7 +108,7 @@ class Scorer:
 
     def _run_chunk(self, work: ScoringPass) -> None:
         runner = self._engine.runner
-        count = min(runner.scoring_buckets[-1], len(work.token_ids) - work.start)
+        count = min(runner.shapes.scoring_buckets[-1], len(work.token_ids) - work.start)
         request = Request("scoring", work.token_ids, SamplingParams(), limit=len(work.token_ids))
         request.slot, request.pages = runner.shapes.spare_slot, work.pages
         hidden_TD = runner.hidden_states(IterationPlan([Chunk(request, work.start, count, 0)]))

@@ -154,7 +154,8 @@ def _compiled_text(
     import jax.numpy as jnp
 
     from jaxllm.engine.build import make_model
-    from jaxllm.engine.runner import RunnerShapes, abstract_arrays, lower, make_programs
+    from jaxllm.engine.lower import lower
+    from jaxllm.engine.shapes import RunnerShapes
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
     from jaxllm.sharding.topology import no_program_cache, open_topology
@@ -176,8 +177,7 @@ def _compiled_text(
         num_replicas=placement.parts("pages"),
         token_multiple=placement.token_multiple(),
     )
-    arrays = abstract_arrays(model, shapes)
-    lowered = lower(make_programs(model, shapes), shapes, model, ("ragged", num_tokens, True), *arrays)
+    lowered = lower(model, shapes, ("ragged", num_tokens, True))
     with no_program_cache() if mesh.devices.flat[0].platform == "tpu" else contextlib.nullcontext():
         return lowered.compile().as_text(), model
 

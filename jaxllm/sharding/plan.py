@@ -23,7 +23,7 @@ from jaxllm.sharding.rules import as_tuple
 from jaxllm.sharding.topology import Topology, memory_limit, open_topology
 
 if TYPE_CHECKING:
-    from jaxllm.engine.runner import RunnerShapes
+    from jaxllm.engine.shapes import RunnerShapes
     from jaxllm.models.loader import AbstractModel
 
 _PAGE_STEP = 128  # page counts that are compiled are multiples of it: some layouts pad to it
@@ -57,7 +57,7 @@ class Deployment:
         return _local_bytes(self._arrays()[2])
 
     def _arrays(self) -> tuple[Any, Any, Any]:
-        from jaxllm.engine.runner import abstract_arrays
+        from jaxllm.engine.lower import abstract_arrays
 
         return abstract_arrays(self.model, self.shapes)
 

@@ -20,7 +20,8 @@ from jaxllm.sharding.collectives import Found, find_collectives
 from jaxllm.sharding.topology import no_program_cache, parse_overflow
 
 if TYPE_CHECKING:
-    from jaxllm.engine.runner import Key, RunnerShapes
+    from jaxllm.engine.lower import Key
+    from jaxllm.engine.shapes import RunnerShapes
     from jaxllm.models.loader import AbstractModel
     from jaxllm.sharding.plan import Deployment
 
@@ -108,12 +109,11 @@ def compile_program(model: AbstractModel, shapes: RunnerShapes, key: Key) -> Pro
     """Compile one program of the engine and ask the compiler about it. Raises Overflow."""
     import jax
 
-    from jaxllm.engine.runner import abstract_arrays, lower, make_programs
+    from jaxllm.engine.lower import abstract_pages, lower
 
-    arrays = abstract_arrays(model, shapes)
     try:
         with no_program_cache():
-            compiled = lower(make_programs(model, shapes), shapes, model, key, *arrays).compile()
+            compiled = lower(model, shapes, key).compile()
     except jax.errors.JaxRuntimeError as error:
         if (found := parse_overflow(str(error))) is None:
             raise
@@ -125,7 +125,7 @@ def compile_program(model: AbstractModel, shapes: RunnerShapes, key: Key) -> Pro
         donated=stats.alias_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
         collectives=find_collectives(text),
-        page_layouts=_count_layouts(text, jax.tree.leaves(arrays[1])[0]),
+        page_layouts=_count_layouts(text, jax.tree.leaves(abstract_pages(model, shapes))[0]),
     )
 
 

@@ -65,7 +65,7 @@ class Loaded:
         shapes, programs = runner.shapes, runner.programs
         state = SlotState(np.zeros((CHUNK + 1, shapes.max_model_len), np.int32), np.zeros(CHUNK + 1, bool))
         state.history[0, : len(prompt)] = prompt
-        step = runner._program("ragged", CHUNK, True)
+        step = runner.compiler.program(("ragged", CHUNK, True))
         pages, rows = runner._pages, []
         head = jax.jit(lambda params, x: nnx.merge(programs.graph, params).logits(x, programs.placement.shard))
         for start in range(0, len(prompt), CHUNK):

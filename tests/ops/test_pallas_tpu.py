@@ -15,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_pa
 from jaxllm.cache.pages import write_pages
 from jaxllm.config import EngineConfig
 from jaxllm.engine.build import make_model, runner_shapes
-from jaxllm.engine.runner import abstract_arrays, lower, make_programs
+from jaxllm.engine.lower import lower
 from jaxllm.models.presets import preset
 from jaxllm.ops.attention import (
     XLA,
@@ -52,7 +52,7 @@ def test_programs_with_the_kernel_compile_for_a_v5e(v5e, name):
     shapes = runner_shapes(config, model)
     assert shapes.attention == AttentionBackend("pallas_tpu") and shapes.kv_dtype == jnp.bfloat16
     key = (name, {"ragged": 64, "decode": 32}[name], True)
-    program = lower(make_programs(model, shapes), shapes, model, key, *abstract_arrays(model, shapes)).compile()
+    program = lower(model, shapes, key).compile()
     assert "tpu_custom_call" in program.as_text()
 
 

@@ -1,0 +1,41 @@
+"""What a model is and how an engine runs it: frozen dataclasses, plain Python."""
+
+from jaxllm.config.engine import (
+    ATTENTION_BACKENDS,
+    DTYPES,
+    KV_DTYPES,
+    LOAD_FORMATS,
+    MATMUL_BACKENDS,
+    PREEMPTION_MODES,
+    EngineConfig,
+)
+from jaxllm.config.model import ModelConfig
+from jaxllm.config.parts import (
+    ClampedSwiglu,
+    LatentAttention,
+    LinearScaling,
+    LocalAttention,
+    Rope,
+    RopeScaling,
+    RoutedExperts,
+    YarnScaling,
+)
+
+__all__ = [
+    "ATTENTION_BACKENDS",
+    "DTYPES",
+    "KV_DTYPES",
+    "LOAD_FORMATS",
+    "MATMUL_BACKENDS",
+    "PREEMPTION_MODES",
+    "ClampedSwiglu",
+    "EngineConfig",
+    "LatentAttention",
+    "LinearScaling",
+    "LocalAttention",
+    "ModelConfig",
+    "Rope",
+    "RopeScaling",
+    "RoutedExperts",
+    "YarnScaling",
+]

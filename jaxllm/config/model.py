@@ -1,0 +1,183 @@
+"""What a model is: the mathematics of one decoder, and what it counts.
+
+A Hugging Face `config.json` -> `ModelConfig` (through the family that knows its keys). Knows nothing of arrays,
+devices or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxllm.config.parts import (
+    ClampedSwiglu,
+    LatentAttention,
+    LinearScaling,
+    LocalAttention,
+    Rope,
+    RopeScaling,
+    RoutedExperts,
+    YarnScaling,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The mathematics of one decoder. Every field changes its output; there is no field that nothing reads.
+
+    Attributes:
+        norm: "rms" or "layer" (with mean and bias).
+        pre_norm, post_norm: a norm before each half of a block, after it, or both.
+        qk_norm: None, "head" (each head by itself) or "full" (over all heads together).
+        activation: "silu" or "gelu_tanh"; `gated` says whether it gates a second product.
+        embedding_scale: multiplies the embeddings. attention_scale: of the scores; None is `head_dim**-0.5`.
+        attention_softcap, final_softcap: `cap * tanh(x / cap)` on scores and logits.
+        attention_sinks: a learned logit per head that takes weight and gives nothing.
+        rotary_dim: dims of a head that rotate; 0 = none (`learned_positions` instead), None = all.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: RopeScaling | LinearScaling | YarnScaling | None = None
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    rotary_dim: int | None = None
+    learned_positions: bool = False
+    embedding_scale: float = 1.0
+    norm: str = "rms"
+    pre_norm: bool = True
+    post_norm: bool = False
+    qk_norm: str | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    clamped_swiglu: ClampedSwiglu | None = None
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    attention_sinks: bool = False
+    final_softcap: float | None = None
+    local: LocalAttention | None = None
+    latent: LatentAttention | None = None
+    experts: RoutedExperts | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value} in the model's configuration; it must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} does not divide by num_kv_heads={self.num_kv_heads}; "
+                "each key/value head must serve a whole number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even head width")
+        words = {
+            "norm": ("rms", "layer"),
+            "qk_norm": (None, "head", "full"),
+            "activation": ("silu", "gelu_tanh"),
+        }
+        for name, known in words.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name}={value!r} in the model's configuration; expected one of {known}")
+        if not (self.pre_norm or self.post_norm):
+            raise ValueError("pre_norm and post_norm are both off; a block needs one of them")
+        if self.local and self.local.window < 1:
+            raise ValueError(f"window={self.local.window} in the model's configuration; it must be at least 1")
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
+        """Read a Hugging Face `config.json`. Raises ValueError for what this engine would compute wrongly."""
+        from jaxllm.models.families import family_of
+
+        return family_of(hf).config(hf)
+
+    def window(self, layer: int) -> int | None:
+        """How many keys a query of this layer sees at most."""
+        return self.local.window if self.local and layer in self.local.layers else None
+
+    @property
+    def cache_window(self) -> int | None:
+        """Keys beyond which no layer looks back; None where some layer sees all."""
+        is_local = self.local is not None and set(range(self.num_layers)) <= set(self.local.layers)
+        return self.local.window if self.local and is_local else None
+
+    def rope(self, layer: int) -> Rope | None:
+        """This layer's rotary embedding."""
+        dim = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        interleaved = False
+        if self.latent:
+            dim, interleaved = self.latent.rope_dim, self.latent.interleaved
+        if not dim:
+            return None
+        if self.window(layer) and self.local and self.local.rope_theta is not None:
+            return Rope(dim=dim, theta=self.local.rope_theta, scaling=None, interleaved=interleaved)
+        return Rope(dim=dim, theta=self.rope_theta, scaling=self.rope_scaling, interleaved=interleaved)
+
+    def is_routed(self, layer: int) -> bool:
+        """Whether this layer's FFN is a mixture of experts."""
+        return self.experts is not None and layer not in self.experts.dense_layers
+
+    @property
+    def score_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all weights, tied ones counted once."""
+        return self._tables() + sum(self._block(i, active=False) for i in range(self.num_layers))
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Elements of the weights that one token meets: of the routed experts only those it is sent to."""
+        return self._tables() + sum(self._block(i, active=True) for i in range(self.num_layers))
+
+    def kv_bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of keys and values that one token occupies over all layers (K_tok of the roofline)."""
+        width = self.latent.cache_width if self.latent else 2 * self.num_kv_heads * self.head_dim
+        return self.num_layers * width * itemsize
+
+    def _tables(self) -> int:
+        d = self.hidden_size
+        tables = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
+        return tables + self._norm() + (self.max_position_embeddings * d if self.learned_positions else 0)
+
+    def _norm(self) -> int:
+        return self.hidden_size * (2 if self.norm == "layer" else 1)
+
+    def _block(self, layer: int, *, active: bool) -> int:
+        d, norms = self.hidden_size, 2 * (self.pre_norm + self.post_norm) * self._norm()
+        attention = self._latent_attention(self.latent) if self.latent else self._attention()
+        if self.experts is None or not self.is_routed(layer):
+            return norms + attention + self._ffn(self.intermediate_size, bias=self.mlp_bias)
+        e = self.experts
+        router = e.num_experts * (d + e.correction_bias + e.bias)
+        shared = self._ffn(e.shared_size, bias=self.mlp_bias) if e.shared_size else 0
+        count = e.per_token if active else e.num_experts
+        return norms + attention + router + shared + count * self._ffn(e.ffn_size, bias=e.bias)
+
+    def _ffn(self, size: int, *, bias: bool) -> int:
+        ups = 2 if self.gated else 1
+        return (ups + 1) * self.hidden_size * size + (ups * size + self.hidden_size if bias else 0)
+
+    def _attention(self) -> int:
+        d, n, k, h = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
+        norms = {None: 0, "head": 2 * h, "full": (n + k) * h}[self.qk_norm]
+        biases = (n + 2 * k) * h * self.qkv_bias + d * self.out_bias + n * self.attention_sinks
+        return d * h * (n + 2 * k) + n * h * d + norms + biases
+
+    def _latent_attention(self, a: LatentAttention) -> int:
+        d, n, q_width = self.hidden_size, self.num_heads, a.nope_dim + a.rope_dim
+        queries = d * n * q_width if a.q_rank is None else a.q_rank * (d + 1 + n * q_width)
+        keys = d * a.cache_width + a.kv_rank + a.kv_rank * n * (a.nope_dim + a.value_dim)
+        return queries + keys + n * a.value_dim * d

@@ -1,0 +1,45 @@
+"""An iteration that was dispatched and not yet read.
+
+Device arrays on their way to the host -> each sampling chunk's tokens. Knows nothing of how they came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jaxllm.engine.sampling import Sampled
+from jaxllm.engine.scheduler import Chunk, IterationPlan
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """Work on its way: the chunks that sample, their rows, and what they sampled (hidden states where none does)."""
+
+    plan: IterationPlan
+    sampling: Sequence[Chunk]
+    rows: Sequence[int]
+    result: Sampled | jax.Array
+    dispatched: float
+
+    def read(self) -> list[tuple[Chunk, Sampled]]:
+        """Wait, and return each sampling chunk's tokens (and logprobs) with idle steps dropped.
+
+        It waits for iterations that sample nothing too: else all chunks of a long prompt would be on the device's queue
+        at once, before whoever comes next.
+        """
+        if not isinstance(self.result, Sampled):
+            jax.block_until_ready(self.result)
+            return []
+        arrays = jax.tree.map(np.asarray, self.result)
+        if not self.plan.is_decode_loop:
+            arrays = jax.tree.map(lambda a: a[None], arrays)
+        return [(c, _row(arrays, row, c.num_samples)) for c, row in zip(self.sampling, self.rows, strict=True)]
+
+
+def _row(arrays: Sampled, row: int, num_samples: int) -> Sampled:
+    count = int((arrays.tokens[:num_samples, row] >= 0).sum())
+    return jax.tree.map(lambda a: a[:count, row], arrays)
