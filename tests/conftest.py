@@ -14,12 +14,28 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"jaxllm-test-xla-{os.getuid()}"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
+# Most time of most tests is XLA's. Plain code is compiled in a little over half of it, and decides the same tokens.
+FULL = bool(os.environ.get("JAXLLM_FULL_TESTS"))
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "0" if FULL else "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with few and long tests first, so that processes that share the work end together."""
     long = ("sharding", "engine", "bench")
     items.sort(key=lambda item: not any(name in item.path.parts for name in long))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Choose how the compiler works before any fixture of the test compiles something."""
+    if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "0":
+        return
+    import jax
+
+    plain = not any(item.get_closest_marker(name) for name in ("optimized", "real_model"))
+    if jax.config.read("jax_disable_most_optimizations") != plain:
+        jax.clear_caches()  # what was compiled the other way
+        jax.config.update("jax_disable_most_optimizations", plain)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ def theirs(tiny_llama: Path) -> LlamaForCausalLM:
 
 def make_llm(folder: Path, **kwargs: Any) -> LLM:
     settings: dict[str, Any] = {
-        "dtype": "float32", "max_model_len": 128, "max_num_seqs": 8, "max_num_batched_tokens": 32, "page_size": 8,
+        "dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8,
         "kv_cache_memory_bytes": 8 << 20,
     }  # fmt: skip
     return LLM(str(folder), **settings | kwargs)

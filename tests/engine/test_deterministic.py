@@ -10,6 +10,8 @@ import pytest
 
 from jaxllm import LLM, SamplingParams
 
+pytestmark = pytest.mark.optimized
+
 Answer = tuple[list[int], bytes]
 
 

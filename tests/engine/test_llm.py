@@ -1,7 +1,11 @@
-"""The `LLM` face and the engine's loop on a tiny random model: what users type, and what they get wrong."""
+"""The `LLM` face and the engine's loop on a tiny random model: what users type, and what they get wrong.
+
+More ways to run it with JAXLLM_FULL_TESTS=1.
+"""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 def make_llm(folder: Path, **kwargs: Any) -> LLM:
     settings: dict[str, Any] = {
-        "dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 32, "page_size": 8,
+        "dtype": "float32", "max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8,
         "kv_cache_memory_bytes": 8 << 20,
     }  # fmt: skip
     return LLM(str(folder), **settings | kwargs)
@@ -55,11 +59,16 @@ def test_greedy_tokens_equal_transformers(llm: LLM, theirs: LlamaForCausalLM) ->
         assert len(set(expected)) > 3, "a constant answer would hide errors"
 
 
-@pytest.mark.parametrize("kwargs", [
-    {"max_num_batched_tokens": 8}, {"page_size": 32}, {"page_size": 4, "max_num_batched_tokens": 16},
-    {"max_decode_steps": 1}, {"mesh": "tp=2"}, {"mesh": "tp=4"}, {"mesh": "tp=2", "sharding_rules": "column_only"},
-    {"mesh": "dp=2,tp=2"}, {"mesh": "tp=2", "sharding_rules": "replicated"}, {"enable_prefix_caching": False},
-])  # fmt: skip
+WAYS: list[dict[str, Any]] = [
+    {"page_size": 4, "max_num_batched_tokens": 8}, {"max_decode_steps": 1, "page_size": 32},
+    {"mesh": "tp=2", "sharding_rules": "column_only"}, {"mesh": "dp=2,tp=2"}, {"enable_prefix_caching": False},
+]  # fmt: skip
+if os.environ.get("JAXLLM_FULL_TESTS"):
+    WAYS += [{"max_num_batched_tokens": 8}, {"page_size": 32}, {"page_size": 4, "max_num_batched_tokens": 16}]
+    WAYS += [{"max_num_seqs": 8}, {"mesh": "tp=2"}, {"mesh": "tp=4"}, {"mesh": "tp=2", "sharding_rules": "replicated"}]
+
+
+@pytest.mark.parametrize("kwargs", WAYS, ids=lambda kwargs: ",".join(f"{k}={v}" for k, v in kwargs.items()))
 def test_tokens_do_not_depend_on_how_the_engine_runs(llm: LLM, tiny_llama: Path, kwargs: dict[str, Any]) -> None:
     given = [{"prompt_token_ids": p} for p in prompts()]
     other = make_llm(tiny_llama, **kwargs)
@@ -122,7 +131,7 @@ def test_a_newcomer_gets_its_first_token_in_the_iteration_that_admits_it(llm: LL
 
 
 def test_no_compilation_after_warm_up_on_a_mixed_workload(tiny_llama: Path) -> None:
-    llm = make_llm(tiny_llama)
+    llm = make_llm(tiny_llama, max_num_seqs=8)
     llm.engine.runner.warm_up()
     mixed = [
         SamplingParams(temperature=0.0, max_tokens=5),

@@ -19,15 +19,15 @@ PAGE_BYTES = 2 * 2 * 8 * 2 * 16 * 4  # layers, K and V, tokens, heads, width, fl
 
 def make_llm(folder: Path, **kwargs: Any) -> LLM:
     settings: dict[str, Any] = {
-        "dtype": "float32", "max_model_len": 1100, "max_num_seqs": 8, "max_num_batched_tokens": 32, "page_size": 8,
+        "dtype": "float32", "max_model_len": 1100, "max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8,
         "kv_cache_memory_bytes": 8 << 20,
     }  # fmt: skip
     return LLM(str(folder), **settings | kwargs)
 
 
 def make_small(folder: Path, **kwargs: Any) -> LLM:
-    """32 slots and 48 pages."""
-    return make_llm(folder, max_num_seqs=32, max_model_len=64, kv_cache_memory_bytes=49 * PAGE_BYTES, **kwargs)
+    """8 slots and 12 pages."""
+    return make_llm(folder, max_num_seqs=8, max_model_len=64, kv_cache_memory_bytes=13 * PAGE_BYTES, **kwargs)
 
 
 def prompts(lengths: tuple[int, ...] = (90, 33, 70, 50, 44, 61), seed: int = 0) -> list[dict[str, Any]]:
@@ -150,10 +150,10 @@ def test_a_pool_too_small_by_four_finishes_every_request_with_the_same_tokens(
     plain: LLM, tiny_llama: Path, mode: str
 ) -> None:
     rng = np.random.default_rng(5)
-    given = [{"prompt_token_ids": rng.integers(0, 256, 20).tolist()} for _ in range(32)]
+    given = [{"prompt_token_ids": rng.integers(0, 256, 20).tolist()} for _ in range(12)]
     params = SamplingParams(temperature=0.0, max_tokens=28, ignore_eos=True)  # 6 pages each
     small = make_small(tiny_llama, host_kv_bytes=400 * PAGE_BYTES, preemption_mode=mode, enable_prefix_caching=False)
-    assert small.engine.pool.num_usable == 32 * 6 // 4
+    assert small.engine.pool.num_usable == 8 * 6 // 4
     outputs = small.generate(given, params)
     assert ids(outputs) == ids(plain.generate(given, params))
     metrics = small.get_metrics()
@@ -282,7 +282,7 @@ def test_after_a_failed_iteration_no_tier_gives_back_what_it_held(tiny_llama: Pa
     engine = llm.engine
     llm.generate(prompts(), GREEDY)
     engine.evict_idle()
-    running = [engine.add_request(p["prompt_token_ids"], GREEDY) for p in prompts()]
+    running = [engine.add_request(p["prompt_token_ids"], GREEDY) for p in prompts()[:4]]
     engine.step()
     assert any(r.load is not None for r in running)
     engine.recover()

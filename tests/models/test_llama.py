@@ -21,11 +21,13 @@ LLAMA3_ROPE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("overrides", [
-    {}, {"tie_word_embeddings": False, "num_key_value_heads": 4}, {"num_key_value_heads": 1, "head_dim": 32},
-    {"rope_parameters": LLAMA3_ROPE},
+ONE_KV_HEAD = {"num_key_value_heads": 1, "head_dim": 32}
+
+
+@pytest.mark.parametrize(("overrides", "mesh"), [
+    ({}, "tp=1"), ({"tie_word_embeddings": False, "num_key_value_heads": 4}, "tp=1"), (ONE_KV_HEAD, "tp=1"),
+    (ONE_KV_HEAD, "tp=4"), ({"rope_parameters": LLAMA3_ROPE}, "tp=1"),
 ])  # fmt: skip
-@pytest.mark.parametrize("mesh", ["tp=1", "tp=4"])
 def test_logits_equal_transformers(tmp_path: Path, overrides: dict[str, Any], mesh: str) -> None:
     folder = write_tiny_model(tmp_path, **overrides)
     llm = LLM(

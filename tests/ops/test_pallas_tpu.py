@@ -31,6 +31,8 @@ from jaxllm.ops.attention import (
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import load_rules
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.fixture(scope="module")
 def v5e():

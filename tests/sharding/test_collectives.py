@@ -12,6 +12,8 @@ from jaxllm.config import EngineConfig
 from jaxllm.sharding.collectives import KINDS, count_collectives, find_collectives, format_counts
 from tests.helpers.tiny_model import HIDDEN, write_tiny_model
 
+pytestmark = pytest.mark.optimized
+
 NONE = dict.fromkeys(KINDS, 0)
 
 

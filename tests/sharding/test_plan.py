@@ -24,6 +24,8 @@ from jaxllm.sharding.search import search
 from jaxllm.sharding.topology import open_topology, parse_overflow, parse_topology
 from tests.helpers.tiny_model import write_tiny_model
 
+pytestmark = pytest.mark.optimized
+
 GIB = 1 << 30
 SMALL = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 256}
 SLICES = {"v5e:2x2": 15.75, "v6e:2x2": 31.25, "v5p:2x2x1": 95.74}  # and the GiB their compiler gives a program

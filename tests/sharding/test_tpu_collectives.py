@@ -19,6 +19,8 @@ from safetensors.numpy import save_file
 from jaxllm.config import EngineConfig
 from jaxllm.sharding.collectives import KINDS, count_collectives
 
+pytestmark = pytest.mark.optimized
+
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("needs libtpu (the plan extra)", allow_module_level=True)
 
