@@ -68,9 +68,14 @@ class Stream:
         """Hand over news; on the stream's own loop."""
         if update.delta is not None:
             self._news.append((index, update.delta))
-        if update.error is not None and self._error is None:
-            self._error = update.error
+        if update.error is not None:
+            self.fail(update.error)
         self._unfinished -= update.finished
+        self._wake.set()
+
+    def fail(self, error: Exception) -> None:
+        """Let the iteration raise `error` after the news that are there, and at once if it waits."""
+        self._error = self._error or error
         self._wake.set()
 
     def __aiter__(self) -> Stream:

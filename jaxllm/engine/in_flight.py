@@ -34,12 +34,10 @@ class InFlight:
         if not isinstance(self.result, Sampled):
             jax.block_until_ready(self.result)
             return []
-        arrays = jax.tree.map(np.asarray, self.result)
+        arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(self.result)]
         if not self.plan.is_decode_loop:
-            arrays = jax.tree.map(lambda a: a[None], arrays)
-        return [(c, _row(arrays, row, c.num_samples)) for c, row in zip(self.sampling, self.rows, strict=True)]
-
-
-def _row(arrays: Sampled, row: int, num_samples: int) -> Sampled:
-    count = int((arrays.tokens[:num_samples, row] >= 0).sum())
-    return jax.tree.map(lambda a: a[:count, row], arrays)
+            arrays = [a[None] for a in arrays]
+        taken = np.cumsum(arrays[0] >= 0, axis=0).tolist()  # tokens of each row after each step
+        counts = (taken[c.num_samples - 1][row] for c, row in zip(self.sampling, self.rows, strict=True))
+        rows = zip(self.sampling, self.rows, counts, strict=True)
+        return [(chunk, Sampled(*(a[:count, row] for a in arrays))) for chunk, row, count in rows]

@@ -27,7 +27,7 @@ class Generation:
         self.num_generated = 0
         self._ctx, self._stream, self._n = ctx, stream, n
         self._started = time.perf_counter()
-        self._deadline = asyncio.get_running_loop().time() + ctx.settings.request_timeout
+        self._timer = asyncio.get_running_loop().call_later(ctx.settings.request_timeout, stream.fail, TimeoutError())
         self._last: dict[tuple[int, int], float] = {}
         self._unfinished = len(stream.outputs) * n
 
@@ -45,8 +45,7 @@ class Generation:
         return self
 
     async def __anext__(self) -> News:
-        async with asyncio.timeout_at(self._deadline):
-            news = await self._stream.__anext__()
+        news = await self._stream.__anext__()
         self._observe(news)
         return news
 
@@ -63,6 +62,7 @@ class Generation:
 
     def close(self) -> None:
         """Free what it holds; unfinished requests count as aborted."""
+        self._timer.cancel()
         self._stream.cancel()
         if self._unfinished:
             self._ctx.metrics.finished("abort", self._unfinished)

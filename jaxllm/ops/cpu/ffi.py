@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+_SPINS = 200  # some microseconds; then whoever does the last part may have lost its core, and gets this one
 _lock = threading.Lock()
 _engines: dict[str, Any] = {}  # what keeps each registered kernel's code alive
 
@@ -105,6 +106,7 @@ def _handler(num_parts: int, num_operands: int) -> str:
     return f"""
 declare ptr @malloc(i64)
 declare void @free(ptr)
+declare i32 @sched_yield()
 declare void @llvm.x86.sse2.pause()
 
 define internal void @work(ptr %job) {{
@@ -187,11 +189,17 @@ execute:
   call void @work(ptr %job)
   br label %wait
 wait:
+  %turns = phi i64 [0, %execute], [%turns.next, %spin], [%turns.next, %give_way]
+  %turns.next = add i64 %turns, 1
   %finished = load atomic i64, ptr %done acquire, align 8
   %all = icmp eq i64 %finished, {num_parts}
   br i1 %all, label %exit, label %spin
 spin:
   call void @llvm.x86.sse2.pause()
+  %long = icmp sgt i64 %turns, {_SPINS}
+  br i1 %long, label %give_way, label %wait
+give_way:
+  call i32 @sched_yield()
   br label %wait
 exit:
   call void @leave(ptr %job)
