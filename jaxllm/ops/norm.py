@@ -5,17 +5,42 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+_MOST_TERMS = 64  # that are added one after the other
+
 
 def rms_norm(x_TD: jax.Array, scale_D: jax.Array, eps: float, axes: int | tuple[int, ...] = -1) -> jax.Array:
     """Root-mean-square norm over `axes` (Zhang & Sennrich 2019), computed in float32."""
     x32 = x_TD.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=axes, keepdims=True) + eps)
+    inverse = jax.lax.rsqrt(_mean(x32 * x32, axes) + eps)
     return (x32 * inverse * scale_D.astype(jnp.float32)).astype(x_TD.dtype)
 
 
 def layer_norm(x_TD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> jax.Array:
     """Mean and variance norm over the last dim (Ba et al. 2016), computed in float32."""
     x32 = x_TD.astype(jnp.float32)
-    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+    centred = x32 - _mean(x32, -1)
+    inverse = jax.lax.rsqrt(_mean(centred * centred, -1) + eps)
     return (centred * inverse * scale_D + bias_D).astype(x_TD.dtype)
+
+
+def _mean(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    """The mean, with the reduced dims kept.
+
+    XLA's CPU backend sums a row in an order that depends on the number of rows; there the order is spelled out.
+    """
+    if axes != -1:
+        return jnp.mean(x, axis=axes, keepdims=True)
+    return jax.lax.platform_dependent(x, cpu=_mean_by_halves, default=lambda x: jnp.mean(x, axis=-1, keepdims=True))
+
+
+def _mean_by_halves(x: jax.Array) -> jax.Array:
+    width = left = x.shape[-1]
+    while left % 2 == 0:
+        left //= 2
+        x = x[..., :left] + x[..., left:]
+    if left > _MOST_TERMS:
+        return jnp.sum(x, axis=-1, keepdims=True) / width
+    total = x[..., :1]
+    for i in range(1, left):
+        total = total + x[..., i : i + 1]
+    return total / width
