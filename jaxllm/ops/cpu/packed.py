@@ -11,6 +11,7 @@ Dimension letters: M rows of x, K contracted, N columns, B panels, C columns of 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 
@@ -96,9 +97,15 @@ def packed_rows(matrix: PackedMatrix, index_T: jax.Array) -> jax.Array:
 def matmul(x_MK: jax.Array, panels_BKC: jax.Array) -> jax.Array:
     """float32 `[M, N]`; `x` is rounded to bfloat16."""
     (m, k), (b, _, c) = x_MK.shape, panels_BKC.shape
-    num_parts = min(b, 4 * ffi.num_threads())
-    name = ffi.register(_kernel(m, k, b, num_parts), num_parts, num_operands=2)
-    return jax.ffi.ffi_call(name, jax.ShapeDtypeStruct((m, b * c), jnp.float32))(x_MK.astype(jnp.bfloat16), panels_BKC)
+    return jax.ffi.ffi_call(_target(m, k, b), jax.ShapeDtypeStruct((m, b * c), jnp.float32))(
+        x_MK.astype(jnp.bfloat16), panels_BKC
+    )
+
+
+@functools.cache  # every layer's trace asks again
+def _target(m: int, k: int, num_panels: int) -> str:
+    num_parts = min(num_panels, 4 * ffi.num_threads())
+    return ffi.register(_kernel(m, k, num_panels, num_parts), num_parts, num_operands=2)
 
 
 def _kernel(m: int, k: int, num_panels: int, num_parts: int) -> str:
