@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -76,7 +77,9 @@ class AbstractModel:
         """A parameter's value as it is kept."""
         if not self.packs(variable):
             return array
-        panels = pack(np.asarray(array), variable.get_metadata("contracted"))
+        contracted = variable.get_metadata("contracted")
+        want = abstract_panels(variable.get_value(), contracted)
+        panels = pack(np.asarray(array), contracted, _aligned(want.shape, want.dtype))
         return jax.device_put(panels, self.placement.replicated, may_alias=True)
 
     def shardings(self) -> Any:
@@ -191,14 +194,19 @@ def _load_array(source: Source, want: Any, sharding: jax.sharding.NamedSharding,
 def _read_shard(source: Source, box: Box, dtype: jnp.dtype, checkpoint: Checkpoint) -> np.ndarray:
     """A box of a parameter. Each piece's pages are let go of at once: the file never counts as memory."""
     shape = [part.stop - part.start for part in box]
-    num_bytes = math.prod(shape) * dtype.itemsize
-    buffer = np.zeros(num_bytes + _ALIGNMENT, np.uint8)  # zeros: rows that pad the vocabulary come from no tensor
-    first = -buffer.ctypes.data % _ALIGNMENT
-    out = buffer[first : first + num_bytes].view(dtype).reshape(shape)
+    out = _aligned(shape, dtype)  # zeros: rows that pad the vocabulary come from no tensor
     for name, target, value in source.pieces(box, checkpoint.read, _PIECE_ELEMENTS):
         out[target] = value if value.flags.c_contiguous else _transposed(value)
         checkpoint.release(name)
     return out
+
+
+def _aligned(shape: Sequence[int], dtype: jnp.dtype) -> np.ndarray:
+    """Zeros that the CPU backend takes over without a copy."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    buffer = np.zeros(num_bytes + _ALIGNMENT, np.uint8)
+    first = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[first : first + num_bytes].view(dtype).reshape(shape)
 
 
 def _transposed(value: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from jaxllm.ops.cpu.lanes import VECTOR, ZERO
 
 PANEL = 32  # columns; two registers of sixteen float32 sums for each row of x
 _ROWS = 12  # of x at a time: 24 sums, two registers of weights and some to spare, of 32
+_PACK_ELEMENTS = 1 << 17  # of a matrix packed at a time
 _DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 _DECLARATIONS = f"""
 declare {VECTOR} @{_DOT}({VECTOR}, <32 x bfloat>, <32 x bfloat>)
@@ -64,17 +65,24 @@ def abstract_panels(matrix: jax.ShapeDtypeStruct, contracted: tuple[int, ...]) -
     return jax.ShapeDtypeStruct((n // PANEL, k // 2, PANEL), jnp.uint32)
 
 
-def pack(matrix: np.ndarray, contracted: tuple[int, ...]) -> np.ndarray:
+def pack(matrix: np.ndarray, contracted: tuple[int, ...], out: np.ndarray | None = None) -> np.ndarray:
     """Panels `[B, K/2, C]` of a bfloat16 matrix whose contracted dims are its first or its last."""
     k, n = _sizes(matrix.shape, contracted)
     bits = np.ascontiguousarray(matrix).view(np.uint16)
+    shape = (n // PANEL, k // 2, PANEL)
+    panels = np.empty(shape, np.uint32) if out is None else out
     if contracted[0] > 0:
-        return np.ascontiguousarray(bits.view(np.uint32).reshape(n // PANEL, PANEL, k // 2).swapaxes(1, 2))
-    bits = bits.reshape(k // 2, 2, n)
-    pairs = bits[:, 1].astype(np.uint32)
-    pairs <<= 16
-    pairs |= bits[:, 0]
-    return np.ascontiguousarray(pairs.reshape(k // 2, n // PANEL, PANEL).swapaxes(0, 1))
+        np.copyto(panels, bits.view(np.uint32).reshape(n // PANEL, PANEL, k // 2).swapaxes(1, 2))
+        return panels
+    rows = bits.reshape(k // 2, 2, n)
+    block = max(1, _PACK_ELEMENTS // n)  # pairs of rows at a time, which the processor's cache holds
+    for first in range(0, k // 2, block):
+        some = rows[first : first + block]
+        pairs = some[:, 1].astype(np.uint32)
+        pairs <<= 16
+        pairs |= some[:, 0]
+        panels[:, first : first + block] = pairs.reshape(-1, n // PANEL, PANEL).swapaxes(0, 1)
+    return panels
 
 
 def packed_product(x: jax.Array, matrix: PackedMatrix) -> jax.Array:
