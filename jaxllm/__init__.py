@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxllm.config import EngineConfig, ModelConfig
+    from jaxllm.config.sampling import SamplingParams
+    from jaxllm.decoding.beam_search import BeamSearchParams
     from jaxllm.engine.async_llm import AsyncLLM
-    from jaxllm.engine.beam_search import BeamSearchParams
     from jaxllm.engine.llm import LLM
     from jaxllm.engine.outputs import CompletionOutput, RequestOutput
-    from jaxllm.engine.sampling_params import SamplingParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,8 +28,8 @@ __all__ = [
 _HOMES = {
     "LLM": "jaxllm.engine.llm",
     "AsyncLLM": "jaxllm.engine.async_llm",
-    "BeamSearchParams": "jaxllm.engine.beam_search",
-    "SamplingParams": "jaxllm.engine.sampling_params",
+    "BeamSearchParams": "jaxllm.decoding.beam_search",
+    "SamplingParams": "jaxllm.config.sampling",
     "RequestOutput": "jaxllm.engine.outputs",
     "CompletionOutput": "jaxllm.engine.outputs",
     "EngineConfig": "jaxllm.config",

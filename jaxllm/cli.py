@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxllm import __version__
-from jaxllm.bench import cli as bench_cli
+from jaxllm.commands import bench as bench_cli
+from jaxllm.commands import plan as plan_cli
+from jaxllm.commands import roofline as roofline_cli
+from jaxllm.commands import serve as server_cli
+from jaxllm.commands.flags import add_engine_flags, add_sampling_flags, engine_arguments, load_llm
+from jaxllm.commands.interrupts import EXIT_CODE, counted_interrupts, forget_interrupt
 from jaxllm.config import DTYPES, EngineConfig
-from jaxllm.flags import add_engine_flags, add_sampling_flags, engine_arguments, load_llm
-from jaxllm.interrupts import EXIT_CODE, counted_interrupts, forget_interrupt
-from jaxllm.roofline import cli as roofline_cli
-from jaxllm.server import cli as server_cli
-from jaxllm.sharding import plan_cli
 
 if TYPE_CHECKING:
     from jaxllm import LLM, RequestOutput, SamplingParams
@@ -247,7 +247,7 @@ def _pull(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from jaxllm.models.convert import convert
+    from jaxllm.weights.convert import convert
 
     path = convert(
         args.source, args.target, to=args.to, dtype=args.dtype, mesh=args.mesh, sharding_rules=args.sharding_rules
@@ -258,11 +258,11 @@ def _convert(args: argparse.Namespace) -> int:
 
 def _collectives(args: argparse.Namespace) -> int:
     if args.topology:
-        from jaxllm.sharding.topology import prepare_environment
+        from jaxllm.deployment.topology import prepare_environment
 
         prepare_environment()  # before anything loads JAX
-    from jaxllm.sharding.block_plot import check_plotting, save_plot
-    from jaxllm.sharding.collectives import count_collectives, format_counts
+    from jaxllm.deployment.block_plot import check_plotting, save_plot
+    from jaxllm.deployment.collectives import count_collectives, format_counts
 
     if args.plot:
         check_plotting()

@@ -255,12 +255,12 @@ def make_runner(plan: Plan, kv_dtype: str) -> tuple[Any, Any]:
 
     from jaxllm.config import EngineConfig, ModelConfig
     from jaxllm.engine.build import make_model, runner_shapes
-    from jaxllm.engine.ceilings import engine_cost
-    from jaxllm.engine.compile import Compiler
-    from jaxllm.engine.runner import ModelRunner
-    from jaxllm.models.loader import random_parameters
+    from jaxllm.runner.compiler import Compiler
+    from jaxllm.runner.runner import ModelRunner
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
+    from jaxllm.telemetry.device_peaks import engine_cost
+    from jaxllm.weights.loader import random_parameters
 
     most = max(plan.prefill)
     config = EngineConfig(
@@ -287,7 +287,7 @@ def make_runner(plan: Plan, kv_dtype: str) -> tuple[Any, Any]:
 
 def bucket(runner: Any, rows: int) -> int:
     """The decode loop's bucket for so many rows."""
-    from jaxllm.engine.batch import bucket_for
+    from jaxllm.runner.batch import bucket_for
 
     return bucket_for(rows, runner.shapes.row_buckets)
 
@@ -297,7 +297,7 @@ def decode_seconds(runner: Any, rows: int, context: int, plan: Plan) -> float:
     import jax
     import numpy as np
 
-    from jaxllm.engine import batch as batches
+    from jaxllm.runner import batch as batches
 
     size, shapes = bucket(runner, rows), runner.shapes
     loop = runner.compiler.program(("decode", size, True))
@@ -329,10 +329,10 @@ def prefill_seconds(runner: Any, tokens: int) -> float:
     """Least seconds of a forward pass over one prompt."""
     import numpy as np
 
-    from jaxllm.engine import batch as batches
-    from jaxllm.engine.request import Request
-    from jaxllm.engine.sampling_params import SamplingParams
-    from jaxllm.engine.scheduler import Chunk, IterationPlan
+    from jaxllm.config.sampling import SamplingParams
+    from jaxllm.runner import batch as batches
+    from jaxllm.scheduling.request import Request
+    from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 
     request = Request("prefill", [1] * tokens, SamplingParams(), limit=tokens)
     request.slot, request.pages = 0, list(range(1, 1 + -(-tokens // runner.shapes.page_size)))

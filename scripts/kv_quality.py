@@ -38,9 +38,9 @@ def last_logits(llm: Any, ids: list[int], count: int) -> np.ndarray:
     """Logits `[count, V]` of the last positions, all keys and values before them read from the cache."""
     import jax
 
-    from jaxllm.engine.request import Request
-    from jaxllm.engine.sampling_params import SamplingParams
-    from jaxllm.engine.scheduler import Chunk, IterationPlan
+    from jaxllm.config.sampling import SamplingParams
+    from jaxllm.scheduling.request import Request
+    from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 
     runner, start = llm.engine.runner, 0
     request = Request("logits", ids, SamplingParams(), limit=len(ids))
@@ -58,7 +58,7 @@ def last_logits(llm: Any, ids: list[int], count: int) -> np.ndarray:
 def measure(args: argparse.Namespace, dtype: str, ids: list[int]) -> dict[str, Any]:
     """Everything about one cache dtype."""
     from jaxllm import LLM, SamplingParams
-    from jaxllm.cache.pages import token_bytes
+    from jaxllm.kv.memory import token_bytes
 
     length = len(ids) + 128
     llm = LLM(

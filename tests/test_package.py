@@ -28,8 +28,8 @@ def python(code: str, *, cwd: Path = ROOT, **environment: str) -> str:
 
 @pytest.mark.parametrize(
     "module",
-    ["jaxllm", "jaxllm.cli", "jaxllm.engine.scheduler", "jaxllm.engine.page_pool", "jaxllm.engine.request",
-     "jaxllm.engine.sampling_params", "jaxllm.sharding.rules", "jaxllm.checkpoints", "jaxllm.tokenizer"],
+    ["jaxllm", "jaxllm.cli", "jaxllm.scheduling.scheduler", "jaxllm.scheduling.page_pool", "jaxllm.scheduling.request",
+     "jaxllm.config.sampling", "jaxllm.sharding.rules", "jaxllm.checkpoints", "jaxllm.tokenizer"],
 )  # fmt: skip
 def test_import_loads_no_array_library(module):
     loaded = python(f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})").split()

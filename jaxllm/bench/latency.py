@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxllm.engine.sampling_params import SamplingParams
+from jaxllm.config.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from jaxllm.bench.workload import Planned

@@ -29,7 +29,7 @@ from pathlib import Path
 from jaxllm.config import EngineConfig, ModelConfig
 from jaxllm.checkpoints import open_checkpoint
 from jaxllm.engine.build import make_model
-from jaxllm.models.loader import load_parameters
+from jaxllm.weights.loader import load_parameters
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
 import jax
@@ -97,7 +97,7 @@ def _make_folder(folder: Path, num_bytes: int, num_files: int) -> list[Path]:
     from safetensors.numpy import save_file
 
     from jaxllm.config import ModelConfig
-    from jaxllm.models.llama import weight_map
+    from jaxllm.families.llama import weight_map
 
     def tensors(layers: int) -> dict[str, tuple[int, ...]]:
         cfg = ModelConfig.from_hf(_BASE | {"num_hidden_layers": layers})

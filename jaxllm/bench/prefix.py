@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.bench.workload import random_prompts
-from jaxllm.engine.sampling_params import SamplingParams
+from jaxllm.config.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from jaxllm.engine.llm import LLM

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxllm.bench.workload import TRACE_BLOCK, trace_rows
-from jaxllm.engine.request import Request
-from jaxllm.engine.sampling_params import SamplingParams
-from jaxllm.engine.scheduler import IterationPlan, Scheduler
+from jaxllm.config.sampling import SamplingParams
+from jaxllm.scheduling.request import Request
+from jaxllm.scheduling.scheduler import IterationPlan, Scheduler
 
 _MAX_QUEUED = 4  # requests that wait in the scheduler; the rest stays in the file
 

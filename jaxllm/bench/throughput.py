@@ -15,8 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.engine.ceilings import measured_ceilings
-from jaxllm.engine.sampling_params import SamplingParams
+from jaxllm.config.sampling import SamplingParams
+from jaxllm.telemetry.device_peaks import measured_ceilings
 
 if TYPE_CHECKING:
     from jaxllm.bench.workload import Planned

@@ -62,7 +62,7 @@ def _weight_files(folder: Path) -> dict[str, SafetensorsFile]:
         return dict.fromkeys(file.tensors, file)
     if (folder / _INDEX).is_file():
         return _sharded(folder)
-    if (folder / "parameters").is_dir():  # Orbax: jaxllm.models.orbax reads it, there is no tensor here
+    if (folder / "parameters").is_dir():  # Orbax: jaxllm.weights.orbax reads it, there is no tensor here
         return {}
     if any(file.suffix in PICKLE_SUFFIXES for file in folder.iterdir()):
         raise refuse_pickle(folder)

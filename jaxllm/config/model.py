@@ -97,7 +97,7 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
         """Read a Hugging Face `config.json`. Raises ValueError for what this engine would compute wrongly."""
-        from jaxllm.models.families import family_of
+        from jaxllm.families.registry import family_of
 
         return family_of(hf).config(hf)
 

@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxllm.config import EngineConfig
+from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.build import build_engine
+from jaxllm.engine.completions import Job, Jobs, Prompt, sampling_defaults
 from jaxllm.engine.engine_thread import CompletionDelta, EngineError, EngineThread, Update
-from jaxllm.engine.jobs import Job, Jobs, Prompt, sampling_defaults
 from jaxllm.engine.outputs import CompletionOutput, RequestOutput
-from jaxllm.engine.sampling_params import SamplingParams
 from jaxllm.engine.scoring import ScoringPass
 
 T = TypeVar("T")

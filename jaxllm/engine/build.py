@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.config import EngineConfig, ModelConfig
 
 if TYPE_CHECKING:
-    from jaxllm.cache.mover import Mover
-    from jaxllm.cache.tiers import Tiers
     from jaxllm.checkpoints import Checkpoint
     from jaxllm.engine.engine import Engine
-    from jaxllm.engine.runner import ModelRunner
-    from jaxllm.engine.shapes import RunnerShapes
-    from jaxllm.models.loader import AbstractModel
+    from jaxllm.kv.mover import Mover
+    from jaxllm.runner.runner import ModelRunner
+    from jaxllm.runner.shapes import RunnerShapes
+    from jaxllm.scheduling.tiers import Tiers
     from jaxllm.sharding.mesh import Placement
     from jaxllm.tokenizer import Tokenizer
+    from jaxllm.weights.loader import AbstractModel
 
 log = logging.getLogger(__name__)
 _CPU_CACHE_BYTES = 384 << 20  # the default model's longest request; a server sets its own
@@ -51,7 +51,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
     parse_mesh(config.mesh)
     rules = load_rules(config.sharding_rules)
     if config.is_distributed:
-        from jaxllm.engine.processes import initialize
+        from jaxllm.runner.processes import initialize
 
         initialize(config)
     source = _dummy(config, progress) if config.load_format == "dummy" else _weights(config, progress)
@@ -60,7 +60,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
         tokenizer: Future[Tokenizer | None] = pool.submit(_tokenizer, config, source.path)
 
         from jaxllm.engine.engine import Engine
-        from jaxllm.engine.runner import ModelRunner
+        from jaxllm.runner.runner import ModelRunner
         from jaxllm.sharding.mesh import Placement, make_mesh
 
         use_compilation_cache()
@@ -73,7 +73,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
         del source  # unmaps the files before the cache is allocated
         runner.start(params)
         if config.is_distributed:
-            from jaxllm.engine.processes import lead_or_follow
+            from jaxllm.runner.processes import lead_or_follow
 
             lead_or_follow(runner, config)  # ends here on all processes but the first
         text = tokenizer.result()
@@ -106,10 +106,10 @@ def model_identity(config: EngineConfig, hf: dict, path: Path | None) -> str:
 
 def _tiers(config: EngineConfig, runner: ModelRunner, identity: str) -> tuple[Tiers | None, Mover | None]:
     """What is kept below the device, where anything is."""
-    from jaxllm.cache.disk_store import DiskStore
-    from jaxllm.cache.host_pool import HostPool
-    from jaxllm.cache.mover import Mover, page_format
-    from jaxllm.cache.tiers import Tiers
+    from jaxllm.kv.disk_store import DiskStore
+    from jaxllm.kv.mover import Mover, page_format
+    from jaxllm.scheduling.host_pool import HostPool
+    from jaxllm.scheduling.tiers import Tiers
 
     if not config.host_kv_bytes:
         if config.preemption_mode == "swap":
@@ -148,7 +148,7 @@ class _Model:
 
 def _weights(config: EngineConfig, progress: bool) -> _Model:
     from jaxllm.checkpoints import open_checkpoint, resolve_model
-    from jaxllm.models.presets import PRESETS
+    from jaxllm.families.presets import PRESETS
 
     if config.model in PRESETS and not os.path.exists(config.model):
         raise ValueError(
@@ -161,8 +161,8 @@ def _weights(config: EngineConfig, progress: bool) -> _Model:
 
 
 def _parameters(config: EngineConfig, source: _Model, model: AbstractModel) -> Any:
-    from jaxllm.models.loader import load_parameters, random_parameters
-    from jaxllm.models.orbax import is_orbax, restore_parameters
+    from jaxllm.weights.loader import load_parameters, random_parameters
+    from jaxllm.weights.orbax import is_orbax, restore_parameters
 
     if source.checkpoint is None:
         return random_parameters(model, config.seed)
@@ -173,7 +173,7 @@ def _parameters(config: EngineConfig, source: _Model, model: AbstractModel) -> A
 
 def _dummy(config: EngineConfig, progress: bool) -> _Model:
     from jaxllm.checkpoints import resolve_model
-    from jaxllm.models.presets import PRESETS, hf_config
+    from jaxllm.families.presets import PRESETS, hf_config
 
     path = None if config.model in PRESETS else resolve_model(config.model, progress=progress)
     return _Model(hf_config(config.model), path, None)
@@ -196,7 +196,7 @@ def make_model(config: EngineConfig, model_config: ModelConfig, placement: Place
     """The abstract decoder in the dtype asked for; bfloat16 unless told otherwise."""
     import jax.numpy as jnp
 
-    from jaxllm.models.loader import abstract_model
+    from jaxllm.weights.loader import abstract_model
 
     name = "bfloat16" if config.dtype == "auto" else config.dtype
     return abstract_model(model_config, placement, jnp.dtype(name), is_packed=_packs(config, placement))
@@ -223,9 +223,9 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
     """Fix every static size. Raises ValueError where the cache cannot hold one request of `max_model_len`."""
     import jax.numpy as jnp
 
-    from jaxllm.cache.pages import token_bytes
-    from jaxllm.engine.shapes import RunnerShapes
+    from jaxllm.kv.memory import token_bytes
     from jaxllm.ops.attention import XLA, choose_backend, fit_backend
+    from jaxllm.runner.shapes import RunnerShapes
 
     platform = model.placement.mesh.devices.flat[0].platform
     on_cpu = platform == "cpu"
@@ -271,7 +271,7 @@ def _agreed(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
     shapes = runner_shapes(config, model)
     if not config.is_distributed:
         return shapes
-    from jaxllm.engine.processes import check_mesh, least
+    from jaxllm.runner.processes import check_mesh, least
 
     check_mesh(model.placement.mesh)
     pages, length = least(shapes.num_pages), least(shapes.max_model_len)

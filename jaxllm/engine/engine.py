@@ -13,18 +13,18 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxllm.cache.mover import Mover
-from jaxllm.cache.tiers import Tiers
-from jaxllm.engine.accounting import Accounting, IterationRecord
-from jaxllm.engine.ceilings import engine_cost, known_ceilings
-from jaxllm.engine.in_flight import InFlight
-from jaxllm.engine.page_pool import PagePool
-from jaxllm.engine.replicas import Replicas
-from jaxllm.engine.request import Constraint, Request, Status, next_arrival
-from jaxllm.engine.runner import ModelRunner
-from jaxllm.engine.sampling import Sampled
-from jaxllm.engine.sampling_params import SamplingParams
-from jaxllm.engine.scheduler import Chunk, Scheduler
+from jaxllm.config.sampling import SamplingParams
+from jaxllm.kv.mover import Mover
+from jaxllm.runner.in_flight import InFlight
+from jaxllm.runner.runner import ModelRunner
+from jaxllm.runner.sampler import Sampled
+from jaxllm.scheduling.page_pool import PagePool
+from jaxllm.scheduling.replicas import Replicas
+from jaxllm.scheduling.request import Constraint, Request, Status, next_arrival
+from jaxllm.scheduling.scheduler import Chunk, Scheduler
+from jaxllm.scheduling.tiers import Tiers
+from jaxllm.telemetry.accounting import Accounting, IterationRecord
+from jaxllm.telemetry.device_peaks import engine_cost, known_ceilings
 
 log = logging.getLogger(__name__)
 _MOVING_SECONDS = 0.0005

@@ -16,12 +16,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jaxllm.engine.accounting import percent
-from jaxllm.engine.ceilings import measured_ceilings
+from jaxllm.engine.completions import Job, Jobs
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.jobs import Job, Jobs
 from jaxllm.engine.outputs import CompletionBuilder, Logprob
 from jaxllm.engine.scoring import Scorer, ScoringPass
+from jaxllm.telemetry.accounting import percent
+from jaxllm.telemetry.device_peaks import measured_ceilings
 
 log = logging.getLogger(__name__)
 _IDLE_SECONDS = 0.5  # how often an idle thread shows that it lives

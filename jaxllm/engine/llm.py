@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams, BeamSearchSequence
+from jaxllm.config.sampling import SamplingParams
+from jaxllm.decoding.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams, BeamSearchSequence
 from jaxllm.engine.build import build_engine
-from jaxllm.engine.ceilings import measured_ceilings
-from jaxllm.engine.jobs import Job, Jobs, Prompt, sampling_defaults
-from jaxllm.engine.metrics import engine_metrics
+from jaxllm.engine.completions import Job, Jobs, Prompt, sampling_defaults
 from jaxllm.engine.outputs import RequestOutput
-from jaxllm.engine.sampling_params import SamplingParams
 from jaxllm.engine.scoring import Scorer
+from jaxllm.telemetry.device_peaks import measured_ceilings
+from jaxllm.telemetry.engine_metrics import engine_metrics
 
 
 class LLM:
@@ -56,7 +56,7 @@ class LLM:
         return SamplingParams(**self.generation_defaults())
 
     def get_metrics(self) -> dict[str, Any]:
-        """Queues, cache, totals and recent rates; see `jaxllm.engine.metrics.engine_metrics`.
+        """Queues, cache, totals and recent rates; see `jaxllm.telemetry.engine_metrics.engine_metrics`.
 
         Where the devices are in no data sheet (a CPU, say) the first call measures them, in under a second, so
         that `mfu` and `mbu` mean something.

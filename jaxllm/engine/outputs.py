@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from jaxllm.engine.sampling_params import SamplingParams
+from jaxllm.config.sampling import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.engine import Engine
-from jaxllm.engine.request import Request
-from jaxllm.engine.sampling import Sampled
-from jaxllm.engine.sampling_params import SamplingParams
-from jaxllm.engine.scheduler import Chunk, IterationPlan
+from jaxllm.runner.sampler import Sampled
+from jaxllm.scheduling.request import Request
+from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 
 POOLINGS = ("mean", "last")
 

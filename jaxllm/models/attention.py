@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import LatentAttention, ModelConfig
-from jaxllm.models.modules import Context, contract, param
+from jaxllm.models.primitives import Context, contract, param
 from jaxllm.ops.attention import AttentionSpec
 from jaxllm.ops.norm import rms_norm
 from jaxllm.ops.rope import Tables, apply_rope

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxllm.config import ModelConfig, Rope
 from jaxllm.models.attention import Attention, MultiHeadLatentAttention
 from jaxllm.models.ffn import FeedForward, MixtureOfExperts
-from jaxllm.models.modules import Attend, Context, Norm, contract, param
+from jaxllm.models.primitives import Attend, Context, Norm, contract, param
 from jaxllm.ops.cpu.packed import PackedMatrix, packed_rows
 from jaxllm.ops.rope import Tables, rope_tables
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import ModelConfig
-from jaxllm.models.modules import Context, contract, param
+from jaxllm.models.primitives import Context, contract, param
 from jaxllm.ops.mlp import activate
 from jaxllm.ops.moe import grouped_matmul, route, sort_by_expert
 

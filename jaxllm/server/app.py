@@ -6,11 +6,12 @@ from fastapi import FastAPI
 
 from jaxllm import __version__
 from jaxllm.engine.async_llm import AsyncLLM
-from jaxllm.server import chat, completions, embeddings, errors, responses, status, tokens
+from jaxllm.server import errors
 from jaxllm.server.context import Context, Settings
-from jaxllm.server.gate import Gate
-from jaxllm.server.metrics import Metrics
-from jaxllm.server.openapi import complete
+from jaxllm.server.middleware import Gate
+from jaxllm.server.prometheus import Metrics
+from jaxllm.server.routes import chat, completions, embeddings, responses, status, tokens
+from jaxllm.server.schema.openapi import complete
 
 _ROUTERS = (completions, chat, responses, embeddings, tokens, status)
 

@@ -12,7 +12,7 @@ from jaxllm.server.errors import ApiError
 
 if TYPE_CHECKING:
     from jaxllm.engine.async_llm import AsyncLLM
-    from jaxllm.server.metrics import Metrics
+    from jaxllm.server.prometheus import Metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from jaxllm.engine.async_llm import Unavailable
 from jaxllm.engine.engine_thread import EngineError
-from jaxllm.server.invalid import explain
+from jaxllm.server.schema.validation import explain
 
 log = logging.getLogger(__name__)
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}

@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.async_llm import Stream
 from jaxllm.engine.engine_thread import CompletionDelta
 from jaxllm.engine.outputs import CompletionOutput, Logprob, RequestOutput
-from jaxllm.engine.sampling_params import SamplingParams
 from jaxllm.server.context import Context
 
 News = list[tuple[int, CompletionDelta]]

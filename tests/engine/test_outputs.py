@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.outputs import CompletionBuilder, Logprob
-from jaxllm.engine.sampling_params import SamplingParams
 from jaxllm.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers.byte_tokenizer import EOS, EOS_ID, write_byte_tokenizer
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.engine.request import Request
+from jaxllm.scheduling.request import Request
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 PAGE_BYTES = 2 * 2 * 8 * 2 * 16 * 4  # layers, K and V, tokens, heads, width, float32

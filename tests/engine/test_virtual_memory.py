@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from jaxllm.cache.tiers import swap_is_cheaper
-from jaxllm.engine.page_pool import PagePool
-from jaxllm.engine.request import Request
+from jaxllm.scheduling.page_pool import PagePool
+from jaxllm.scheduling.request import Request
+from jaxllm.scheduling.tiers import swap_is_cheaper
 from tests.helpers.fake_device import naive_generate
 from tests.helpers.scheduler_loop import Harness, make, request
 

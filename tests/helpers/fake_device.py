@@ -11,8 +11,8 @@ import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 
-from jaxllm.engine.request import Request
-from jaxllm.engine.scheduler import Chunk, IterationPlan
+from jaxllm.scheduling.request import Request
+from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 
 NextToken = Callable[[Sequence[int]], int]
 

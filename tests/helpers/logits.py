@@ -6,8 +6,8 @@ import jax
 import numpy as np
 
 from jaxllm import LLM
-from jaxllm.engine.batch import RaggedBatch
-from jaxllm.engine.step import SlotState
+from jaxllm.runner.batch import RaggedBatch
+from jaxllm.runner.steps import SlotState
 
 
 def engine_logits(llm: LLM, tokens: list[int]) -> np.ndarray:

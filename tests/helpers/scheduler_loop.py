@@ -10,12 +10,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxllm.cache.host_pool import HostPool
-from jaxllm.cache.tiers import Load, Tiers
-from jaxllm.engine.page_pool import PagePool
-from jaxllm.engine.request import Request
-from jaxllm.engine.sampling_params import SamplingParams
-from jaxllm.engine.scheduler import Chunk, IterationPlan, Scheduler
+from jaxllm.config.sampling import SamplingParams
+from jaxllm.scheduling.host_pool import HostPool
+from jaxllm.scheduling.page_pool import PagePool
+from jaxllm.scheduling.request import Request
+from jaxllm.scheduling.scheduler import Chunk, IterationPlan, Scheduler
+from jaxllm.scheduling.tiers import Load, Tiers
 from tests.helpers.fake_device import FakeDevice, naive_generate
 
 

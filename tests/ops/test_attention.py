@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.cache.pages import write_pages
+from jaxllm.kv.memory import write_pages
 from jaxllm.ops.attention import AttentionSpec, RaggedRows, ragged_paged_attention
 from jaxllm.ops.attention.xla import single_query_attention
 

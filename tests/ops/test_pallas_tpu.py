@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
-from jaxllm.cache.pages import write_pages
 from jaxllm.config import EngineConfig
 from jaxllm.engine.build import make_model, runner_shapes
-from jaxllm.engine.lower import lower
-from jaxllm.models.presets import preset
+from jaxllm.families.presets import preset
+from jaxllm.kv.memory import write_pages
 from jaxllm.ops.attention import (
     XLA,
     AttentionBackend,
@@ -28,6 +27,7 @@ from jaxllm.ops.attention import (
     pallas_tpu,
     ragged_paged_attention,
 )
+from jaxllm.runner.programs import lower
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import load_rules
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from jaxllm.cache.pages import write_pages
+from jaxllm.kv.memory import write_pages
 from jaxllm.ops.attention import AttentionSpec, RaggedRows
 from jaxllm.ops.attention.ring import RingBatch, ring_attention, zigzag
 

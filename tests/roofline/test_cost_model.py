@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from jaxllm.config import ModelConfig
-from jaxllm.models.presets import model_config
+from jaxllm.families.presets import model_config
 from jaxllm.roofline.chips import CHIPS, Node, Torus, chip_of_device, find_chip, measure_device
 from jaxllm.roofline.collective_time import (
     all_gather_seconds,

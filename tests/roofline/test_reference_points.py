@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxllm.models.presets import model_config
+from jaxllm.families.presets import model_config
 from jaxllm.roofline.chips import CHIPS
 from jaxllm.roofline.cost_model import crossing_tokens, linear_cost, step_seconds
 from jaxllm.roofline.report import Setting, roofline

@@ -10,9 +10,9 @@ import time
 import pytest
 
 from jaxllm import LLM, AsyncLLM, SamplingParams
-from jaxllm.engine.accounting import Ceilings
 from jaxllm.engine.async_llm import Unavailable
 from jaxllm.engine.engine_thread import EngineError
+from jaxllm.telemetry.accounting import Ceilings
 from tests.server.live import ENGINE, wait_until
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40)
@@ -94,7 +94,7 @@ def test_work_that_arrives_in_a_measurement_goes_first(tiny_model, monkeypatch):
 
 def test_device_that_cannot_be_measured_is_asked_once_and_serves_on(tiny_model, monkeypatch, caplog):
     monkeypatch.setattr("jaxllm.engine.engine_thread._IDLE_SECONDS", 0.01)
-    monkeypatch.setattr("jaxllm.engine.ceilings.measure_device", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("jaxllm.telemetry.device_peaks.measure_device", lambda *_, **__: 1 / 0)
     with engine(tiny_model) as llm:
         llm.thread.measure_when_idle()
         wait_until(lambda: any("MFU and MBU stay unknown" in line for line in caplog.messages))

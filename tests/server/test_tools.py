@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.server.tools import Call, HermesParser, Llama3Parser, make_parser
+from jaxllm.server.parsing.tools import Call, HermesParser, Llama3Parser, make_parser
 
 NAMES = ["f", "g"]
 ONE = '<tool_call>\n{"name": "f", "arguments": {"a": [1, "x<"]}}\n</tool_call>'

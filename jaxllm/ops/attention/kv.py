@@ -1,6 +1,6 @@
 """One layer's cached keys and values: a plain array of pages, or 8-bit numbers and their scales.
 
-Quantise and dequantise, nothing else: where rows lie in the pages is `jaxllm.cache`'s business. Each key and each value
+Quantise and dequantise, nothing else: where rows lie in the pages is `jaxllm.kv`'s business. Each key and each value
 (one token, one head) has a scale of its own, so writing a token never touches another's:
 
     scale = max|x| / largest,  stored = round(x / scale),  x ~ stored * scale

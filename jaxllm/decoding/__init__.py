@@ -1,0 +1,1 @@
+"""Ways to decode that call the engine: beam search."""

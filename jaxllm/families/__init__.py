@@ -1,0 +1,1 @@
+"""A checkpoint's configuration and tensor names, turned into a ModelConfig and the sources of its parameters."""

@@ -1,0 +1,130 @@
+"""DeepSeek-V2 and V3: multi-head latent attention; shared and routed experts chosen group by group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxllm.config import LatentAttention, ModelConfig, RoutedExperts
+from jaxllm.families import llama
+from jaxllm.families import sources as weights
+from jaxllm.families.hf_config import Fields, yarn_magnitude
+from jaxllm.families.qwen3_moe import experts
+from jaxllm.families.registry import Family
+from jaxllm.families.sources import Part, Source, WeightMap, whole
+
+
+def config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Map a Hugging Face DeepSeek configuration; refuses by name what it would compute wrongly."""
+    fields = Fields(hf)
+    is_v3 = "DeepseekV3ForCausalLM" in hf["architectures"]
+    latent = LatentAttention(
+        q_rank=None if fields.get("q_lora_rank") is None else fields.size("q_lora_rank"),
+        kv_rank=fields.size("kv_lora_rank"),
+        nope_dim=fields.size("qk_nope_head_dim"),
+        rope_dim=fields.size("qk_rope_head_dim"),
+        value_dim=fields.size("v_head_dim"),
+        interleaved=fields.flag("rope_interleave", True) if is_v3 else True,
+    )
+    width = latent.nope_dim + latent.rope_dim
+    fields.only("moe_layer_freq", 1)
+    fields.only("qk_head_dim", width)
+    fields.only("head_dim", latent.rope_dim, width)
+    sizes = fields.sizes()
+    rope = fields.rope()
+    cfg = ModelConfig(
+        **sizes | {"head_dim": width, "num_kv_heads": sizes["num_heads"]},
+        **rope,
+        activation=fields.activation(),
+        attention_scale=width**-0.5 * _magnitude(hf) ** 2,
+        latent=latent,
+        experts=_experts(fields, sizes, is_v3),
+    )
+    fields.done()
+    return cfg
+
+
+def _magnitude(hf: Mapping[str, Any]) -> float:
+    """YaRN grows the scores themselves here, by `mscale_all_dim`, once for queries and once for keys."""
+    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    weight = rope.get("mscale_all_dim") or 0
+    return yarn_magnitude(float(rope.get("factor") or 1.0), float(weight)) if weight else 1.0
+
+
+def _experts(fields: Fields, sizes: Mapping[str, Any], is_v3: bool) -> RoutedExperts | None:
+    dense = fields.number("first_k_dense_replace", 0)
+    size = fields.size("moe_intermediate_size")
+    grouped, renormalize = {}, fields.flag("norm_topk_prob", is_v3)
+    if is_v3:
+        fields.only("scoring_func", "sigmoid")
+        fields.only("topk_method", "noaux_tc")
+        grouped = {"score": "sigmoid", "group_score": "top2", "correction_bias": True}
+    else:
+        fields.only("scoring_func", "softmax")
+        if renormalize:
+            raise ValueError("config.json has norm_topk_prob=True; this family supports only False")
+    method = fields.only("topk_method", "noaux_tc") if is_v3 else fields.only(
+        "topk_method", "greedy", "group_limited_greedy"
+    )  # fmt: skip
+    num_groups, chosen = fields.get("n_group", 1), fields.get("topk_group", 1)
+    if method == "greedy":
+        num_groups, chosen = 1, 1
+    return RoutedExperts(
+        num_experts=fields.size("n_routed_experts"),
+        per_token=fields.size("num_experts_per_tok"),
+        ffn_size=size,
+        renormalize=renormalize,
+        scale=float(fields.number("routed_scaling_factor", 1.0)),
+        num_groups=num_groups,
+        groups_per_token=chosen,
+        shared_size=size * fields.number("n_shared_experts", 0),
+        dense_layers=tuple(range(min(int(dense), sizes["num_layers"]))),
+        **grouped,
+    )
+
+
+def weight_map(cfg: ModelConfig, copies: int = 1) -> WeightMap:
+    """Latent projections by head; dense layers as Llama's, routed ones as Qwen3-MoE's."""
+    assert copies == 1, "latent attention has no key/value heads to repeat"
+    result = llama.tables(cfg)
+    for i in range(cfg.num_layers):
+        prefix, path = f"model.layers.{i}", ("layers", i)
+        result |= {
+            (*path, "attention_norm", "scale"): whole(f"{prefix}.input_layernorm.weight", cfg.hidden_size),
+            (*path, "ffn_norm", "scale"): whole(f"{prefix}.post_attention_layernorm.weight", cfg.hidden_size),
+            **_attention(cfg, i),
+            **(experts(cfg, i) if cfg.is_routed(i) else llama.ffn(cfg, i)),
+        }
+    return result
+
+
+def _attention(cfg: ModelConfig, layer: int) -> WeightMap:
+    assert cfg.latent is not None
+    a, d, n = cfg.latent, cfg.hidden_size, cfg.num_heads
+    path, name = ("layers", layer, "attention"), f"model.layers.{layer}.self_attn"
+    width = a.nope_dim + a.rope_dim
+    out = Part(name=f"{name}.o_proj.weight", shape=(d, n * a.value_dim), view=(d, n, a.value_dim), order=(1, 2, 0),
+               start=(0, 0, 0))  # fmt: skip
+    result: WeightMap = {
+        (*path, "kv_down"): weights.transposed(f"{name}.kv_a_proj_with_mqa.weight", a.cache_width, d),
+        (*path, "kv_norm"): whole(f"{name}.kv_a_layernorm.weight", a.kv_rank),
+        (*path, "kv_up"): _by_head(f"{name}.kv_b_proj.weight", n, a.nope_dim + a.value_dim, a.kv_rank),
+        (*path, "out"): Source((out,)),
+    }
+    if a.q_rank is None:
+        return result | {(*path, "query"): _by_head(f"{name}.q_proj.weight", n, width, d)}
+    return result | {
+        (*path, "q_down"): weights.transposed(f"{name}.q_a_proj.weight", a.q_rank, d),
+        (*path, "q_norm"): whole(f"{name}.q_a_layernorm.weight", a.q_rank),
+        (*path, "query"): _by_head(f"{name}.q_b_proj.weight", n, width, a.q_rank),
+    }
+
+
+def _by_head(name: str, n: int, width: int, inputs: int) -> Source:
+    """`[in, N, H]` from a linear `[N * H, in]`."""
+    part = Part(name=name, shape=(n * width, inputs), view=(n, width, inputs), order=(2, 0, 1), start=(0, 0, 0))
+    return Source((part,))
+
+
+# The last released layers predict several tokens at once; generation does not use them.
+FAMILY = Family("deepseek", config, weight_map, ignored=(r".*rotary_emb\.inv_freq", r"model\.layers\.61\..*"))

@@ -1,0 +1,66 @@
+"""The registry of model families: which file reads which Hugging Face architecture.
+
+A family is a module with two functions: `config(hf) -> ModelConfig` and `weight_map(config, copies)`, which says
+of which checkpoint tensors each decoder parameter is made. An architecture that is not here is refused by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxllm.config import ModelConfig
+    from jaxllm.families.sources import WeightMap
+
+# Architecture -> the module beside this one that reads it.
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "Phi3ForCausalLM": "phi3",
+    "Olmo2ForCausalLM": "olmo2",
+    "GPT2LMHeadModel": "gpt2",
+    "MixtralForCausalLM": "mixtral",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "DeepseekV2ForCausalLM": "deepseek",
+    "DeepseekV3ForCausalLM": "deepseek",
+    "GptOssForCausalLM": "gpt_oss",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One family: its configuration mapping, its weight-name map, and tensors that carry no weights.
+
+    `weight_map(cfg, copies)` repeats each key/value head `copies` times. `ignored` are regular expressions.
+    """
+
+    name: str
+    config: Callable[[Mapping[str, Any]], ModelConfig]
+    weight_map: Callable[[ModelConfig, int], WeightMap]
+    ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+
+    def ignores(self, tensor: str, cfg: ModelConfig) -> bool:
+        """Whether a tensor may be left out: buffers, and a second copy of tied embeddings."""
+        if cfg.tie_word_embeddings and tensor == "lm_head.weight":
+            return True
+        return any(re.fullmatch(pattern, tensor) for pattern in self.ignored)
+
+
+def family_of(hf: Mapping[str, Any]) -> Family:
+    """Return the family of a Hugging Face configuration, or raise ValueError naming what is supported."""
+    architectures = hf.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ValueError(f"config.json has architectures={architectures!r}; expected a list of names")
+    for name in architectures:
+        if name in ARCHITECTURES:
+            return importlib.import_module(f"jaxllm.models.{ARCHITECTURES[name]}").FAMILY
+    got = ", ".join(map(str, architectures)) or "no architecture"
+    raise ValueError(f"the model's configuration names {got}; supported architectures are {', '.join(ARCHITECTURES)}")

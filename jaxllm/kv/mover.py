@@ -1,0 +1,248 @@
+"""Carries pages between device, host memory and disk, beside the engine: what `Tiers` decides, it does.
+
+Lists of moves in; page arrays changed, slabs in the host pool, files in the disk store. The engine's thread only
+dispatches and looks what is ready; reading, checking, transferring and writing happen in threads. Knows nothing of
+tokens or users.
+
+A slab is one page over all layers, cut over devices as the pages are; in host memory it is a JAX array of the memory
+kind `pinned_host`, or NumPy where the backend has none.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.kv.disk_store import DiskStore, PageFormat
+from jaxllm.kv.page_programs import MOVE_BATCH, from_logical, to_logical
+from jaxllm.scheduling.tiers import Load, Tiers
+
+_BATCHES_AHEAD = 8  # on the device and not yet in their pages
+_LEAVING_BYTES = 256 << 20  # on the device, out of their pages and not yet in the host: then the engine waits
+_WRITES_AHEAD = 64  # slabs that wait for the disk; more are dropped
+
+
+class PageArrays(Protocol):
+    """Who owns the pages on the device."""
+
+    def take_pages(self, pages: Sequence[int]) -> list[Any]:
+        """A copy of each page, as slabs on the device."""
+        ...
+
+    def put_pages(self, pages: Sequence[int], slabs: Sequence[Any]) -> None:
+        """Write slabs into pages."""
+        ...
+
+
+@dataclass(slots=True)
+class _Ride:
+    """One load under way: batches that were sent off, and what has arrived."""
+
+    load: Load
+    sent: deque[tuple[int, Future[tuple[list[Any], float]]]] = field(default_factory=deque)
+    next: int = 0
+    arrived: list[bool] = field(default_factory=list)
+
+
+class Mover:
+    """Moves for one engine.
+
+    Args:
+        arrays: owner of the page arrays.
+        tiers: whose decisions are carried out.
+        slab: shapes and shardings of one slab.
+        disk: below the host, or None.
+        kv_copies, interleaved: how keys and values lie in a slab (see `to_logical`); the disk has them another way.
+    """
+
+    def __init__(
+        self, arrays: PageArrays, tiers: Tiers, slab: Any, disk: DiskStore | None, kv_copies: int, *, interleaved: bool
+    ):
+        self.disk = disk
+        self.num_dropped_writes = 0
+        self._arrays, self._tiers = arrays, tiers
+        self._to_logical = functools.partial(to_logical, kv_copies=kv_copies, interleaved=interleaved)
+        self._from_logical = functools.partial(from_logical, kv_copies=kv_copies, interleaved=interleaved)
+        self._structure = jax.tree.structure(slab)
+        self._on_device = jax.tree.map(lambda leaf: leaf.sharding, slab)
+        self._in_host = _in_host(self._on_device)
+        self._readers = ThreadPoolExecutor(2, thread_name_prefix="kv-read")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv-write")
+        self._writes: deque[Future[None]] = deque()
+        self._rides: list[_Ride] = []
+        self._leaving: deque[tuple[float, Any]] = deque()
+        self._last_left = 0.0
+        tiers.copy_rate = self._measure(slab)
+
+    # On the engine's thread.
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether any load is under way."""
+        return bool(self._rides)
+
+    def start(self) -> None:
+        """Send off what was decided since the last call, before anything else changes the pages."""
+        outs = self._tiers.take_outs()
+        for i in range(0, len(outs), MOVE_BATCH):
+            self._bring_down(outs[i : i + MOVE_BATCH])
+        self._rides += [_Ride(load) for load in self._tiers.take_loads()]
+        self._rides.sort(key=lambda ride: any(source is None for source in ride.load.sources))  # the disk is slower
+        for ride in self._rides:
+            self._send(ride)
+
+    def finish(self, loaded: Callable[[Load, Sequence[bool]], None]) -> int:
+        """Put what has arrived into its pages; `loaded` hears of loads that are complete. Returns how many are."""
+        self._count_left()
+        done = [ride for ride in self._rides if self._advance(ride)]
+        for ride in done:
+            self._rides.remove(ride)
+            if not ride.load.ended:
+                loaded(ride.load, ride.arrived)
+        return len(done)
+
+    def reset(self) -> None:
+        """Forget loads under way."""
+        self._rides.clear()
+        self._leaving.clear()
+
+    def evict(self, key: bytes, slab: Any) -> None:
+        """A slab leaves the host: write it to the disk, unless that is far behind. The host pool calls this."""
+        if self.disk is None or key in self.disk:
+            return
+        while self._writes and self._writes[0].done():
+            self._writes.popleft()
+        if len(self._writes) >= _WRITES_AHEAD:
+            self.num_dropped_writes += 1
+            return
+        self._writes.append(self._writer.submit(self._write, key, slab))
+
+    def wait(self) -> None:
+        """Wait for the copies into host memory that are under way."""
+        for _, slab in self._leaving:
+            jax.block_until_ready(slab)
+
+    def flush(self) -> None:
+        """Write every prefix page of the host to the disk, and wait for it."""
+        if self.disk is None:
+            return
+        for key, slab in self._tiers.host.unpinned():
+            if key not in self.disk:
+                self._writes.append(self._writer.submit(self._write, key, slab))
+        for future in self._writes:
+            future.result()
+
+    def _bring_down(self, outs: Sequence[tuple[int, bytes]]) -> None:
+        while len(self._leaving) * MOVE_BATCH * self._tiers.page_bytes > _LEAVING_BYTES:
+            jax.block_until_ready(self._leaving[0][1])
+            self._count_left()
+        started = time.perf_counter()
+        slabs = [self._to_host(slab) for slab in self._arrays.take_pages([page for page, _ in outs])]
+        for (_, key), slab in zip(outs, slabs, strict=True):
+            self._tiers.host.fill(key, slab)
+        self._tiers.stats.pages_out += len(outs)
+        self._leaving.append((started, slabs[-1]))
+
+    def _count_left(self) -> None:
+        """Count the time of copies to the host that are complete."""
+        while self._leaving and _is_ready(self._leaving[0][1]):
+            started, _ = self._leaving.popleft()
+            now = time.perf_counter()
+            self._tiers.stats.seconds_out += now - max(started, self._last_left)
+            self._last_left = now
+
+    def _send(self, ride: _Ride) -> None:
+        load = ride.load
+        while ride.next < len(load.keys) and sum(len(other.sent) for other in self._rides) < _BATCHES_AHEAD:
+            batch = slice(ride.next, ride.next + MOVE_BATCH)
+            ride.sent.append(
+                (ride.next, self._readers.submit(self._bring, load, load.keys[batch], load.sources[batch]))
+            )
+            ride.next += MOVE_BATCH
+
+    def _advance(self, ride: _Ride) -> bool:
+        """Put the batches that are here into their pages; whether that was all."""
+        while ride.sent and ride.sent[0][1].done():
+            first, future = ride.sent.popleft()
+            slabs, seconds = future.result()
+            self._learn_rate(sum(slab is not None for slab in slabs), seconds)
+            pages = ride.load.pages[first : first + len(slabs)]
+            here = [(page, slab) for page, slab in zip(pages, slabs, strict=True) if slab is not None]
+            if here and not ride.load.ended:
+                self._arrays.put_pages([page for page, _ in here], [slab for _, slab in here])
+            ride.arrived += [slab is not None for slab in slabs]
+        self._send(ride)
+        return ride.load.ended or len(ride.arrived) == len(ride.load.keys)
+
+    def _learn_rate(self, num_pages: int, seconds: float) -> None:
+        self._tiers.stats.seconds_in += seconds
+        if num_pages and seconds:
+            rate = num_pages * self._tiers.page_bytes / seconds
+            self._tiers.copy_rate += 0.2 * (rate - self._tiers.copy_rate)
+
+    # In threads.
+
+    def _bring(self, load: Load, keys: Sequence[bytes], sources: Sequence[Any]) -> tuple[list[Any], float]:
+        """Slabs on the device, None where the page cannot be had, and the seconds from host to device."""
+        if load.ended:
+            return [None] * len(keys), 0.0
+        slabs = [self._read(key) if slab is None else slab for key, slab in zip(keys, sources, strict=True)]
+        started = time.perf_counter()
+        slabs = [None if slab is None else jax.device_put(slab, self._on_device) for slab in slabs]
+        jax.block_until_ready(slabs)
+        return slabs, time.perf_counter() - started
+
+    def _read(self, key: bytes) -> Any | None:
+        arrays = self.disk.read(key) if self.disk is not None else None
+        if arrays is None:
+            return None
+        return jax.tree.unflatten(self._structure, [self._from_logical(array) for array in arrays])
+
+    def _write(self, key: bytes, slab: Any) -> None:
+        assert self.disk is not None
+        self.disk.write(key, [self._to_logical(np.asarray(leaf)) for leaf in jax.tree.leaves(slab)])
+
+    def _to_host(self, slab: Any) -> Any:
+        return jax.tree.map(np.asarray, slab) if self._in_host is None else jax.device_put(slab, self._in_host)
+
+    def _measure(self, slab: Any) -> float:
+        """Bytes per second down and up again, with a batch of empty pages, the second time."""
+        zeros = [jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), slab)] * MOVE_BATCH
+        jax.block_until_ready(zeros)
+        jax.block_until_ready(jax.device_put([self._to_host(z) for z in zeros], [self._on_device] * MOVE_BATCH))
+        started = time.perf_counter()
+        host = jax.block_until_ready([self._to_host(z) for z in zeros])
+        jax.block_until_ready(jax.device_put(host, [self._on_device] * MOVE_BATCH))
+        return 2 * MOVE_BATCH * self._tiers.page_bytes / (time.perf_counter() - started)
+
+
+def page_format(slab: Any, model: str, kv_copies: int, *, interleaved: bool) -> PageFormat:
+    """What a slab looks like on disk."""
+
+    def array(leaf: Any) -> tuple[tuple[int, ...], str]:
+        dtype = jnp.dtype(leaf.dtype)
+        one = np.lib.stride_tricks.as_strided(np.zeros(1, dtype), leaf.shape, (0,) * len(leaf.shape))  # takes no memory
+        return to_logical(one, kv_copies, interleaved=interleaved).shape, dtype.name
+
+    return PageFormat(model, tuple(array(leaf) for leaf in jax.tree.leaves(slab)))
+
+
+def _in_host(shardings: Any) -> Any | None:
+    """The same cut in pinned host memory, or None where the backend has no such memory."""
+    device = next(iter(jax.tree.leaves(shardings)[0].device_set))
+    if "pinned_host" not in [memory.kind for memory in device.addressable_memories()]:
+        return None
+    return jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), shardings)
+
+
+def _is_ready(slab: Any) -> bool:
+    return all(leaf.is_ready() for leaf in jax.tree.leaves(slab) if not isinstance(leaf, np.ndarray))

@@ -1,0 +1,95 @@
+"""Programs that move whole pages: copy them on the device, take them out of the page arrays, put them back.
+
+Pages are a list over layers of arrays (or trees of arrays) `[P, ...]`; a slab is one page over all layers, the same
+tree with leaves `[L, ...]`. A fixed number of pages moves at a time; rows that are not needed point to page 0.
+
+Dimension letters: P pages, L layers, G pages moved together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxllm.kv.memory import set_rows
+
+MOVE_BATCH = 8  # pages per dispatch: one program of each kind, and little waste for one page
+MOVES = ("copy", "take", "put")
+
+
+def copy_pages(pages: Sequence[Any], source_G: jax.Array, target_G: jax.Array) -> list[Any]:
+    """Copy pages inside every layer; all are read before any is written."""
+    return jax.tree.map(lambda layer: set_rows(layer, target_G, layer[source_G]), list(pages))
+
+
+def take_pages(pages: Sequence[Any], index_G: jax.Array) -> list[Any]:
+    """G slabs."""
+    stacked = jax.tree.map(lambda *layers: jnp.stack([layer[index_G] for layer in layers], axis=1), *pages)
+    return [jax.tree.map(lambda leaf, g=g: leaf[g], stacked) for g in range(index_G.shape[0])]
+
+
+def put_pages(pages: Sequence[Any], index_G: jax.Array, slabs: Sequence[Any]) -> list[Any]:
+    """Write G slabs into the page arrays."""
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *slabs)  # [L, G, ...]
+    rows = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(len(pages))]
+    return [
+        jax.tree.map(lambda old, new: set_rows(old, index_G, new), layer, row)
+        for layer, row in zip(pages, rows, strict=True)
+    ]
+
+
+def slab_struct(pages: Sequence[Any]) -> Any:
+    """Shapes and shardings of one slab, from the page arrays or their shapes: cut as the pages are."""
+
+    def struct(leaf: Any) -> jax.ShapeDtypeStruct:
+        spec = PartitionSpec(None, *tuple(leaf.sharding.spec)[1:])
+        sharding = NamedSharding(leaf.sharding.mesh, spec)
+        return jax.ShapeDtypeStruct((len(pages), *leaf.shape[1:]), leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(struct, pages[0])
+
+
+def to_logical(leaf: np.ndarray, kv_copies: int, *, interleaved: bool) -> np.ndarray:
+    """A slab's array as `[L, 2, C, K, ...]` with each key/value head once, however the mesh and its kernel have it."""
+    if interleaved:  # [L, C, 2K, ...]: each head's key, then its value
+        layers, tokens, rows, *rest = leaf.shape
+        leaf = np.moveaxis(leaf.reshape(layers, tokens, rows // 2, 2, *rest), 3, 1)
+    return leaf[:, :, :, ::kv_copies]
+
+
+def from_logical(array: np.ndarray, kv_copies: int, *, interleaved: bool) -> np.ndarray:
+    """The inverse of `to_logical`."""
+    array = np.repeat(array, kv_copies, axis=3) if kv_copies > 1 else array
+    if not interleaved:
+        return array
+    layers, halves, tokens, heads, *rest = array.shape
+    return np.moveaxis(array, 1, 3).reshape(layers, tokens, heads * halves, *rest)
+
+
+def device_bytes(arrays: Any) -> int:
+    """Bytes over all devices of arrays given as shapes with shardings, copies included."""
+    return sum(
+        math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize * len(s.sharding.device_set)
+        for s in jax.tree.leaves(arrays)
+    )
+
+
+def lower_move(name: str, pages: Sequence[Any]) -> Any:
+    """Lower one of `MOVES`; the pages are donated where they come back."""
+    mesh = jax.tree.leaves(pages[0])[0].sharding.mesh
+    index = jax.ShapeDtypeStruct((MOVE_BATCH,), np.int32, sharding=NamedSharding(mesh, PartitionSpec()))
+    paged = jax.tree.map(lambda leaf: leaf.sharding, list(pages))
+    slab = slab_struct(pages)
+    if name == "copy":
+        return jax.jit(copy_pages, donate_argnums=0, out_shardings=paged).lower(list(pages), index, index)
+    if name == "take":
+        shardings = [jax.tree.map(lambda leaf: leaf.sharding, slab)] * MOVE_BATCH
+        return jax.jit(take_pages, out_shardings=shardings).lower(list(pages), index)
+    assert name == "put", name
+    return jax.jit(put_pages, donate_argnums=0, out_shardings=paged).lower(list(pages), index, [slab] * MOVE_BATCH)

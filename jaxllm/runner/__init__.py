@@ -1,0 +1,1 @@
+"""What computes: batches, compiled programs and the processes that run them."""

@@ -1,0 +1,43 @@
+"""An iteration that was dispatched and not yet read.
+
+Device arrays on their way to the host -> each sampling chunk's tokens. Knows nothing of how they came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from jaxllm.runner.sampler import Sampled
+from jaxllm.scheduling.scheduler import Chunk, IterationPlan
+
+
+@dataclass(frozen=True, slots=True)
+class InFlight:
+    """Work on its way: the chunks that sample, their rows, and what they sampled (hidden states where none does)."""
+
+    plan: IterationPlan
+    sampling: Sequence[Chunk]
+    rows: Sequence[int]
+    result: Sampled | jax.Array
+    dispatched: float
+
+    def read(self) -> list[tuple[Chunk, Sampled]]:
+        """Wait, and return each sampling chunk's tokens (and logprobs) with idle steps dropped.
+
+        It waits for iterations that sample nothing too: else all chunks of a long prompt would be on the device's queue
+        at once, before whoever comes next.
+        """
+        if not isinstance(self.result, Sampled):
+            jax.block_until_ready(self.result)
+            return []
+        arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(self.result)]
+        if not self.plan.is_decode_loop:
+            arrays = [a[None] for a in arrays]
+        taken = np.cumsum(arrays[0] >= 0, axis=0).tolist()  # tokens of each row after each step
+        counts = (taken[c.num_samples - 1][row] for c, row in zip(self.sampling, self.rows, strict=True))
+        rows = zip(self.sampling, self.rows, counts, strict=True)
+        return [(chunk, Sampled(*(a[:count, row] for a in arrays))) for chunk, row, count in rows]

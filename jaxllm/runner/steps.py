@@ -1,0 +1,248 @@
+"""The compiled programs: ragged step, sampling step and decode loop, as pure functions over arrays.
+
+Parameters, pages, per-slot state and one batch -> tokens, and the new pages and state (both donated). Programs
+grow as a sum: the ragged step is compiled per token bucket, sampling and the decode loop per row bucket.
+
+Tokens, rows and pages come in sections, one per data-parallel replica; only the cache writes and attention, which
+run on each device by itself, look at one section at a time.
+
+Dimension letters: T tokens, R rows, M pages per row, D model width, V vocabulary, S slots, L positions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from jaxllm.config import ModelConfig
+from jaxllm.kv.memory import page_size_of, page_specs, query_dims, write_pages
+from jaxllm.models.decoder import Context, Decoder
+from jaxllm.ops.attention import XLA, AttentionBackend, AttentionSpec, RaggedRows, SingleRows, attention
+from jaxllm.ops.attention.ring import RingBatch, ring_attention, zigzag
+from jaxllm.ops.cpu.packed import PackedMatrix
+from jaxllm.runner import sampler as sampling
+from jaxllm.runner.batch import RaggedBatch, RowBatch
+from jaxllm.sharding.mesh import Placement
+
+Pages = Sequence[Any]  # per layer an array, or a pytree of arrays
+Rows = RaggedRows | SingleRows | RingBatch
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class SlotState:
+    """What the device remembers of every running request; the last slot is spare and belongs to padding.
+
+    Attributes:
+        history: int32 `[S + 1, L]`, the tokens of the sequence: prompt, then samples as they come.
+        done: bool `[S + 1]`, a stop token was sampled: iterations already in flight must leave it alone.
+    """
+
+    history: jax.Array
+    done: jax.Array
+
+
+@dataclass(frozen=True, slots=True)
+class Programs:
+    """The functions to compile for one model on one placement.
+
+    Parameters come as plain leaves: flattening the module tree again at every dispatch would cost the host more
+    than everything else it does.
+    """
+
+    cfg: ModelConfig
+    graph: Any
+    params_tree: Any
+    placement: Placement
+    residual_dtype: jnp.dtype
+    max_steps: int
+    packed: tuple[tuple[int, ...] | None, ...]  # the dims that products keep, of parameters in panels
+    backend: AttentionBackend = XLA
+
+    def ragged_step(
+        self, params: Any, pages: Pages, state: SlotState, batch: RaggedBatch
+    ) -> tuple[jax.Array, list[Any]]:
+        """One forward over a flat batch: hidden states of the sampling rows `[R, D]`, and the pages."""
+        position, row = batch.token_position, batch.token_row
+        rows = RaggedRows(batch.q_start, batch.q_len, batch.kv_len, batch.num_single, batch.page_table)
+        per_section = position.shape[0] // batch.num_tokens.size
+        valid = (jnp.arange(per_section) < batch.num_tokens[..., None]).reshape(-1)
+        sample_at, ring = batch.sample_at, self.placement.ring_size()
+        if is_cut := ring > 1 and per_section % (2 * ring) == 0:
+            order = zigzag(position.shape[0], ring, batch.num_tokens.size)
+            position, row, valid = position[order], row[order], valid[order]
+            sample_at = jnp.asarray(np.argsort(order))[sample_at]
+        targets = _cache_slots(batch.page_table, row, position, valid, page_size_of(pages[0]))
+        tokens = state.history[batch.slot[row], position]
+        owners = RingBatch(rows, jnp.where(valid, row, -1), position) if is_cut else rows
+        x_TD, pages = self._forward(params, pages, tokens, position, targets, owners)
+        return x_TD[sample_at], pages
+
+    def sample_step(
+        self, params: Any, hidden_RD: jax.Array, state: SlotState, batch: RowBatch
+    ) -> tuple[sampling.Sampled, SlotState]:
+        """LM head and sampler on the first rows of `hidden_RD`; the tokens go into the state and out."""
+        num_rows, sections = batch.slot.shape[0], self.placement.parts("pages")
+        hidden_RD = hidden_RD.reshape(sections, -1, hidden_RD.shape[1])[:, : num_rows // sections]
+        hidden_RD = hidden_RD.reshape(num_rows, -1)
+        logits_RV = self._model(params).logits(hidden_RD, self.placement.fitted(num_rows).shard)
+        active = batch.slot < state.done.shape[0] - 1
+        return self._sample_and_store(logits_RV, state, batch, batch.length, active)
+
+    def decode_loop(
+        self, params: Any, pages: Pages, state: SlotState, batch: RowBatch, table_RM: jax.Array, num_steps: jax.Array
+    ) -> tuple[sampling.Sampled, list[Any], SlotState]:
+        """Up to `num_steps` iterations of one token per row; rows that stop stay idle, all idle ends the loop.
+
+        Returns samples with a leading step dim `[max_steps, R]`; tokens are -1 where a row was idle.
+        """
+        num_rows = batch.slot.shape[0]
+        row = jnp.arange(num_rows)
+
+        def is_active(state: SlotState, length: jax.Array) -> jax.Array:
+            return ~state.done[batch.slot] & (length < batch.limit)
+
+        def one_step(carry):
+            i, length, pages, state, out = carry
+            active = is_active(state, length)
+            position = length - 1
+            targets = _cache_slots(table_RM, row, position, active, page_size_of(pages[0]))
+            rows = SingleRows(jnp.where(active, length, 0), table_RM)
+            tokens = state.history[batch.slot, position]
+            x_RD, pages = self._forward(params, pages, tokens, position, targets, rows)
+            logits_RV = self._model(params).logits(x_RD, self.placement.fitted(num_rows).shard)
+            sampled, state = self._sample_and_store(logits_RV, state, batch, length, active)
+            out = jax.tree.map(lambda all_steps, step: all_steps.at[i].set(step), out, sampled)
+            return i + 1, length + 1, pages, state, out
+
+        def more(carry) -> jax.Array:
+            i, length, _, state, _ = carry
+            return (i < num_steps) & jnp.any(is_active(state, length))
+
+        out = _empty_samples(self.max_steps, num_rows, with_logprobs=batch.sampling is not None)
+        carry = (jnp.int32(0), jnp.asarray(batch.length), list(pages), state, out)
+        _, _, pages, state, out = jax.lax.while_loop(more, one_step, carry)
+        return out, pages, state
+
+    def score(self, params: Any, hidden_TD: jax.Array, targets_T: jax.Array) -> sampling.Sampled:
+        """Log-probability of a given next token at every position, and the likeliest ones, a few rows at a time."""
+        model, (num_tokens, width) = self._model(params), hidden_TD.shape
+        block = math.gcd(num_tokens, 32)
+
+        def some(rows: tuple[jax.Array, jax.Array]) -> sampling.Sampled:
+            return sampling.with_logprobs(model.logits(rows[0], self.placement.fitted(block).shard), rows[1])
+
+        scored = jax.lax.map(some, (hidden_TD.reshape(-1, block, width), targets_T.reshape(-1, block)))
+        return jax.tree.map(lambda a: a.reshape(num_tokens, *a.shape[2:]), scored)
+
+    def pool(self, params: Any, hidden_TD: jax.Array, weights_T: jax.Array) -> jax.Array:
+        """Weighted sum of final-norm hidden states: float32 `[D]`."""
+        normed_TD = self._model(params).normed(hidden_TD).astype(jnp.float32)
+        return jnp.sum(jnp.where(weights_T[:, None] != 0, normed_TD * weights_T[:, None], 0.0), axis=0)
+
+    def admit(self, state: SlotState, slot: jax.Array, tokens_L: jax.Array) -> SlotState:
+        """Give a slot to a new request: its known tokens become the slot's history."""
+        return SlotState(state.history.at[slot].set(tokens_L), state.done.at[slot].set(False))
+
+    def _sample_and_store(
+        self, logits_RV: jax.Array, state: SlotState, batch: RowBatch, length: jax.Array, active: jax.Array
+    ) -> tuple[sampling.Sampled, SlotState]:
+        if batch.sampling is None:
+            sampled = sampling.sample_greedy(logits_RV)
+        else:
+            sampled = sampling.sample(logits_RV, batch.sampling, state.history[batch.slot], length, batch.stop_ids)
+        tokens = self.placement.shard(sampled.tokens, None)
+        stopped = active & jnp.any(tokens[:, None] == batch.stop_ids, axis=1)
+        slot = jnp.where(active, batch.slot, state.done.shape[0] - 1)
+        state = SlotState(state.history.at[slot, length].set(tokens), state.done.at[slot].max(stopped))
+        return dataclasses.replace(sampled, tokens=jnp.where(active, tokens, -1)), state
+
+    def _model(self, params: Any) -> Decoder:
+        values = [a if dims is None else PackedMatrix(a, dims) for a, dims in zip(params, self.packed, strict=True)]
+        return nnx.merge(self.graph, jax.tree.unflatten(self.params_tree, values))
+
+    def _forward(self, params: Any, pages: Pages, tokens, position, targets, rows: Rows) -> tuple[jax.Array, list[Any]]:
+        """The decoder over the cache. Each layer writes its rows before it attends, so rows may share pages."""
+        placement = self.placement if isinstance(rows, RingBatch) else self.placement.unringed()
+        updated, placement = list(pages), placement.fitted(tokens.shape[0])
+        tokens, position = placement.shard(tokens, "tokens"), placement.shard(position, "tokens")
+        targets = placement.shard(targets, "pages")
+        write_and_attend = functools.cache(functools.partial(self._over_heads, rows, pages[0]))
+
+        def attend_layer(
+            layer: int, q_TKGH: jax.Array, kv_TK2H: jax.Array, spec: AttentionSpec, sinks_KG: jax.Array | None
+        ) -> jax.Array:
+            run = write_and_attend(spec)
+            out, updated[layer] = run(q_TKGH, kv_TK2H, updated[layer], targets, rows, sinks_KG)
+            return out
+
+        context = Context(attend_layer, placement.shard, placement.over_shards, self.residual_dtype, placement.gathered)
+        return self._model(params)(tokens, position, context), updated
+
+    def _over_heads(self, rows: Rows, pages: Any, spec: AttentionSpec) -> Callable:
+        """Cache write and attention, on each device for the replica and the heads it holds.
+
+        No collective can arise, but those of the ring where the rules cut a replica's tokens.
+
+        Made once for each kind of layer, so that it is traced once per kind and not once per layer.
+        """
+
+        placement = self.placement
+
+        def local(q, kv, layer_pages, targets, rows, sinks):
+            if isinstance(rows, RingBatch):
+                return ring_attention(
+                    q, kv, layer_pages, targets, rows, write=write_pages, axis=str(placement.ring_axis()),
+                    size=placement.ring_size(), spec=spec, sinks_KG=sinks,
+                )  # fmt: skip
+            if isinstance(rows, RaggedRows):
+                rows = dataclasses.replace(rows, num_single=rows.num_single.reshape(()))  # this section's own
+            layer_pages = write_pages(layer_pages, kv, targets)
+            out = attention(q, layer_pages, rows, spec=spec, sinks_KG=sinks, backend=self.backend)
+            return out, layer_pages
+
+        if placement.mesh.size == 1:
+            return jax.jit(local)
+        cached, heads = page_specs(self.cfg, pages, placement.spec), placement.spec(query_dims(self.cfg)[1:])
+        replica = placement.spec(("pages",)) if placement.parts("pages") > 1 else PartitionSpec()
+        tokens = placement.spec(("tokens" if isinstance(rows, RingBatch) else "pages",))
+        queries = PartitionSpec(*tokens, *heads)
+        keys = tokens if self.cfg.latent else queries
+        over_heads = jax.shard_map(
+            local,
+            mesh=placement.mesh,
+            in_specs=(
+                queries,
+                keys,
+                cached,
+                replica,
+                jax.tree.map(lambda _: replica, rows),
+                PartitionSpec(*heads[:2]),
+            ),
+            out_specs=(queries, cached),
+            check_vma=False,
+        )
+        return jax.jit(over_heads)
+
+
+def _cache_slots(table: jax.Array, row, position, valid: jax.Array, page_size: int) -> jax.Array:
+    """Where each token's keys and values go; what is not valid goes to page 0."""
+    return jnp.where(valid, table[row, position // page_size] * page_size + position % page_size, 0)
+
+
+def _empty_samples(steps: int, rows: int, *, with_logprobs: bool) -> sampling.Sampled:
+    tokens = jnp.full((steps, rows), -1, jnp.int32)
+    if not with_logprobs:
+        return sampling.Sampled(tokens)
+    top = (steps, rows, sampling.MAX_LOGPROBS)
+    return sampling.Sampled(tokens, jnp.zeros((steps, rows)), jnp.zeros(top, jnp.int32), jnp.zeros(top))

@@ -1,0 +1,1 @@
+"""Who runs next and which page is whose, in plain Python: no arrays, no devices."""

@@ -1,0 +1,181 @@
+"""Which pages a running request has, from its first to its last: found, allocated, shared, copied, given up.
+
+The scheduler says who runs and who makes way; this keeps requests' page lists and the pool in step with that. Plain
+Python: page numbers, no arrays. What has to move as a consequence is left in `copies` and in the tiers' lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxllm.scheduling.page_pool import PagePool
+from jaxllm.scheduling.request import Request
+from jaxllm.scheduling.reuse import Found, find_reusable
+from jaxllm.scheduling.tiers import Load, Tiers
+
+
+class Residency:
+    """Requests' pages in one pool, and in the tiers below it, where there are any."""
+
+    def __init__(self, pool: PagePool, tiers: Tiers | None = None):
+        self.pool = pool
+        self.tiers = tiers
+        self.num_copies = 0
+        self._copies: list[tuple[int, int]] = []
+        if tiers is not None:
+            pool.on_evict = tiers.evicted
+
+    def take_copies(self) -> list[tuple[int, int]]:
+        """The (from, to) pages to copy before the plan that is being made writes anything."""
+        copies, self._copies = self._copies, []
+        self.num_copies += len(copies)
+        return copies
+
+    def place(self, request: Request, spare: int) -> bool:
+        """Give a request pages for all it has, reusing what is cached; `spare` pages are left free.
+
+        True: its pages are there, though what is in them may be on its way up (`request.load`).
+        """
+        pool, found = self.pool, find_reusable(request, self.pool, self.tiers)
+        total = pool.pages_for(request.num_tokens)
+        missing = total - len(found.pages) + len(found.keys)
+        tail = int(pool.shares_tail(found.pages, found.num_tokens))
+        fresh = pool.allocate(missing + tail) if missing + tail + spare <= pool.num_free else None
+        if fresh is None:
+            pool.free([page for page in found.pages if page])
+            return False
+        self._start(request, found, fresh)
+        if tail:
+            self._own_tail(request, fresh[-1])
+        return True
+
+    def _start(self, request: Request, found: Found, fresh: list[int]) -> None:
+        """Put together the pages found and fresh ones, first those that a lower tier fills."""
+        new = iter(fresh)
+        pages = [next(new) if page is None else page for page in found.pages]
+        extent = self.pool.pages_for(request.num_tokens) - len(pages)
+        request.pages = pages + [next(new) for _ in range(extent)]
+        request.num_computed = found.num_tokens
+        request.num_published = next((i for i in found.keys), found.num_tokens // self.pool.page_size)
+        request.num_settled = request.num_dropped = 0
+        if found.keys:
+            assert self.tiers is not None, "only a lower tier has keys"
+            targets = [request.pages[i] for i in found.keys]
+            request.load = self.tiers.begin(request, list(found.keys.values()), targets, found.num_tokens)
+            request.num_computed = 0
+        if request.num_cached is None:
+            request.num_cached = request.num_computed
+            self.pool.count_query(request.num_tokens, request.num_computed)
+
+    def share(self, parent: Request, child: Request) -> None:
+        """Put `child`, equal to `parent` but for the last token, on its pages."""
+        full = parent.num_computed // self.pool.page_size
+        child.pages = self.pool.share(parent.pages[: self.pool.pages_for(parent.num_computed)])
+        child.page_hashes = parent.page_hashes[:full]
+        child.num_published, child.num_dropped = min(parent.num_published, full), parent.num_dropped
+        child.num_computed = child.num_cached = parent.num_computed
+
+    def loaded(self, load: Load, arrived: Sequence[bool]) -> bool:
+        """The device has what a load brought. False: not all of it, and its request must start again."""
+        assert self.tiers is not None
+        request: Request = load.owner
+        self.tiers.arrived(load, arrived, request.swapped)
+        request.load = None
+        if request.swapped is None:
+            for page, digest, is_here in zip(load.pages, load.keys, arrived, strict=True):
+                if is_here:
+                    self.pool.publish(page, digest)
+        request.swapped = None
+        if not all(arrived):
+            return False
+        request.num_computed = load.num_tokens
+        if request.num_cached == 0 and not request.num_preemptions:
+            request.num_cached = load.num_tokens
+            self.pool.num_hit_tokens += load.num_tokens
+        return True
+
+    def is_loading_for(self, request: Request) -> bool:
+        """Whether the first page that a request lacks is on its way up for another."""
+        if self.tiers is None or request.swapped is not None or not self.pool.enable_prefix_caching:
+            return False
+        digests = request.page_hashes = self.pool.hashes(request.token_ids, request.cache_salt, request.page_hashes)
+        missing = next((digest for digest in digests if not self.pool.has(digest)), None)
+        return missing is not None and self.tiers.loading(missing) is not None
+
+    def missing(self, request: Request, num_tokens: int) -> int:
+        """Pages that a request lacks to grow to `num_tokens`."""
+        return max(0, self.pool.pages_for(num_tokens) - len(request.pages))
+
+    def grow(self, request: Request, num_tokens: int) -> bool:
+        """Get pages up to `num_tokens`, and a page of its own to write into; False where there are too few."""
+        tail = int(self.pool.shares_tail(request.pages, request.num_computed))
+        fresh = self.pool.allocate(self.missing(request, num_tokens) + tail)
+        if fresh is None:
+            return False
+        if tail:
+            self._own_tail(request, fresh.pop())
+        request.pages += fresh
+        return True
+
+    def _own_tail(self, request: Request, page: int) -> None:
+        """Copy on write: the next token goes into a page that others read, so it gets one of its own."""
+        i, offset = divmod(request.num_computed, self.pool.page_size)
+        if offset:
+            self._copies.append((request.pages[i], page))
+        self.pool.free(request.pages[i : i + 1])
+        request.pages[i] = page
+
+    def settle(self, request: Request) -> None:
+        """Between plans: free the pages out of every window.
+
+        Iterations in flight that read them come before any new owner's.
+        """
+        request.num_settled = request.num_computed
+        if self.pool.window is None or request.load is not None:
+            return
+        seen = self.pool.first_visible(request.num_computed)
+        for i in range(request.num_dropped, seen):
+            self.pool.free(request.pages[i : i + 1])
+            request.pages[i] = 0
+        request.num_dropped = max(request.num_dropped, seen)
+
+    def publish(self, request: Request, num_known: int) -> None:
+        """Make full pages findable whose tokens are known and computed (or about to be, in the order of iterations)."""
+        full = min(request.num_computed, num_known) // self.pool.page_size
+        if not self.pool.enable_prefix_caching or full <= request.num_published:
+            return
+        if full > len(request.page_hashes):
+            known = request.token_ids[: full * self.pool.page_size]
+            request.page_hashes = self.pool.hashes(known, request.cache_salt, request.page_hashes)
+        for i in range(request.num_published, full):
+            self.pool.publish(request.pages[i], request.page_hashes[i])
+        request.num_published = full
+
+    def swap_out(self, request: Request) -> None:
+        """Keep the cache of a request that is being preempted in the host, where the tiers say so."""
+        if self.tiers is not None and request.load is None:
+            held = request.pages[: self.pool.pages_for(request.num_computed)]
+            request.swapped = self.tiers.swap_out(held, request.num_computed)
+
+    def release(self, request: Request) -> None:
+        """Take a request's pages away; a load for them is not wanted any more."""
+        if request.load is not None and self.tiers is not None:
+            self.tiers.end(request.load)
+            request.load = None
+        self.pool.free(request.pages)
+        request.pages = []
+
+    def forget(self, request: Request) -> None:
+        """A request has ended: what the host kept for it may go."""
+        if request.swapped is not None and self.tiers is not None:
+            self.tiers.forget(request.swapped)
+            request.swapped = None
+
+
+def utilization(running: Sequence[Request], page_size: int) -> float:
+    """Share of the token slots in requests' pages that tokens fill; 1 where nothing runs."""
+    tokens = slots = 0
+    for request in running:
+        tokens += request.num_tokens - request.num_dropped * page_size
+        slots += (len(request.pages) - request.num_dropped) * page_size
+    return min(1.0, tokens / slots) if slots else 1.0

@@ -1,0 +1,387 @@
+"""The scheduler: before every iteration, decides which requests take part with how many tokens.
+
+Requests and a page pool -> one `IterationPlan` at a time. ORCA's iteration-level scheduling (Yu et al. 2022) with
+chunked prefill under a token budget (Sarathi-Serve, Agrawal et al. 2024). Plain Python: it knows nothing of
+arrays, devices or text. It may run ahead of the device: a plan can be made while the tokens of the one before
+are still unread.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxllm.scheduling.page_lists import Residency, utilization
+from jaxllm.scheduling.page_pool import PagePool
+from jaxllm.scheduling.request import Request, Status
+from jaxllm.scheduling.tiers import Load, Tiers
+
+Ranked = tuple[tuple[int, int], Request]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One request's share of an iteration: tokens `[start, start + count)` go through the model.
+
+    `num_samples` is how many tokens it samples: 0 in mid-prompt, 1 at the end of its known tokens, up to the
+    plan's number of steps in a decode loop. Every step of a loop but the first computes a token sampled by the
+    step before; `count` is 1 there.
+    """
+
+    request: Request
+    start: int
+    count: int
+    num_samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class IterationPlan:
+    """What the device does next: one ragged step, or (`is_decode_loop`) `num_steps` decode iterations.
+
+    Chunks of one token come first; `admitted` lists requests that are new to their slot, or whose tokens there
+    changed. `copies` are (from, to) pages to copy before anything is written,
+    numbered over all replicas.
+    """
+
+    chunks: list[Chunk]
+    admitted: list[Request] = field(default_factory=list)
+    is_decode_loop: bool = False
+    num_steps: int = 1
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that one iteration of this plan processes."""
+        return sum(chunk.count for chunk in self.chunks)
+
+
+class Scheduler:
+    """First come, first served by priority, under a token budget, a request limit and a page pool.
+
+    `max_decode_steps=0`: no decode loops, every plan is a ragged step.
+    """
+
+    def __init__(
+        self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, max_decode_steps: int = 1,
+        first_slot: int = 0,
+        tiers: Tiers | None = None,
+    ):  # fmt: skip
+        self.pool = pool
+        self.tiers = tiers
+        self.residency = Residency(pool, tiers)
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_decode_steps = max_decode_steps
+        self.running: list[Request] = []  # by rank: the first is the last to be preempted
+        self._waiting: tuple[list[Ranked], list[Ranked]] = ([], [])  # heaps by rank: short prompts, long prompts
+        self._free_slots = list(range(first_slot + max_num_seqs - 1, first_slot - 1, -1))
+        self.num_waiting = 0  # the heaps may hold finished requests beside these
+        self._parked: list[Request] = []  # waiting for another's prompt or load, without holding up the queue
+        self._fresh: list[Request] = []  # running, but the device does not know their tokens yet
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.running or self.num_waiting)
+
+    @property
+    def num_copies(self) -> int:
+        """Pages copied because one of several owners wrote."""
+        return self.residency.num_copies
+
+    @property
+    def slot_utilization(self) -> float:
+        """See `utilization`."""
+        return utilization(list(self.running), self.pool.page_size)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError if it could not finish even alone."""
+        self.check_fits(request.limit)
+        if request.parent is None:
+            self._wait(request)
+        else:
+            self._parked.append(request)
+            self.num_waiting += 1
+
+    def check_fits(self, limit: int) -> None:
+        """Raise ValueError if a request of `limit` tokens could not finish even alone."""
+        needed = self.pool.pages_for(limit)
+        if needed > self.pool.num_usable:
+            raise ValueError(
+                f"the request may grow to {limit} tokens = {needed} pages but the cache has "
+                f"{self.pool.num_usable}; lower max_tokens or raise kv_cache_memory_bytes"
+            )
+
+    def _wait(self, request: Request) -> None:
+        self._queue(request)
+        self.num_waiting += 1
+
+    def _queue(self, request: Request) -> None:
+        left = request.num_tokens
+        if request.swapped is not None:
+            left -= request.swapped.num_tokens
+        elif request.parent is not None and request.parent.prompt_is_computed:
+            left = 1
+        heapq.heappush(self._waiting[self._is_long(left)], (request.rank, request))
+
+    def schedule(self) -> IterationPlan | None:
+        """Plan the next iteration, or None when nothing can run before results in flight are read."""
+        return self.plan(self.loop_steps())
+
+    def plan(self, steps: int) -> IterationPlan | None:
+        """A decode loop of `steps` iterations (no more than `loop_steps` allows), or else one iteration."""
+        self._settle()
+        if steps:
+            return self._plan(self._decode_chunks(steps), [], is_decode_loop=True, num_steps=steps)
+        chunks = self._decode_chunks(1)
+        admitted = self._prefill(chunks, self.max_num_batched_tokens - len(chunks))
+        if not chunks:
+            self._make_way()
+            return None
+        chunks.sort(key=lambda chunk: chunk.count > 1)  # stable: single queries first
+        only_decodes = (
+            self.max_decode_steps > 0 and not admitted and all(c.count == 1 and c.num_samples == 1 for c in chunks)
+        )
+        return self._plan(chunks, admitted, is_decode_loop=only_decodes)
+
+    def _plan(self, chunks: list[Chunk], admitted: list[Request], **kwargs: Any) -> IterationPlan:
+        fresh, self._fresh = [r for r in self._fresh if r.status is Status.RUNNING], []
+        return IterationPlan(chunks, fresh + admitted, copies=self.residency.take_copies(), **kwargs)
+
+    def _make_way(self) -> None:
+        """Nothing can run: requests on hold may stand in the way of those that their caller is waiting for."""
+        held = [r for r in self.running if r.on_hold]
+        if held and self.num_waiting and not any(r.num_pending or r.load for r in self.running):
+            self._preempt(held[-1])
+
+    # Rule 0: what no query to come can see is given up, and whoever no longer waits for somebody else is queued.
+
+    def _settle(self) -> None:
+        for request in self.running:
+            self.residency.settle(request)
+        parked, self._parked = self._parked, []
+        for request in parked:
+            if request.finished:
+                continue
+            if self._must_park(request):
+                self._parked.append(request)
+            else:
+                self._queue(request)
+
+    def _must_park(self, request: Request) -> bool:
+        """Whether it waits for its caller, or for another's prompt that is being computed or loaded."""
+        if request.on_hold:
+            return True
+        parent = request.parent
+        if parent is not None and not parent.finished and not parent.prompt_is_computed:
+            return True
+        return self.residency.is_loading_for(request)
+
+    # Rule 1: every running decode takes one token per iteration.
+
+    def loop_steps(self) -> int:
+        """Iterations that may run without looking up; 0: not more than one.
+
+        As many as `max_decode_steps`, the longest request left and the pages allow. But one at a time while a running
+        request is streamed, whose tokens would come in bursts; and while anybody waits, unless all slots are taken and
+        none can fall free before the loop ends.
+        """
+        active = [r for r in self.running if not r.exhausted]
+        if not active or any(r.num_left != 1 or r.one_at_a_time or r.streamed for r in active):
+            return 0
+        left = [r.limit - r.num_tokens for r in active]
+        steps = min(self.max_decode_steps, max(left))
+        if self.num_waiting:
+            if self._free_slots or len(active) < len(self.running) or any(r.may_stop for r in active):
+                return 0
+            steps = min(steps, *left)
+        growth = sum(self.residency.missing(r, r.num_computed + _granted(r, steps)) for r in active)
+        return steps if steps > 1 and growth <= self.pool.num_free else 0
+
+    def _decode_chunks(self, steps: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        for request in list(self.running):
+            if request.status is not Status.RUNNING or request.num_left != 1 or request.exhausted or request.must_wait:
+                continue
+            granted = _granted(request, steps)
+            if self._make_room(request, request.num_computed + granted, chunks):
+                chunks.append(self._take(request, 1, granted))
+        return chunks
+
+    # Rule 2: running prefills, then waiting requests, take what the decodes leave of the budget.
+    #
+    # What has more than half a budget left to prefill is long. One long prefill runs at a time and leaves half to short
+    # prompts, if there are any: their first token waits for an iteration, not for all of somebody's prompt.
+
+    def _prefill(self, chunks: list[Chunk], budget: int) -> list[Request]:
+        running = [r for r in self.running if r.num_left > 1]
+        long = next((r for r in running if self._is_long(r.num_left)), None)
+        kept = min(long.num_left, budget - budget // 2) if long else 0
+        for request in running:
+            if request is not long:
+                budget -= self._continue(request, chunks, budget - kept)
+        admitted = self._admit(chunks, budget - kept, long)
+        budget -= sum(chunk.count for chunk in chunks[-len(admitted) :] if admitted)
+        if long:
+            budget -= self._continue(long, chunks, budget)
+            if not self._is_long(long.num_left):
+                admitted += self._admit(chunks, budget, None)
+        return admitted
+
+    def _is_long(self, num_tokens: int) -> bool:
+        return num_tokens > self.max_num_batched_tokens // 2
+
+    def _continue(self, request: Request, chunks: list[Chunk], budget: int) -> int:
+        """Give a request up to `budget` tokens of the iteration; returns how many."""
+        count = min(request.num_left, budget)
+        if count > 0:
+            chunks.append(self._take(request, count, int(count == request.num_left)))
+        return max(0, count)
+
+    def _admit(self, chunks: list[Chunk], budget: int, long: Request | None) -> list[Request]:
+        """Admit waiting requests while slots, pages and the budget allow.
+
+        In order of rank, except that short prompts pass those that wait for the `long` prefill under way. Whoever
+        is first of all gets the slot and pages when it ends, so nobody is passed for ever.
+        """
+        admitted: list[Request] = []
+        while budget > 0 and self._free_slots and (queue := self._next_queue(long)):
+            request = queue[0][1]
+            if self._must_park(request):
+                self._parked.append(heapq.heappop(queue)[1])
+                continue
+            if request.num_pending or not self._place(request):
+                break
+            heapq.heappop(queue)
+            self.num_waiting -= 1
+            if request.load is not None:
+                continue  # it has its slot and its pages; what is in them is on its way
+            admitted.append(request)
+            budget -= self._continue(request, chunks, budget)
+        return admitted
+
+    def _next_queue(self, long: Request | None) -> list[Ranked] | None:
+        """The queue whose head is next; beside a long prefill only short prompts of its priority or a better one."""
+        for queue in self._waiting:
+            while queue and queue[0][1].finished:
+                heapq.heappop(queue)
+        queues = [queue for queue in self._waiting if queue]
+        if long is not None:
+            short = self._waiting[0]
+            return short if short and short[0][1].priority <= long.priority else None
+        return min(queues, key=lambda queue: queue[0][0], default=None)
+
+    def _place(self, request: Request) -> bool:
+        """Give a waiting request a slot and pages for all it has, reusing cached prefixes.
+
+        Some pages are left for the decodes that run already, so that it does not push one out at once.
+        """
+        if not self.residency.place(request, spare=len(self.running)):
+            return False
+        self._run(request)
+        return True
+
+    def _run(self, request: Request) -> None:
+        request.slot = self._free_slots.pop()
+        request.status = Status.RUNNING
+        self.running.append(request)
+        self.running.sort(key=lambda r: r.rank)
+
+    def loaded(self, load: Load, arrived: Sequence[bool]) -> None:
+        """The device has what a load brought (or it has not: then its request starts again from what is here)."""
+        if load.ended:
+            return
+        request: Request = load.owner
+        if self.residency.loaded(load, arrived):
+            self._fresh.append(request)
+        else:
+            self._release(request)
+            request.status = Status.WAITING
+            self._wait(request)
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Start `child`, equal to `parent` but for the last token, on its pages; queue it where there is no slot."""
+        if parent.status is not Status.RUNNING or parent.load is not None or not self._free_slots:
+            self._wait(child)
+            return
+        self.residency.share(parent, child)
+        self._run(child)
+        self._fresh.append(child)
+
+    def replace_last(self, request: Request, token: int) -> None:
+        """Put another token in place of the one that was sampled last; nothing of it may be in flight."""
+        assert not request.num_pending, "a token is being sampled after the one to replace"
+        request.token_ids[-1] = token
+        request.num_confirmed = len(request.token_ids)
+        del request.page_hashes[request.num_computed // self.pool.page_size :]
+        if request.status is Status.RUNNING:
+            self._fresh.append(request)
+
+    # Bookkeeping that the rules share.
+
+    def _take(self, request: Request, count: int, num_samples: int) -> Chunk:
+        """Count tokens as computed: later plans build on it before the device is done."""
+        chunk = Chunk(request, request.num_computed, count, num_samples)
+        request.num_computed += count + max(0, num_samples - 1)
+        request.num_pending += num_samples
+        self.residency.publish(request, len(request.token_ids))
+        return chunk
+
+    def _make_room(self, request: Request, num_tokens: int, chunks: Sequence[Chunk]) -> bool:
+        """Get pages up to `num_tokens`, preempting lower ranks. False: this request sits this iteration out.
+
+        Called in the order of ranks, so a victim has no chunk in this plan yet.
+        """
+        while not self.residency.grow(request, num_tokens):
+            victims = [r for r in self.running if r.rank > request.rank and not r.exhausted]
+            if victims:
+                self._preempt(victims[-1])
+            elif chunks or any(r.exhausted for r in self.running):
+                return False  # somebody will finish and free pages
+            else:
+                self._preempt(request)
+                return False
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Take everything away; it is swapped out, or recomputed (from cached pages, where they survive)."""
+        self.residency.swap_out(request)
+        self._release(request)
+        request.num_preemptions += 1
+        request.status = Status.WAITING
+        self.num_preemptions += 1
+        self._wait(request)
+
+    def _release(self, request: Request) -> None:
+        self.residency.release(request)
+        self._free_slots.append(request.slot)
+        request.slot = -1
+        self.running.remove(request)
+
+    def append_tokens(self, request: Request, tokens: Sequence[int], num_samples: int) -> None:
+        """Hand over what an iteration sampled: of `num_samples` planned, these came before a stop."""
+        request.num_pending -= num_samples
+        request.token_ids.extend(tokens)
+
+    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
+        """Drop a request at once, wherever it stands; its pages are free for the next plan."""
+        if request.finished:
+            return
+        if request.status is Status.RUNNING:
+            self.residency.publish(request, len(request.token_ids) - 1)  # the last token was sampled, not computed
+            self._release(request)
+        else:
+            self.num_waiting -= 1
+        self.residency.forget(request)
+        request.parent = None
+        request.status = Status.FINISHED
+        request.finish_reason = reason
+        request.stop_reason = stop_reason
+
+
+def _granted(request: Request, steps: int) -> int:
+    """Tokens this request may sample in a loop of `steps` iterations."""
+    return min(steps, request.limit - request.num_tokens)

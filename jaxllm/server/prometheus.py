@@ -1,0 +1,136 @@
+"""Prometheus metrics under the names dashboards know, and the figures of the built-in page."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from jaxllm.engine.async_llm import AsyncLLM
+from jaxllm.telemetry.cache_metrics import cache_figures
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_ITL = (0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
+_E2E = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+_WINDOW = 512  # samples behind the percentiles of the page
+
+
+class Metrics:
+    """Counters and histograms fed by requests, gauges read from the engine when asked."""
+
+    def __init__(self, llm: AsyncLLM, model_name: str, namespace: str = "jaxllm"):
+        self.registry = CollectorRegistry()
+        name = f"{namespace}:{{}}".format
+
+        def counter(what: str, text: str) -> Counter:
+            return Counter(name(what), text, ["model_name"], registry=self.registry).labels(model_name)
+
+        def histogram(what: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            made = Histogram(name(what), text, ["model_name"], buckets=buckets, registry=self.registry)
+            return made.labels(model_name)
+
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens accepted.")
+        self.generation_tokens = counter("generation_tokens", "Tokens generated.")
+        self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT)
+        self._itl = histogram("inter_token_latency_seconds", "Time between tokens of a request.", _ITL)
+        self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", _E2E)
+        labels = ["model_name", "finished_reason"]
+        self._success = Counter(name("request_success"), "Requests by how they ended.", labels, registry=self.registry)
+        for reason in ("stop", "length", "abort"):
+            self._success.labels(model_name, reason)
+        self._model_name = model_name
+        self._recent: dict[str, deque[float]] = {what: deque(maxlen=_WINDOW) for what in ("ttft", "itl")}
+        self._engine_figures = _EngineFigures(llm, name, model_name)
+        self.registry.register(self._engine_figures)
+
+    def first_token(self, seconds: float) -> None:
+        """A completion's first token came."""
+        self._ttft.observe(seconds)
+        self._recent["ttft"].append(seconds)
+
+    def inter_token(self, seconds: float, count: int) -> None:
+        """`count` tokens came, `seconds` apart."""
+        for _ in range(count):
+            self._itl.observe(seconds)
+        self._recent["itl"].append(seconds)
+
+    def latency(self, seconds: float) -> None:
+        """A completion ended."""
+        self._e2e.observe(seconds)
+
+    def finished(self, reason: str, count: int = 1) -> None:
+        """Completions ended for `reason`."""
+        self._success.labels(self._model_name, reason).inc(count)
+
+    def exposition(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self.registry)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What the page draws; rates are the reader's business, from two totals."""
+        figures: dict[str, Any] = {what: value for what, _, _, value in self._engine_figures.read()}
+        figures["generation_tokens_total"] = _value(self.generation_tokens)
+        figures["prompt_tokens_total"] = _value(self.prompt_tokens)
+        for what, samples in self._recent.items():
+            ordered = sorted(samples)
+            figures[f"{what}_p50"] = statistics.median(ordered) if ordered else None
+            figures[f"{what}_p99"] = ordered[int(0.99 * (len(ordered) - 1))] if ordered else None
+        return figures | {"time": time.time()}
+
+
+def _value(counter: Counter) -> float:
+    return next(sample.value for sample in next(iter(counter.collect())).samples if sample.name.endswith("_total"))
+
+
+class _EngineFigures:
+    """A Prometheus collector that looks at the engine. Plain integers: reading them needs no lock."""
+
+    def __init__(self, llm: AsyncLLM, name: Any, model_name: str):
+        self._llm, self._name, self._model_name = llm, name, model_name
+
+    def read(self) -> Iterable[tuple[str, str, str, float]]:
+        """Name, kind, text and value of each figure."""
+        engine, thread = self._llm.engine, self._llm.thread
+        pool, scheduler = engine.pool, engine.scheduler
+        yield "num_requests_running", "gauge", "Requests in the batch.", len(scheduler.running)
+        yield "num_requests_waiting", "gauge", "Requests accepted but not running.", thread.num_queued
+        yield "kv_cache_usage_perc", "gauge", "Share of pages in use, 0 to 1.", 1 - pool.num_free / pool.num_usable
+        yield "prefix_cache_queries", "counter", "Prompt tokens looked up.", pool.num_queried_tokens
+        yield "prefix_cache_hits", "counter", "Prompt tokens found.", pool.num_hit_tokens
+        yield from cache_figures(engine)
+        yield "num_preemptions", "counter", "Requests pushed out of the batch.", scheduler.num_preemptions
+        totals = engine.accounting.totals
+        yield "iterations", "counter", "Iterations run.", totals.num_iterations
+        yield "device_seconds", "counter", "Time the device worked on them.", totals.seconds
+        yield "compilations", "counter", "Programs compiled.", engine.runner.num_compilations
+        after = engine.runner.num_compilations_after_warmup
+        yield "compilations_after_warmup", "counter", "Programs compiled while serving: defects.", after
+        yield "engine_failures", "counter", "Iterations that raised.", thread.num_failures
+        if (ceilings := engine.accounting.ceilings) is not None:
+            yield "peak_flops_per_second", "gauge", "Of all devices: 100% MFU.", ceilings.flops_per_s
+            yield "peak_bytes_per_second", "gauge", "Of all devices: 100% MBU.", ceilings.bytes_per_s
+        for what in ("mfu", "mbu"):
+            value = _utilisation(engine, what)
+            if value is not None:
+                yield what, "gauge", f"{what.upper()} of recent iterations, 0 to 1.", value
+
+    def collect(self) -> Iterable[Metric]:
+        """For prometheus_client."""
+        for what, kind, text, value in self.read():
+            family = GaugeMetricFamily if kind == "gauge" else CounterMetricFamily
+            metric = family(self._name(what), text, labels=["model_name"])
+            metric.add_metric([self._model_name], value)
+            yield metric
+
+
+def _utilisation(engine: Any, what: str) -> float | None:
+    """Mean over the engine's recent iterations, where it measures them."""
+    recent = [getattr(record, what, None) for record in list(engine.records)[-64:]]
+    known = [value for value in recent if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,155 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from jaxllm.config.sampling import SamplingParams
+from jaxllm.engine.engine_thread import CompletionDelta
+from jaxllm.engine.outputs import CompletionOutput, RequestOutput
+from jaxllm.server.context import Context, context_of, request_id_of
+from jaxllm.server.errors import ApiError
+from jaxllm.server.generation import Generation
+from jaxllm.server.schema.answers import Completion, answered
+from jaxllm.server.schema.logprobs import completion_logprobs
+from jaxllm.server.schema.requests import CompletionRequest
+from jaxllm.server.schema.sampling_fields import prompt_extras, sampling_params
+from jaxllm.server.streaming import DONE, EventStream, event, unless_disconnected
+
+router = APIRouter()
+
+
+@router.post("/v1/completions", responses=answered(Completion, streams=True))
+async def completions(body: CompletionRequest, request: Request) -> Response:
+    """Continue one prompt or several."""
+    ctx = context_of(request)
+    model = ctx.check_model(body.model)
+    call = _Call(ctx, body, model, f"cmpl-{request_id_of(request)}")
+    if body.stream:
+        generation = await call.start()
+        return EventStream(call.events(generation), generation.close)
+    return JSONResponse(await unless_disconnected(request, call.answer()))
+
+
+class _Call:
+    """One request on its way to an answer."""
+
+    def __init__(self, ctx: Context, body: CompletionRequest, model: str, name: str):
+        self._ctx, self._body, self._name = ctx, body, name
+        self._head = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model}
+        if body.suffix:
+            raise ApiError(400, "suffix is not supported; leave it out", param="suffix")
+        if (body.best_of or 1) > (body.n or 1):
+            raise ApiError(400, "best_of above n is not supported; leave it out", param="best_of")
+        if body.max_tokens == 0 and not (body.echo and not body.stream):
+            raise ApiError(400, "max_tokens is 0; give at least 1, or set echo and no stream", param="max_tokens")
+        self._params = self._sampling()
+
+    def _sampling(self) -> SamplingParams:
+        body = self._body
+        scores = body.logprobs if body.echo else None
+        max_tokens = body.max_tokens if body.max_tokens is not None else 16
+        return sampling_params(
+            self._ctx, body, max_tokens=max(max_tokens, 1), logprobs=body.logprobs, prompt_logprobs=scores
+        )
+
+    async def start(self) -> Generation:
+        extras = prompt_extras(self._body)
+        prompts = [extras | prompt for prompt in as_prompts(self._body.prompt)]
+        return await Generation.open(self._ctx, prompts, self._params, self._name, streamed=bool(self._body.stream))
+
+    async def answer(self) -> dict[str, Any]:
+        generation = await self.start()
+        results = await generation.collect()
+        if self._body.max_tokens == 0:
+            results = [[CompletionOutput(c.index, finish_reason="length") for c in one] for one in results]
+            generation.num_generated = 0
+        choices = [
+            self._choice(generation, prompt, completion)
+            for prompt, completions in enumerate(results)
+            for completion in completions
+        ]
+        return self._head | {"choices": choices, "usage": generation.usage()}
+
+    def _choice(self, generation: Generation, prompt: int, completion: CompletionOutput) -> dict[str, Any]:
+        output, text = generation.outputs[prompt], completion.text
+        logprobs = None
+        if self._body.echo:
+            text = self._prompt_text(output) + text
+        if self._body.logprobs is not None:
+            ids, entries = completion.token_ids, list(completion.logprobs or [])
+            if self._body.echo:
+                ids = output.prompt_token_ids + ids
+                entries = [*(output.prompt_logprobs or []), *entries]
+            logprobs = completion_logprobs(ids, entries, self._body.logprobs, 0, self._token_text)
+        return self._shaped(prompt, completion, text, logprobs)
+
+    def _shaped(
+        self, prompt: int, part: CompletionOutput | CompletionDelta, text: str, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        choice = {
+            "index": prompt * self._params.n + part.index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": part.finish_reason,
+            "stop_reason": part.stop_reason,
+        }
+        return choice | ({"token_ids": part.token_ids} if self._body.return_token_ids else {})
+
+    def _token_text(self, token: int) -> str:
+        return self._ctx.llm.get_tokenizer().token_text(token)
+
+    def _prompt_text(self, output: RequestOutput) -> str:
+        if output.prompt is not None:
+            return output.prompt
+        return self._ctx.llm.get_tokenizer().decode(output.prompt_token_ids)
+
+    async def events(self, generation: Generation) -> AsyncIterator[bytes]:
+        """The stream: an optional echo, deltas, an optional usage chunk, the end."""
+        options = self._body.stream_options
+        lengths: dict[tuple[int, int], int] = {}
+        async for news in generation:
+            pieces = []
+            for prompt, delta in news:
+                choices = self._delta_choices(generation, prompt, delta, lengths)
+                pieces += [event(self._head | {"choices": [choice]}) for choice in choices]
+            yield b"".join(pieces)
+        tail = b""
+        if options and options.include_usage:
+            tail = event(self._head | {"choices": [], "usage": generation.usage()})
+        yield tail + DONE
+
+    def _delta_choices(
+        self, generation: Generation, prompt: int, delta: CompletionDelta, lengths: dict[tuple[int, int], int]
+    ) -> list[dict[str, Any]]:
+        key, count, choices = (prompt, delta.index), self._body.logprobs, []
+        if self._body.echo and key not in lengths:
+            output = generation.outputs[prompt]
+            text = self._prompt_text(output)
+            echoed = None
+            if count is not None:
+                echoed = completion_logprobs(
+                    output.prompt_token_ids, output.prompt_logprobs or [], count, 0, self._token_text
+                )
+            choices.append(self._shaped(prompt, CompletionDelta(delta.index, "", []), text, echoed))
+            lengths[key] = len(text)
+        offset = lengths.get(key, 0)
+        lengths[key] = offset + len(delta.text)
+        logprobs = None
+        if count is not None:
+            logprobs = completion_logprobs(delta.token_ids, delta.logprobs or [], count, offset, self._token_text)
+        if delta.text or delta.token_ids or delta.finish_reason:
+            choices.append(self._shaped(prompt, delta, delta.text, logprobs))
+        return choices
+
+
+def as_prompts(prompt: Any) -> list[dict[str, Any]]:
+    """The four shapes of OpenAI's `prompt` and `input` as prompts of ours."""
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        prompt = [prompt]
+    return [{"prompt": p} if isinstance(p, str) else {"prompt_token_ids": p} for p in prompt]

@@ -1,0 +1,1 @@
+"""Request and response bodies, and what makes one invalid."""

@@ -1,0 +1,1 @@
+"""What the engine measures of itself: tokens, FLOPs, bytes and times per iteration."""

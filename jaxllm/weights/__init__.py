@@ -1,0 +1,1 @@
+"""From files to parameters on the mesh, and back into files."""

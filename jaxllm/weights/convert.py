@@ -1,0 +1,170 @@
+"""`jaxllm convert SRC DST --to orbax|safetensors`: one checkpoint into another format, one parameter at a time.
+
+Safetensors come out as a Hugging Face folder (tensors by their Hugging Face names, in files of bounded size with
+an index); Orbax as sharded parameters that any mesh can restore. Knows nothing of engines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxllm.checkpoints.base import Checkpoint
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FORMATS = ("orbax", "safetensors")
+_FILE_BYTES = 4 << 30
+_COPIED = ("tokenizer*", "*.jinja", "merges.txt", "vocab.json", "special_tokens_map.json", "generation_config.json")
+
+
+def convert(
+    source: str, target: Path, *, to: str, dtype: str = "auto", mesh: str = "tp=1", sharding_rules: str = "megatron"
+) -> Path:
+    """Write the model `source` (anything `--model` names) to the new folder `target`.
+
+    Args:
+        to: "orbax" or "safetensors".
+        dtype: of the matrices; "auto" keeps bfloat16 and float16, and makes bfloat16 of anything else.
+        mesh, sharding_rules: where the parameters lie while they are written (Orbax only).
+
+    Raises:
+        ValueError: the target exists, or the source cannot be read.
+    """
+    from jaxllm.checkpoints import open_checkpoint, resolve_model
+
+    if to not in FORMATS:
+        raise ValueError(f"cannot convert to {to!r}; use one of {', '.join(FORMATS)}")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists and is not empty; name a new folder")
+    checkpoint = open_checkpoint(resolve_model(source))
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        if to == "orbax":
+            _to_orbax(checkpoint, partial, dtype, mesh, sharding_rules)
+        else:
+            _to_safetensors(checkpoint, partial, dtype)
+        _write_side_files(checkpoint, partial)
+        if target.exists():
+            target.rmdir()
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return target
+
+
+def _to_orbax(checkpoint: Checkpoint, folder: Path, dtype: str, mesh: str, sharding_rules: str) -> None:
+    import jax.numpy as jnp
+
+    from jaxllm.config import ModelConfig
+    from jaxllm.sharding.mesh import Placement, make_mesh
+    from jaxllm.sharding.rules import load_rules
+    from jaxllm.weights.loader import abstract_model, load_parameters
+    from jaxllm.weights.orbax import is_orbax, restore_parameters, save_parameters
+
+    placement = Placement(make_mesh(mesh), load_rules(sharding_rules))
+    name = "bfloat16" if dtype == "auto" else dtype
+    model = abstract_model(ModelConfig.from_hf(checkpoint.config), placement, jnp.dtype(name))
+    if is_orbax(checkpoint.path):
+        params = restore_parameters(model, checkpoint.path)
+    else:
+        params = load_parameters(model, checkpoint)
+    save_parameters(model, params, folder)
+
+
+def _to_safetensors(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
+    from jaxllm.weights.orbax import is_orbax
+
+    tensors = _from_orbax(checkpoint, dtype) if is_orbax(checkpoint.path) else _from_tensors(checkpoint, dtype)
+    files: list[tuple[Path, list[str], int]] = []
+    for batch in _batches(tensors):
+        file = folder / f"part-{len(files)}.safetensors"
+        files.append((file, list(batch), _save(batch, file)))
+    weight_map = {}
+    for i, (file, names, _) in enumerate(files):
+        name = f"model-{i + 1:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
+        file.rename(folder / name)
+        weight_map |= dict.fromkeys(names, name)
+    if len(files) > 1:
+        index = {"metadata": {"total_size": sum(size for *_, size in files)}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _from_tensors(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    import ml_dtypes
+    import numpy as np
+
+    for name, info in checkpoint.tensors.items():
+        keep = info.dtype if info.dtype in ("bfloat16", "float16") or len(info.shape) == 1 else ml_dtypes.bfloat16
+        yield name, checkpoint.read(name).astype(np.dtype(keep if dtype == "auto" else dtype), copy=False)
+        checkpoint.release(name)
+
+
+def _from_orbax(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Restore the parameters and take each apart into the tensors it was made of."""
+    import jax.numpy as jnp
+    import numpy as np
+    from flax import nnx
+
+    from jaxllm.config import ModelConfig
+    from jaxllm.families.registry import family_of
+    from jaxllm.sharding.mesh import Placement, make_mesh
+    from jaxllm.sharding.rules import load_rules
+    from jaxllm.weights.loader import abstract_model
+    from jaxllm.weights.orbax import restore_parameters
+
+    placement = Placement(make_mesh("tp=1"), load_rules("replicated"))
+    cfg = ModelConfig.from_hf(checkpoint.config)
+    model = abstract_model(cfg, placement, jnp.dtype("bfloat16" if dtype == "auto" else dtype))
+    params = dict(nnx.to_flat_state(restore_parameters(model, checkpoint.path)))
+    unfinished: dict[str, tuple[np.ndarray, int]] = {}
+    sources = family_of(checkpoint.config).weight_map(cfg, 1)
+    shared = [part.name for source in sources.values() for part in source.parts]
+    for path, source in sources.items():
+        value = np.asarray(params.pop(path).get_value())
+        if source.offset:
+            value = (value.astype(np.float32) - source.offset).astype(value.dtype)
+        for part in source.parts:
+            tensor, written = unfinished.get(part.name) or (np.empty(part.shape, value.dtype), 0)
+            part.write(value, tensor)
+            unfinished[part.name] = (tensor, written + 1)
+            if written + 1 == shared.count(part.name):
+                yield part.name, unfinished.pop(part.name)[0]
+
+
+def _batches(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+    batch: dict[str, np.ndarray] = {}
+    for name, tensor in tensors:
+        if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > _FILE_BYTES:
+            yield batch
+            batch = {}
+        batch[name] = tensor
+    yield batch
+
+
+def _save(tensors: dict[str, np.ndarray], file: Path) -> int:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, file, {"format": "pt"})
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _write_side_files(checkpoint: Checkpoint, folder: Path) -> None:
+    config: dict[str, Any] = {key: value for key, value in checkpoint.config.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
+    if checkpoint.generation_config:
+        (folder / "generation_config.json").write_text(json.dumps(checkpoint.generation_config, indent=1))
+    if not checkpoint.path.is_dir():
+        return
+    for pattern in _COPIED:
+        for file in checkpoint.path.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)

@@ -1,0 +1,49 @@
+"""Page moves against NumPy, and the logical shape of a page whatever the layout."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.kv.page_programs import MOVE_BATCH, copy_pages, from_logical, put_pages, take_pages, to_logical
+
+RNG = np.random.default_rng(0)
+
+
+def pages(dtype: str) -> list[jax.Array]:
+    return [jnp.asarray(RNG.integers(0, 100, (12, 2, 4, 2, 8)), dtype) for _ in range(3)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn"])
+def test_pages_are_copied_taken_and_put_as_numpy_would(dtype: str) -> None:
+    layers = pages(dtype)
+    before = [np.asarray(layer) for layer in layers]
+    source, target = np.array([1, 2, 3, 0, 0, 0, 0, 0]), np.array([2, 3, 9, 0, 0, 0, 0, 0])
+    copied = [np.asarray(layer) for layer in jax.jit(copy_pages)(layers, source, target)]
+    for old, new in zip(before, copied, strict=True):
+        assert np.array_equal(new[[2, 3, 9]], old[[1, 2, 3]]), "all are read before any is written"
+        assert np.array_equal(np.delete(new, [0, 2, 3, 9], 0), np.delete(old, [0, 2, 3, 9], 0))
+    index = np.array([5, 7, 11, 0, 0, 0, 0, 0])
+    slabs = jax.jit(take_pages)(layers, index)
+    assert len(slabs) == MOVE_BATCH
+    assert np.array_equal(np.asarray(slabs[1]), np.stack([layer[7] for layer in before]))
+    put = [np.asarray(layer) for layer in jax.jit(put_pages)(layers, np.array([1, 2, 3, 0, 0, 0, 0, 0]), slabs)]
+    for old, new in zip(before, put, strict=True):
+        assert np.array_equal(new[[1, 2, 3]], old[[5, 7, 11]])
+        assert np.array_equal(new[4:], old[4:])
+
+
+@pytest.mark.parametrize("rest", [(8,), ()])
+def test_every_layout_has_one_logical_shape(rest: tuple[int, ...]) -> None:
+    logical = RNG.normal(size=(3, 2, 4, 2, *rest))
+    for copies in (1, 2):
+        for interleaved in (False, True):
+            lying = from_logical(logical, copies, interleaved=interleaved)
+            heads = 2 * copies
+            assert lying.shape == ((3, 4, 2 * heads, *rest) if interleaved else (3, 2, 4, heads, *rest))
+            assert np.array_equal(to_logical(lying, copies, interleaved=interleaved), logical)
+    interleaved = from_logical(logical, 1, interleaved=True)
+    assert np.array_equal(interleaved[:, :, 0], logical[:, 0, :, 0]), "first the key of head 0"
+    assert np.array_equal(interleaved[:, :, 1], logical[:, 1, :, 0]), "then its value"
