@@ -61,6 +61,6 @@ def family_of(hf: Mapping[str, Any]) -> Family:
         raise ValueError(f"config.json has architectures={architectures!r}; expected a list of names")
     for name in architectures:
         if name in ARCHITECTURES:
-            return importlib.import_module(f"jaxllm.models.{ARCHITECTURES[name]}").FAMILY
+            return importlib.import_module(f"jaxllm.families.{ARCHITECTURES[name]}").FAMILY
     got = ", ".join(map(str, architectures)) or "no architecture"
     raise ValueError(f"the model's configuration names {got}; supported architectures are {', '.join(ARCHITECTURES)}")
