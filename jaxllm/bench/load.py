@@ -26,7 +26,8 @@ _BASE = {
 _LOAD = """
 import json, sys, time
 from pathlib import Path
-from jaxllm.config import EngineConfig, ModelConfig
+from jaxllm.config import EngineConfig
+from jaxllm.families import read_config
 from jaxllm.checkpoints import open_checkpoint
 from jaxllm.engine.build import make_model
 from jaxllm.weights.loader import load_parameters
@@ -38,7 +39,7 @@ path, mesh = Path(sys.argv[1]), sys.argv[2]
 peak = lambda: 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 checkpoint = open_checkpoint(path)
 placement = Placement(make_mesh(mesh), load_rules("megatron"))
-model = make_model(EngineConfig(), ModelConfig.from_hf(checkpoint.config), placement)
+model = make_model(EngineConfig(), read_config(checkpoint.config), placement)
 jax.block_until_ready(jax.device_put(0.0))
 before = peak()
 started = time.perf_counter()
@@ -96,11 +97,11 @@ def _make_folder(folder: Path, num_bytes: int, num_files: int) -> list[Path]:
     import numpy as np
     from safetensors.numpy import save_file
 
-    from jaxllm.config import ModelConfig
+    from jaxllm.families import read_config
     from jaxllm.families.llama import weight_map
 
     def tensors(layers: int) -> dict[str, tuple[int, ...]]:
-        cfg = ModelConfig.from_hf(_BASE | {"num_hidden_layers": layers})
+        cfg = read_config(_BASE | {"num_hidden_layers": layers})
         return {part.name: part.shape for source in weight_map(cfg).values() for part in source.parts}
 
     def total(layers: int) -> int:

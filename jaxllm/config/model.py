@@ -6,6 +6,7 @@ devices or files.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,9 +98,8 @@ class ModelConfig:
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> ModelConfig:
         """Read a Hugging Face `config.json`. Raises ValueError for what this engine would compute wrongly."""
-        from jaxllm.families.registry import family_of
-
-        return family_of(hf).config(hf)
+        # By name: whoever asks for this loads the families, and nothing else of this package depends on them.
+        return importlib.import_module("jaxllm.families.registry").read_config(hf)
 
     def window(self, layer: int) -> int | None:
         """How many keys a query of this layer sees at most."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.config import EngineConfig, ModelConfig
+from jaxllm.families import read_config
 
 if TYPE_CHECKING:
     from jaxllm.checkpoints import Checkpoint
@@ -55,7 +56,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
 
         initialize(config)
     source = _dummy(config, progress) if config.load_format == "dummy" else _weights(config, progress)
-    model_config = ModelConfig.from_hf(source.hf_config)
+    model_config = read_config(source.hf_config)
     with ThreadPoolExecutor(1) as pool:  # the tokenizer is built while the weights are read
         tokenizer: Future[Tokenizer | None] = pool.submit(_tokenizer, config, source.path)
 

@@ -1,6 +1,6 @@
 """Configurations of well-known models, without weights: for `--load-format dummy`, plans and rooflines.
 
-Each entry is what the model's own `config.json` says, read by the same `ModelConfig.from_hf`. Pure data.
+Each entry is what the model's own `config.json` says, read by the same `read_config`. Pure data.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import difflib
 from typing import Any
 
 from jaxllm.config import ModelConfig
+from jaxllm.families.registry import read_config
 
 _LLAMA31_ROPE = {
     "rope_type": "llama3",
@@ -200,12 +201,12 @@ def preset(name: str) -> ModelConfig:
         near = difflib.get_close_matches(name.lower(), PRESETS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"no preset {name!r}{hint}; there are {', '.join(PRESETS)}")
-    return ModelConfig.from_hf(PRESETS[name])
+    return read_config(PRESETS[name])
 
 
 def model_config(name: str, *, progress: bool = True) -> ModelConfig:
     """The configuration of a preset, or of whatever `--model` can name; weights are not read."""
-    return ModelConfig.from_hf(hf_config(name, progress=progress))
+    return read_config(hf_config(name, progress=progress))
 
 
 def hf_config(name: str, *, progress: bool = True) -> dict[str, Any]:

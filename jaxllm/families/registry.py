@@ -54,6 +54,11 @@ class Family:
         return any(re.fullmatch(pattern, tensor) for pattern in self.ignored)
 
 
+def read_config(hf: Mapping[str, Any]) -> ModelConfig:
+    """Read a Hugging Face `config.json`. Raises ValueError for what this engine would compute wrongly."""
+    return family_of(hf).config(hf)
+
+
 def family_of(hf: Mapping[str, Any]) -> Family:
     """Return the family of a Hugging Face configuration, or raise ValueError naming what is supported."""
     architectures = hf.get("architectures") or []

@@ -63,7 +63,7 @@ def convert(
 def _to_orbax(checkpoint: Checkpoint, folder: Path, dtype: str, mesh: str, sharding_rules: str) -> None:
     import jax.numpy as jnp
 
-    from jaxllm.config import ModelConfig
+    from jaxllm.families import read_config
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
     from jaxllm.weights.loader import abstract_model, load_parameters
@@ -71,7 +71,7 @@ def _to_orbax(checkpoint: Checkpoint, folder: Path, dtype: str, mesh: str, shard
 
     placement = Placement(make_mesh(mesh), load_rules(sharding_rules))
     name = "bfloat16" if dtype == "auto" else dtype
-    model = abstract_model(ModelConfig.from_hf(checkpoint.config), placement, jnp.dtype(name))
+    model = abstract_model(read_config(checkpoint.config), placement, jnp.dtype(name))
     if is_orbax(checkpoint.path):
         params = restore_parameters(model, checkpoint.path)
     else:
@@ -113,15 +113,14 @@ def _from_orbax(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, np.nd
     import numpy as np
     from flax import nnx
 
-    from jaxllm.config import ModelConfig
-    from jaxllm.families.registry import family_of
+    from jaxllm.families import family_of, read_config
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
     from jaxllm.weights.loader import abstract_model
     from jaxllm.weights.orbax import restore_parameters
 
     placement = Placement(make_mesh("tp=1"), load_rules("replicated"))
-    cfg = ModelConfig.from_hf(checkpoint.config)
+    cfg = read_config(checkpoint.config)
     model = abstract_model(cfg, placement, jnp.dtype("bfloat16" if dtype == "auto" else dtype))
     params = dict(nnx.to_flat_state(restore_parameters(model, checkpoint.path)))
     unfinished: dict[str, tuple[np.ndarray, int]] = {}

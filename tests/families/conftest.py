@@ -132,9 +132,10 @@ def load() -> Callable[..., Loaded]:
     @cache
     def make(folder: Path, mesh: str = "tp=1", rules: str = "megatron") -> Loaded:
         from jaxllm.checkpoints import open_checkpoint
-        from jaxllm.config import EngineConfig, ModelConfig
+        from jaxllm.config import EngineConfig
         from jaxllm.engine.build import make_model, runner_shapes
         from jaxllm.engine.engine import Engine
+        from jaxllm.families import read_config
         from jaxllm.runner.runner import ModelRunner
         from jaxllm.sharding.mesh import Placement, make_mesh
         from jaxllm.sharding.rules import load_rules
@@ -146,7 +147,7 @@ def load() -> Callable[..., Loaded]:
             kv_cache_memory_bytes=8 << 20,
         )  # fmt: skip
         checkpoint = open_checkpoint(folder)
-        cfg = ModelConfig.from_hf(checkpoint.config)
+        cfg = read_config(checkpoint.config)
         model = make_model(config, cfg, Placement(make_mesh(mesh), load_rules(rules)))
         params = load_parameters(model, checkpoint)
         runner = ModelRunner(model, runner_shapes(config, model))

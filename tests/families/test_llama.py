@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from jaxllm import LLM, ModelConfig
+from jaxllm import LLM
+from jaxllm.families import read_config
 from tests.helpers.logits import engine_logits
 from tests.helpers.tiny_model import write_tiny_model
 
@@ -55,7 +56,7 @@ BASE = {
 ])  # fmt: skip
 def test_a_field_that_would_change_the_mathematics_is_refused_by_name(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        ModelConfig.from_hf(BASE | change)
+        read_config(BASE | change)
 
 
 @pytest.mark.parametrize("change", ["missing", "extra", "shape"])
@@ -80,5 +81,5 @@ def test_a_checkpoint_with_wrong_tensors_is_refused_by_name(tmp_path: Path, chan
 
 def test_the_parameter_count_is_that_of_transformers(tiny_llama: Path) -> None:
     theirs = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    config = ModelConfig.from_hf(json.loads((tiny_llama / "config.json").read_text()))
+    config = read_config(json.loads((tiny_llama / "config.json").read_text()))
     assert config.num_parameters == sum(p.numel() for p in theirs.parameters())

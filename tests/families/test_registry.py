@@ -17,6 +17,7 @@ from flax import nnx
 from tiny import FAMILIES
 
 from jaxllm.config import ClampedSwiglu, LinearScaling, LocalAttention, ModelConfig
+from jaxllm.families import read_config
 from jaxllm.families.presets import PRESETS
 from jaxllm.families.registry import ARCHITECTURES
 from jaxllm.models.decoder import Context, Decoder
@@ -25,14 +26,14 @@ from jaxllm.models.decoder import Context, Decoder
 @pytest.mark.parametrize("name", PRESETS)
 def test_an_unknown_field_is_refused_by_every_family(name: str) -> None:
     with pytest.raises(ValueError, match="unknown field secret_scale=2"):
-        ModelConfig.from_hf(PRESETS[name] | {"secret_scale": 2})
+        read_config(PRESETS[name] | {"secret_scale": 2})
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_missing_size_is_refused_by_every_family(name: str) -> None:
     key = "n_embd" if name == "gpt2" else "hidden_size"
     with pytest.raises(ValueError, match=f"{key}=None"):
-        ModelConfig.from_hf({k: v for k, v in PRESETS[name].items() if k != key})
+        read_config({k: v for k, v in PRESETS[name].items() if k != key})
 
 
 @pytest.mark.parametrize(
@@ -53,12 +54,12 @@ def test_a_missing_size_is_refused_by_every_family(name: str) -> None:
 )
 def test_what_would_be_computed_wrongly_is_refused_by_name(name: str, change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        ModelConfig.from_hf(PRESETS[name] | change)
+        read_config(PRESETS[name] | change)
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="SecretForCausalLM; supported architectures are LlamaForCausalLM"):
-        ModelConfig.from_hf({"architectures": ["SecretForCausalLM"]})
+        read_config({"architectures": ["SecretForCausalLM"]})
 
 
 @pytest.mark.parametrize("name", ["gemma2", "mixtral", "deepseek_v3", "gpt_oss", "gpt2"])
@@ -143,7 +144,7 @@ def test_every_field_of_the_configuration_is_read(field: str) -> None:
     assert field in CHANGES, "say here how a change of this field shows"
     if CHANGES[field] is None:
         return
-    base = ModelConfig.from_hf(BASE)
+    base = read_config(BASE)
     changed = dataclasses.replace(
         base, **{field: CHANGES[field], **({"post_norm": True} if field == "pre_norm" else {})}
     )

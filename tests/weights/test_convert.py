@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from jaxllm.checkpoints import open_checkpoint
-from jaxllm.config import ModelConfig
 from jaxllm.engine.build import make_model
+from jaxllm.families import read_config
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
 from jaxllm.weights.convert import convert
@@ -25,7 +25,7 @@ NUM_MUTATIONS = 200
 def abstract(folder: Path, mesh: str):
     from jaxllm.config import EngineConfig
 
-    cfg = ModelConfig.from_hf(open_checkpoint(folder).config)
+    cfg = read_config(open_checkpoint(folder).config)
     return make_model(EngineConfig(dtype="float32"), cfg, Placement(make_mesh(mesh), load_rules("megatron")))
 
 
@@ -89,7 +89,8 @@ def test_an_orbax_folder_of_another_configuration_is_refused_by_name(tiny_model,
 _DAMAGE = """
 import random, sys, warnings
 from pathlib import Path
-from jaxllm.config import EngineConfig, ModelConfig
+from jaxllm.config import EngineConfig
+from jaxllm.families import read_config
 from jaxllm.checkpoints import open_checkpoint
 from jaxllm.engine.build import make_model
 from jaxllm.weights.orbax import restore_parameters
@@ -98,7 +99,7 @@ from jaxllm.sharding.rules import load_rules
 warnings.simplefilter("ignore")
 folder, count = Path(sys.argv[1]), int(sys.argv[2])
 placement = Placement(make_mesh("tp=1"), load_rules("megatron"))
-model = make_model(EngineConfig(dtype="float32"), ModelConfig.from_hf(open_checkpoint(folder).config), placement)
+model = make_model(EngineConfig(dtype="float32"), read_config(open_checkpoint(folder).config), placement)
 files = sorted(p for p in (folder / "parameters").rglob("*") if p.is_file() and p.stat().st_size)
 rng, refused = random.Random(0), 0
 for _ in range(count):
