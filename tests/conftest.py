@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,20 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 # Most time of most tests is XLA's. Plain code is compiled in a little over half of it, and decides the same tokens.
 FULL = bool(os.environ.get("JAXLLM_FULL_TESTS"))
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "0" if FULL else "1")
+_END = float(os.environ.get("JAXLLM_TESTS_END", "inf"))  # seconds since the epoch; set where a run must end in time
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with few and long tests first, so that processes that share the work end together."""
-    long = ("sharding", "engine", "bench")
+    long = ("sharding", "deployment", "runner", "engine", "bench")
     items.sort(key=lambda item: not any(name in item.path.parts for name in long))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Choose how the compiler works before any fixture of the test compiles something."""
+    if time.time() > _END:
+        pytest.skip("JAXLLM_TESTS_END has come: no time is left for this test")
     if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "0":
         return
     import jax
