@@ -16,8 +16,8 @@ from jaxllm.engine.build import build_engine
 from jaxllm.engine.completions import Job, Jobs, Prompt, sampling_defaults
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.scoring import Scorer
+from jaxllm.telemetry import figures
 from jaxllm.telemetry.device_peaks import measured_ceilings
-from jaxllm.telemetry.engine_metrics import engine_metrics
 
 
 class LLM:
@@ -56,7 +56,7 @@ class LLM:
         return SamplingParams(**self.generation_defaults())
 
     def get_metrics(self) -> dict[str, Any]:
-        """Queues, cache, totals and recent rates; see `jaxllm.telemetry.engine_metrics.engine_metrics`.
+        """Queues, cache, totals and recent rates; see `jaxllm.telemetry.figures`.
 
         Where the devices are in no data sheet (a CPU, say) the first call measures them, in under a second, so
         that `mfu` and `mbu` mean something.
@@ -64,7 +64,7 @@ class LLM:
         accounting = self.engine.accounting
         if accounting.ceilings is None:
             accounting.ceilings = measured_ceilings(self.engine.runner.model)
-        return engine_metrics(self.engine)
+        return figures.get_metrics(self.engine)
 
     def generate(
         self,

@@ -89,7 +89,6 @@ class Generation:
         for prompt, delta in news:
             count, key = len(delta.token_ids), (prompt, delta.index)
             self.num_generated += count
-            metrics.generation_tokens.inc(count)
             if (last := self._last.get(key)) is None:
                 metrics.first_token(now - self._started)
             elif count:

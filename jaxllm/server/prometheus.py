@@ -12,7 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from jaxllm.engine.async_llm import AsyncLLM
-from jaxllm.telemetry.cache_metrics import cache_figures
+from jaxllm.telemetry.figures import Figure, figures
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -36,7 +36,6 @@ class Metrics:
             return made.labels(model_name)
 
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens accepted.")
-        self.generation_tokens = counter("generation_tokens", "Tokens generated.")
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT)
         self._itl = histogram("inter_token_latency_seconds", "Time between tokens of a request.", _ITL)
         self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", _E2E)
@@ -74,8 +73,8 @@ class Metrics:
 
     def snapshot(self) -> dict[str, Any]:
         """What the page draws; rates are the reader's business, from two totals."""
-        figures: dict[str, Any] = {what: value for what, _, _, value in self._engine_figures.read()}
-        figures["generation_tokens_total"] = _value(self.generation_tokens)
+        figures: dict[str, Any] = {figure.name: figure.value for figure in self._engine_figures.read()}
+        figures["generation_tokens_total"] = figures["generation_tokens"]
         figures["prompt_tokens_total"] = _value(self.prompt_tokens)
         for what, samples in self._recent.items():
             ordered = sorted(samples)
@@ -94,31 +93,13 @@ class _EngineFigures:
     def __init__(self, llm: AsyncLLM, name: Any, model_name: str):
         self._llm, self._name, self._model_name = llm, name, model_name
 
-    def read(self) -> Iterable[tuple[str, str, str, float]]:
-        """Name, kind, text and value of each figure."""
-        engine, thread = self._llm.engine, self._llm.thread
-        pool, scheduler = engine.pool, engine.scheduler
-        yield "num_requests_running", "gauge", "Requests in the batch.", len(scheduler.running)
-        yield "num_requests_waiting", "gauge", "Requests accepted but not running.", thread.num_queued
-        yield "kv_cache_usage_perc", "gauge", "Share of pages in use, 0 to 1.", 1 - pool.num_free / pool.num_usable
-        yield "prefix_cache_queries", "counter", "Prompt tokens looked up.", pool.num_queried_tokens
-        yield "prefix_cache_hits", "counter", "Prompt tokens found.", pool.num_hit_tokens
-        yield from cache_figures(engine)
-        yield "num_preemptions", "counter", "Requests pushed out of the batch.", scheduler.num_preemptions
-        totals = engine.accounting.totals
-        yield "iterations", "counter", "Iterations run.", totals.num_iterations
-        yield "device_seconds", "counter", "Time the device worked on them.", totals.seconds
-        yield "compilations", "counter", "Programs compiled.", engine.runner.num_compilations
-        after = engine.runner.num_compilations_after_warmup
-        yield "compilations_after_warmup", "counter", "Programs compiled while serving: defects.", after
-        yield "engine_failures", "counter", "Iterations that raised.", thread.num_failures
-        if (ceilings := engine.accounting.ceilings) is not None:
-            yield "peak_flops_per_second", "gauge", "Of all devices: 100% MFU.", ceilings.flops_per_s
-            yield "peak_bytes_per_second", "gauge", "Of all devices: 100% MBU.", ceilings.bytes_per_s
-        for what in ("mfu", "mbu"):
-            value = _utilisation(engine, what)
-            if value is not None:
-                yield what, "gauge", f"{what.upper()} of recent iterations, 0 to 1.", value
+    def read(self) -> Iterable[Figure]:
+        """The engine's figures, with what its thread adds: whom it has not looked at yet also waits."""
+        thread = self._llm.thread
+        for figure in figures(self._llm.engine):
+            waits = figure.name == "num_requests_waiting"
+            yield figure._replace(value=thread.num_queued) if waits else figure
+        yield Figure("engine_failures", "counter", "Iterations that raised.", thread.num_failures)
 
     def collect(self) -> Iterable[Metric]:
         """For prometheus_client."""
@@ -127,10 +108,3 @@ class _EngineFigures:
             metric = family(self._name(what), text, labels=["model_name"])
             metric.add_metric([self._model_name], value)
             yield metric
-
-
-def _utilisation(engine: Any, what: str) -> float | None:
-    """Mean over the engine's recent iterations, where it measures them."""
-    recent = [getattr(record, what, None) for record in list(engine.records)[-64:]]
-    known = [value for value in recent if value is not None]
-    return sum(known) / len(known) if known else None

@@ -133,10 +133,14 @@ class Accounting:
         compiled = num_compilations > self._num_compilations
         self._last_arrival, self._num_compilations = now, num_compilations
         record = self._record(plan, results, seconds, compiled)
-        self.totals.add(record)
-        if not compiled:
-            self._recent.append(record)
+        self.add(record)
         return record
+
+    def add(self, record: IterationRecord) -> None:
+        """Count one iteration; one that compiled is no measure of the device and stays out of the recent rates."""
+        self.totals.add(record)
+        if not record.compiled:
+            self._recent.append(record)
 
     def recent(self) -> dict[str, float | None]:
         """Rates over the last iterations that compiled nothing."""
