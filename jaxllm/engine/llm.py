@@ -114,10 +114,8 @@ class LLM:
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def chat_prompt(self, messages: Any, **kwargs: Any) -> dict[str, Any]:
-        """A conversation as a prompt."""
-        tokenizer = self.get_tokenizer()
-        text = tokenizer.apply_chat_template(messages, **kwargs)
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+        """A conversation as a prompt; see `Tokenizer.chat_prompt`."""
+        return self.get_tokenizer().chat_prompt(messages, **kwargs)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
         """Yield the first completion's text as it grows. Leaving the loop aborts the request."""

@@ -91,6 +91,24 @@ class Tokenizer:
             messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
         )
 
+    def chat_prompt(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """A conversation as a prompt: its text and its token ids. Arguments as in `apply_chat_template`.
+
+        Returns:
+            `{"prompt": text, "prompt_token_ids": ids}`.
+        """
+        text = self._compiled_template.render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=chat_template_kwargs
+        )
+        return {"prompt": text, "prompt_token_ids": self.encode(text, add_special_tokens=False)}
+
     def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
         """A fresh stream for one sequence: pushes and `finish()` together give `decode(all ids)`."""
         skipped = self._special_ids if skip_special_tokens else frozenset()

@@ -73,15 +73,12 @@ class _Call:
         variables = dict(body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             variables["reasoning_effort"] = body.reasoning_effort
-        if clash := sorted({"messages", "tools", "add_generation_prompt"} & set(variables)):
-            raise ApiError(400, f"chat_template_kwargs must not set {clash[0]}", param="chat_template_kwargs")
-        text = tokenizer.apply_chat_template(
+        return tokenizer.chat_prompt(
             plain_messages(body.messages),
             tools=[tool.model_dump(exclude_none=True) for tool in self._tools] or None,
             add_generation_prompt=body.add_generation_prompt,
-            **variables,
+            chat_template_kwargs=variables,
         )
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
     def _parser(self) -> ToolParser:
         names = [tool.function.name for tool in self._tools]

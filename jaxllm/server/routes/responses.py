@@ -75,8 +75,7 @@ class _Call:
             messages.append({"role": "user", "content": body.input})
         else:
             messages += [{"role": item.role, "content": _text_of(item.content)} for item in body.input]
-        text = tokenizer.apply_chat_template(messages)
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+        return tokenizer.chat_prompt(messages)
 
     async def answer(self) -> dict[str, Any]:
         generation = await self.start()

@@ -28,10 +28,8 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     def work() -> list[int]:
         if body.messages is None:
             return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-        text = tokenizer.apply_chat_template(
-            plain_messages(body.messages), add_generation_prompt=body.add_generation_prompt
-        )
-        return tokenizer.encode(text, add_special_tokens=False)
+        prompt = tokenizer.chat_prompt(plain_messages(body.messages), add_generation_prompt=body.add_generation_prompt)
+        return prompt["prompt_token_ids"]
 
     ids = await ctx.llm.in_thread(work)
     answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": max_model_len(request)}
