@@ -24,6 +24,8 @@ _BACKENDS: dict[str, Callable[[GgufVocab], tokenizers.Tokenizer]] = {
 }
 _ID_KEYS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
+_HARMONY_ENDS = ("<|return|>", "<|call|>")
+
 
 def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
     """Build the tokenizer a GGUF header describes.
@@ -51,6 +53,10 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
 
 def _eos_token_ids(vocab: GgufVocab) -> tuple[int, ...]:
     listed = [vocab.named_id(key) for key in ("eos", "eot", "eom")]
-    # Only control tokens end an answer: the same text as an ordinary token is something a user may quote.
-    by_text = {vocab.tokens[i]: i for i, kind in enumerate(vocab.types) if kind == TokenType.CONTROL}
+    # Only marked tokens end an answer: the same text as an ordinary token is something a user may quote.
+    marked = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    by_text = {vocab.tokens[i]: i for i, kind in enumerate(vocab.types) if kind in marked}
+    if by_text.keys() >= set(_HARMONY_ENDS):  # there <|end|> only ends a message inside the answer
+        by_text.pop("<|end|>", None)
+        listed += [by_text[text] for text in _HARMONY_ENDS]
     return with_named_end_tokens((i for i in listed if i is not None), by_text.get)

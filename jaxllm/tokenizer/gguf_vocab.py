@@ -7,12 +7,19 @@ the tokens put around a text. It does not know how text is split.
 from __future__ import annotations
 
 import enum
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import tokenizers
+
+_log = logging.getLogger(__name__)
+# Ids that a model works without: a wrong one is left out, as llama.cpp does.
+_DISPENSABLE = frozenset({"unknown", "padding"})
+# Special tokens of Phi-3 swallow the white space behind them, but for these; the file does not say so.
+_PHI3_NAMES, _PHI3_KEEPS = ("phi-3", "phi3"), frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
 class TokenType(enum.IntEnum):
@@ -37,8 +44,11 @@ class GgufVocab:
         tokens = _array(metadata, "tokens")
         if not tokens:
             raise ValueError("tokenizer.ggml.tokens is missing or empty; expected a vocabulary; convert again")
+        tokens = [token or f"[EMPTY_{i}]" for i, token in enumerate(tokens)]
+        if len(set(tokens)) != len(tokens):
+            raise ValueError("tokenizer.ggml.tokens has duplicates; expected distinct tokens; convert again")
         types = _array(metadata, "token_type") or [TokenType.NORMAL] * len(tokens)
-        vocab = cls(tokens=tokens, types=types, metadata=metadata)
+        vocab = cls(tokens=tokens, types=types[: len(tokens)], metadata=metadata)
         vocab.require_length("token_type", types)
         return vocab
 
@@ -50,7 +60,7 @@ class GgufVocab:
         return self.metadata.get(f"tokenizer.ggml.{key}", default)
 
     def require_length(self, key: str, array: list[Any]) -> None:
-        if len(array) != len(self.tokens):
+        if len(array) < len(self.tokens):
             raise ValueError(
                 f"tokenizer.ggml.{key} has {len(array)} entries; expected {len(self.tokens)}, one for each "
                 "token; convert the model again"
@@ -62,6 +72,9 @@ class GgufVocab:
         if value is None:
             return None
         if not 0 <= int(value) < len(self.tokens):
+            if name in _DISPENSABLE:
+                _log.warning("tokenizer.ggml.%s_token_id=%s is outside the vocabulary: ignored", name, value)
+                return None
             raise ValueError(
                 f"tokenizer.ggml.{name}_token_id={value}; expected an id below {len(self.tokens)}; "
                 "convert the model again"
@@ -73,10 +86,15 @@ def add_marked_tokens(backend: tokenizers.Tokenizer, vocab: GgufVocab) -> None:
     """Make control and user-defined tokens atomic; only control tokens are skipped when decoding."""
     from tokenizers import AddedToken
 
+    is_phi3 = any(word in str(vocab.metadata.get("general.name")).lower() for word in _PHI3_NAMES)
+
     def marked(*kinds: TokenType) -> list[AddedToken]:
         special = TokenType.CONTROL in kinds
-        chosen = (token for token, kind in zip(vocab.tokens, vocab.types, strict=True) if kind in kinds and token)
-        return [AddedToken(token, normalized=False, special=special) for token in chosen]
+        chosen = (token for token, kind in zip(vocab.tokens, vocab.types, strict=True) if kind in kinds)
+        return [
+            AddedToken(token, normalized=False, special=special, rstrip=is_phi3 and token not in _PHI3_KEEPS)
+            for token in chosen
+        ]
 
     backend.add_special_tokens(marked(TokenType.CONTROL, TokenType.UNKNOWN))
     backend.add_tokens(marked(TokenType.USER_DEFINED))

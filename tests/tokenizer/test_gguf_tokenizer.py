@@ -186,3 +186,28 @@ def test_metadata_that_cannot_be_trusted_is_refused_in_one_line(changes: dict[st
 def test_missing_splitting_rule_is_reported(caplog: pytest.LogCaptureFixture):
     tokenizer_from_metadata(byte_level_metadata([], pre=None))
     assert "tokenizer.ggml.pre is missing" in caplog.text
+
+
+def test_a_user_defined_end_of_turn_ends_an_answer():
+    metadata = byte_level_metadata([], extra=("<end_of_turn>",), eos_token_id=0)
+    metadata["tokenizer.ggml.token_type"][256] = 4
+    assert 256 in tokenizer_from_metadata(metadata).eos_token_ids
+
+
+def test_harmony_messages_end_with_end_but_answers_with_return_or_call():
+    metadata = byte_level_metadata([], extra=("<|end|>", "<|return|>", "<|call|>"), eos_token_id=257)
+    metadata["tokenizer.ggml.token_type"][256:259] = [3, 3, 3]
+    assert set(tokenizer_from_metadata(metadata).eos_token_ids) == {257, 258, 259}  # 259 is <|im_end|>
+
+
+def test_phi3_special_tokens_swallow_the_space_behind_them():
+    metadata = byte_level_metadata([], extra=("<|user|>",))
+    metadata["tokenizer.ggml.token_type"][256] = 3
+    assert len(tokenizer_from_metadata(metadata).encode("<|user|>\n x")) == 4
+    assert len(tokenizer_from_metadata(metadata | {"general.name": "Phi-3 Mini"}).encode("<|user|>\n x")) == 2
+
+
+def test_an_empty_token_and_a_wrong_id_that_nothing_needs_are_put_up_with(caplog: pytest.LogCaptureFixture):
+    tokenizer = tokenizer_from_metadata(byte_level_metadata([], extra=("",), padding_token_id=2**32 - 1))
+    assert tokenizer.token_text(256) == "[EMPTY_256]"
+    assert "padding_token_id" in caplog.text
