@@ -39,7 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stuck-seconds", type=float, default=30.0, metavar="SECONDS", help="without progress for so long: unhealthy"
     )
     group.add_argument("--max-body-bytes", type=int, default=8 << 20, metavar="BYTES")
-    group.add_argument("--tool-call-parser", choices=("auto", "hermes", "llama3_json"), default="auto")
+    group.add_argument(
+        "--tool-call-parser",
+        default="auto",
+        metavar="NAME",
+        help="how calls are written; auto: as the chat template",
+    )
+    group.add_argument(
+        "--reasoning-parser",
+        default="auto",
+        metavar="NAME",
+        help="how thoughts are marked; auto: as the chat template",
+    )
     group.add_argument("--pooling", choices=("mean", "last"), default="mean", help="of embeddings")
     group.add_argument("--metrics-namespace", default="jaxllm", help="'vllm' suits dashboards made for it")
     group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
@@ -123,14 +134,16 @@ def _check_tls(args: argparse.Namespace) -> None:
 
 def _settings(args: argparse.Namespace, engine: dict[str, Any]) -> Settings:
     from jaxllm.server.context import Settings
+    from jaxllm.server.parsing.registry import AnswerFormat
 
     keys = [*(args.api_key or []), *([key] if (key := os.environ.get("JAXLLM_API_KEY")) else [])]
     if any(not key for key in keys):
         raise ValueError("--api-key is empty; give a key or leave the flag out")
     model = engine.get("model") or EngineConfig().model
+    AnswerFormat.chosen(None, args.tool_call_parser, args.reasoning_parser)  # refuses unknown names before loading
     names = args.served_model_name or [Path(model).name if Path(model).exists() else model]
     return Settings(
         served_model_names=tuple(dict.fromkeys(names)), api_keys=tuple(keys), max_body_bytes=args.max_body_bytes,
-        request_timeout=args.request_timeout, tool_call_parser=args.tool_call_parser, pooling=args.pooling,
-        metrics_namespace=args.metrics_namespace,
+        request_timeout=args.request_timeout, tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser, pooling=args.pooling, metrics_namespace=args.metrics_namespace,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from fastapi import Request
 
 from jaxllm.server.errors import ApiError
+from jaxllm.server.parsing.registry import AnswerFormat
 
 if TYPE_CHECKING:
     from jaxllm.engine.async_llm import AsyncLLM
@@ -24,6 +25,7 @@ class Settings:
     max_body_bytes: int = 8 << 20
     request_timeout: float = 1800.0
     tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
     pooling: str = "mean"
     metrics_namespace: str = "jaxllm"
 
@@ -36,6 +38,12 @@ class Context:
     settings: Settings
     metrics: Metrics
     started: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def answer_format(self) -> AnswerFormat:
+        """How the model's answers are read: by the flags, or by its chat template."""
+        template, settings = self.llm.get_tokenizer().chat_template, self.settings
+        return AnswerFormat.chosen(template, settings.tool_call_parser, settings.reasoning_parser)
 
     def check_model(self, name: str | None) -> str:
         """The name to answer under. Raises 404 for a model that is not served."""

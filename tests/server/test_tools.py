@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxllm.server.parsing.tools import Call, HermesParser, Llama3Parser, make_parser
+from jaxllm.server.parsing.events import collect
+from jaxllm.server.parsing.registry import AnswerFormat
 
-NAMES = ["f", "g"]
+TOOLS = {"f": {}, "g": {}}
 ONE = '<tool_call>\n{"name": "f", "arguments": {"a": [1, "x<"]}}\n</tool_call>'
 CASES = [
     ("just text < and <tool", "just text < and <tool", []),
@@ -28,20 +29,19 @@ CASES = [
 ]
 
 
-def parse(parser, text, cuts):
-    pieces = []
+def parse(name, text, cuts):
+    parser, events = AnswerFormat.chosen(None, name).parser(TOOLS), []
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-        pieces += parser.push(text[start:end])
-    pieces += parser.finish()
-    calls = [(p.name, json.loads(p.arguments)) for p in pieces if isinstance(p, Call)]
-    return "".join(p for p in pieces if isinstance(p, str)), calls
+        events += parser.feed(text[start:end])
+    answer = collect(events + parser.finish())
+    return answer.text, [(call.name, json.loads(call.arguments)) for call in answer.calls]
 
 
 @pytest.mark.parametrize(("text", "plain", "calls"), CASES)
 @given(data=st.data())
 def test_hermes_calls_do_not_depend_on_how_text_arrives(text, plain, calls, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
-    assert parse(HermesParser(NAMES), text, cuts) == (text if plain is None else plain, calls)
+    assert parse("hermes", text, cuts) == (text if plain is None else plain, calls)
 
 
 LLAMA = [
@@ -61,10 +61,17 @@ LLAMA = [
 @given(data=st.data())
 def test_llama_calls_do_not_depend_on_how_text_arrives(text, plain, calls, data):
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
-    assert parse(Llama3Parser(NAMES), text, cuts) == (plain, calls)
+    assert parse("llama3_json", text, cuts) == (plain, calls)
 
 
-def test_parser_follows_the_template():
-    assert isinstance(make_parser("auto", "... <tool_call> ...", NAMES, forced=False), HermesParser)
-    assert isinstance(make_parser("auto", "... ipython ...", NAMES, forced=False), Llama3Parser)
-    assert isinstance(make_parser("llama3_json", None, NAMES, forced=False), Llama3Parser)
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [("... <tool_call> ...", "hermes"), ("... ipython ...", "llama3_json"), (None, "hermes")],
+)
+def test_parser_follows_the_template(template, name):
+    assert AnswerFormat.chosen(template).calls is AnswerFormat.chosen(None, name).calls
+
+
+def test_unknown_parser_is_refused_with_the_list():
+    with pytest.raises(ValueError, match="hermes, llama3_json"):
+        AnswerFormat.chosen(None, "herms")

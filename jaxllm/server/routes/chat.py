@@ -15,7 +15,9 @@ from jaxllm.engine.outputs import CompletionOutput
 from jaxllm.server.context import Context, context_of, request_id_of
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Generation
-from jaxllm.server.parsing.tools import Call, Piece, ToolParser, forced_schema, make_parser
+from jaxllm.server.parsing.chat_shapes import Deltas, message
+from jaxllm.server.parsing.events import Parser, collect
+from jaxllm.server.parsing.forced import forced_schema, tools_of
 from jaxllm.server.schema.answers import ChatCompletion, answered
 from jaxllm.server.schema.logprobs import chat_logprobs
 from jaxllm.server.schema.requests import ChatMessage, ChatRequest
@@ -80,34 +82,28 @@ class _Call:
             chat_template_kwargs=variables,
         )
 
-    def _parser(self) -> ToolParser:
-        names = [tool.function.name for tool in self._tools]
-        template = self._ctx.llm.get_tokenizer().chat_template
-        kind = self._ctx.settings.tool_call_parser
-        return make_parser(kind, template, names, forced=self._forced is not None)
+    def _parser(self, generation: Generation) -> Parser:
+        answers, tools = self._ctx.answer_format, tools_of(self._tools)
+        if self._forced is not None:
+            return answers.forced_parser(tools)
+        return answers.parser(tools, generation.outputs[0].prompt or "", self._params)
 
     async def answer(self) -> dict[str, Any]:
         generation = await self.start()
         (completions,) = await generation.collect()
-        choices = [self._choice(completion) for completion in completions]
+        choices = [self._choice(one, self._parser(generation)) for one in completions]
         return self._head("chat.completion") | {"choices": choices, "usage": generation.usage()}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._name, "object": kind, "created": self._created, "model": self._model}
 
-    def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
-        parser = self._parser()
-        pieces = parser.push(completion.text) + parser.finish()
-        calls = [piece.shaped() for piece in pieces if isinstance(piece, Call)]
-        text = "".join(piece for piece in pieces if isinstance(piece, str))
-        message: dict[str, Any] = {"role": "assistant", "content": text if text or not calls else None, "refusal": None}
-        if calls:
-            message["tool_calls"] = calls
+    def _choice(self, completion: CompletionOutput, parser: Parser) -> dict[str, Any]:
+        answer = collect(parser.feed(completion.text) + parser.finish())
         return {
             "index": completion.index,
-            "message": message,
+            "message": message(answer),
             "logprobs": self._logprobs(completion),
-            "finish_reason": _finish_reason(completion.finish_reason, bool(calls)),
+            "finish_reason": _finish_reason(completion.finish_reason, bool(answer.calls)),
             "stop_reason": completion.stop_reason,
         } | ({"token_ids": completion.token_ids} if self._body.return_token_ids else {})
 
@@ -120,7 +116,7 @@ class _Call:
     async def events(self, generation: Generation) -> AsyncIterator[bytes]:
         """The stream: the role, deltas, finish reasons, an optional usage chunk, the end."""
         head = self._head("chat.completion.chunk")
-        writers = [_Writer(index, self._parser()) for index in range(self._params.n)]
+        writers = [_Writer(index, self._parser(generation)) for index in range(self._params.n)]
         first = {"role": "assistant", "content": ""}
         roles = [_shaped(index, first, None) for index in range(self._params.n)]
         yield b"".join(event(head | {"choices": [choice]}) for choice in roles)
@@ -139,29 +135,23 @@ class _Call:
 class _Writer:
     """Turns one completion's deltas into choices of chunks."""
 
-    def __init__(self, index: int, parser: ToolParser):
-        self._index, self._parser, self._num_calls = index, parser, 0
+    def __init__(self, index: int, parser: Parser):
+        self._index, self._parser, self._deltas = index, parser, Deltas()
 
     def choices(self, delta: CompletionDelta, logprobs: dict[str, Any] | None) -> list[dict[str, Any]]:
-        pieces = self._parser.push(delta.text)
+        news = self._parser.feed(delta.text)
         if delta.finish_reason is not None:
-            pieces += self._parser.finish()
-        deltas = [self._as_delta(piece) for piece in pieces]
+            news += self._parser.finish()
+        deltas = self._deltas.of(news)
         if not deltas and (logprobs is not None and logprobs["content"]):
             deltas = [{"content": ""}]
         choices = [_shaped(self._index, one, None) for one in deltas]
         if choices:
             choices[0]["logprobs"] = logprobs
         if delta.finish_reason is not None:
-            reason = _finish_reason(delta.finish_reason, self._num_calls > 0)
+            reason = _finish_reason(delta.finish_reason, self._deltas.num_calls > 0)
             choices.append(_shaped(self._index, {}, reason) | {"stop_reason": delta.stop_reason})
         return choices
-
-    def _as_delta(self, piece: Piece) -> dict[str, Any]:
-        if isinstance(piece, str):
-            return {"content": piece}
-        self._num_calls += 1
-        return {"tool_calls": [piece.shaped(self._num_calls - 1)]}
 
 
 def _shaped(index: int, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:

@@ -83,6 +83,8 @@ class AnswerMessage(Answer):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[AnsweredCall] = Field(default_factory=list)
 
 

@@ -1,0 +1,106 @@
+"""What a format is: how a model marks its thoughts and its calls, and the machine that reads an answer so marked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxllm.server.parsing.events import NewId, Reasoning, Text, Tools, call_id
+from jaxllm.server.parsing.json_text import json_calls
+from jaxllm.server.parsing.source import Source, Steps
+
+Block = Callable[[Source, str, Tools, NewId], Steps[bool]]
+"""Reads what follows an opening marker (the second argument); false, before any event, if that is no call."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallFormat:
+    """How a model writes calls.
+
+    Attributes:
+        opens: what begins a call, or several.
+        block: reads them from there on.
+        markers: every marker that may be a special token of the tokenizer, so that it is kept in the text.
+        new_id: makes the id of a call that has none in the text.
+        grammar: (function's name, JSON schema of its arguments) -> the parts of a grammar rule for one call in this
+            format, or None where a forced call is written as plain JSON.
+    """
+
+    opens: tuple[str, ...]
+    block: Block
+    markers: tuple[str, ...] = ()
+    new_id: NewId = call_id
+    grammar: Callable[[str, dict[str, Any]], list[str | dict[str, Any]]] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thinking:
+    """How a model marks what it thinks.
+
+    Attributes:
+        starts: what begins a thought; written by the model, or at the end of its prompt.
+        ends: what ends it.
+        from_start: an answer is a thought until one of `ends`, if the prompt says nothing else.
+    """
+
+    starts: tuple[str, ...]
+    ends: tuple[str, ...]
+    from_start: bool = False
+
+    def is_open(self, prompt: str) -> bool:
+        """Whether an answer to `prompt` begins within a thought."""
+        tail = prompt.rstrip()
+        return tail.endswith(self.starts) or (self.from_start and not tail.endswith(self.ends))
+
+
+def _no_block(src: Source, opened_by: str, tools: Tools, new_id: NewId) -> Steps[bool]:
+    yield from ()
+    return False
+
+
+NO_CALLS = CallFormat(opens=(), block=_no_block)
+NO_THOUGHTS = Thinking(starts=(), ends=())
+
+
+def read_answer(src: Source, thinking: Thinking, calls: CallFormat, tools: Tools, opened: bool) -> Steps[None]:
+    """Read a whole answer. Calls count within thoughts too; a thought begins only before the text, or after a call.
+
+    What follows a marker and is no call is text, and so is the marker; reading goes on behind it.
+    """
+    if opened:
+        yield from src.spaces()
+        yield from _take_any(src, thinking.starts)
+    thinks, at_start = opened, not opened
+    while True:
+        if at_start:
+            gap = yield from src.spaces()
+            at_start, thinks = False, bool((yield from _take_any(src, thinking.starts)))
+            if gap and not thinks:
+                yield Text(gap)
+        kind = Reasoning if thinks else Text
+        marker = yield from src.until(calls.opens + (thinking.ends if thinks else ()), kind)
+        if not marker:
+            return
+        if thinks and marker in thinking.ends:
+            thinks, at_start = False, True
+            continue
+        mark = src.pos
+        if (yield from calls.block(src, marker, tools, calls.new_id)):
+            at_start = not thinks
+        else:
+            src.pos = mark
+            yield kind(marker)
+
+
+def read_forced(src: Source, tools: Tools, new_id: NewId) -> Steps[None]:
+    """Read an answer that a grammar made a call written as JSON; it is text where it ends before its arguments."""
+    yield from src.spaces()
+    mark = src.pos
+    if not (yield from json_calls(src, tools, new_id)):
+        src.pos = mark
+    yield from src.until((), Text)
+
+
+def _take_any(src: Source, markers: tuple[str, ...]) -> Steps[str]:
+    return (yield from src.take(*markers)) if markers else ""
