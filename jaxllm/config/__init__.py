@@ -12,12 +12,15 @@ from jaxllm.config.engine import (
 from jaxllm.config.model import ModelConfig
 from jaxllm.config.parts import (
     ClampedSwiglu,
+    DynamicScaling,
     LatentAttention,
     LinearScaling,
     LocalAttention,
+    LongRopeScaling,
     Rope,
     RopeScaling,
     RoutedExperts,
+    Scaling,
     YarnScaling,
 )
 
@@ -29,13 +32,16 @@ __all__ = [
     "MATMUL_BACKENDS",
     "PREEMPTION_MODES",
     "ClampedSwiglu",
+    "DynamicScaling",
     "EngineConfig",
     "LatentAttention",
     "LinearScaling",
     "LocalAttention",
+    "LongRopeScaling",
     "ModelConfig",
     "Rope",
     "RopeScaling",
     "RoutedExperts",
+    "Scaling",
     "YarnScaling",
 ]

@@ -13,12 +13,13 @@ from typing import Any
 
 from jaxllm.config.parts import (
     ClampedSwiglu,
+    DynamicScaling,
     LatentAttention,
-    LinearScaling,
     LocalAttention,
+    LongRopeScaling,
     Rope,
-    RopeScaling,
     RoutedExperts,
+    Scaling,
     YarnScaling,
 )
 
@@ -28,14 +29,17 @@ class ModelConfig:
     """The mathematics of one decoder. Every field changes its output; there is no field that nothing reads.
 
     Attributes:
-        norm: "rms" or "layer" (with mean and bias).
+        norm: "rms", "layer" (with mean and bias) or "layer_no_bias".
         pre_norm, post_norm: a norm before each half of a block, after it, or both.
+        parallel_block: both halves of a block read the same normed input; one norm and one sum.
         qk_norm: None, "head" (each head by itself) or "full" (over all heads together).
         activation: "silu" or "gelu_tanh"; `gated` says whether it gates a second product.
         embedding_scale: multiplies the embeddings. attention_scale: of the scores; None is `head_dim**-0.5`.
+        residual_scale: multiplies what each half of a block adds. logit_scale: multiplies the logits.
         attention_softcap, final_softcap: `cap * tanh(x / cap)` on scores and logits.
         attention_sinks: a learned logit per head that takes weight and gives nothing.
-        rotary_dim: dims of a head that rotate; 0 = none (`learned_positions` instead), None = all.
+        rotary_dim: dims of a head that rotate, its first ones; 0 = none (`learned_positions` instead), None = all.
+        rope_interleaved: which dims turn together, see `Rope`. unrotated_layers: layers without any position.
     """
 
     vocab_size: int
@@ -47,15 +51,20 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: RopeScaling | LinearScaling | YarnScaling | None = None
+    rope_scaling: Scaling | None = None
     max_position_embeddings: int
     tie_word_embeddings: bool
     rotary_dim: int | None = None
+    rope_interleaved: bool = False
+    unrotated_layers: tuple[int, ...] = ()
     learned_positions: bool = False
     embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     norm: str = "rms"
     pre_norm: bool = True
     post_norm: bool = False
+    parallel_block: bool = False
     qk_norm: str | None = None
     qkv_bias: bool = False
     out_bias: bool = False
@@ -83,7 +92,7 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even head width")
         words = {
-            "norm": ("rms", "layer"),
+            "norm": ("rms", "layer", "layer_no_bias"),
             "qk_norm": (None, "head", "full"),
             "activation": ("silu", "gelu_tanh"),
         }
@@ -92,6 +101,16 @@ class ModelConfig:
                 raise ValueError(f"{name}={value!r} in the model's configuration; expected one of {known}")
         if not (self.pre_norm or self.post_norm):
             raise ValueError("pre_norm and post_norm are both off; a block needs one of them")
+        if self.parallel_block and (self.post_norm or not self.pre_norm):
+            raise ValueError("parallel_block has one norm, before both halves; set pre_norm and not post_norm")
+        scaling, turning = self.rope_scaling, self.rope(0)
+        if isinstance(scaling, LongRopeScaling) and turning:
+            lengths = len(scaling.short_factors), len(scaling.long_factors)
+            if lengths != (turning.dim // 2, turning.dim // 2):
+                raise ValueError(
+                    f"longrope has {lengths[0]} short and {lengths[1]} long factors; {turning.dim} rotary dims need "
+                    f"{turning.dim // 2} of each"
+                )
         if self.local and self.local.window < 1:
             raise ValueError(f"window={self.local.window} in the model's configuration; it must be at least 1")
 
@@ -114,14 +133,28 @@ class ModelConfig:
     def rope(self, layer: int) -> Rope | None:
         """This layer's rotary embedding."""
         dim = self.head_dim if self.rotary_dim is None else self.rotary_dim
-        interleaved = False
-        if self.latent:
-            dim, interleaved = self.latent.rope_dim, self.latent.interleaved
-        if not dim:
+        dim = self.latent.rope_dim if self.latent else dim
+        if not dim or layer in self.unrotated_layers:
             return None
         if self.window(layer) and self.local and self.local.rope_theta is not None:
-            return Rope(dim=dim, theta=self.local.rope_theta, scaling=None, interleaved=interleaved)
-        return Rope(dim=dim, theta=self.rope_theta, scaling=self.rope_scaling, interleaved=interleaved)
+            return Rope(dim=dim, theta=self.local.rope_theta, scaling=None, interleaved=self.rope_interleaved)
+        return Rope(dim=dim, theta=self.rope_theta, scaling=self.rope_scaling, interleaved=self.rope_interleaved)
+
+    @property
+    def position_limit(self) -> int:
+        """The longest sequence that may be asked for: some scalings reach further than `max_position_embeddings`."""
+        match self.rope_scaling:
+            case DynamicScaling(factor=factor, original_max_position=original):
+                return max(self.max_position_embeddings, int(factor * original))
+            case YarnScaling(factor=factor, original_max_position=original):
+                return max(self.max_position_embeddings, int(factor * original))
+        return self.max_position_embeddings
+
+    @property
+    def length_scaling(self) -> LongRopeScaling | DynamicScaling | None:
+        """The scaling that depends on the longest sequence served, where there is one."""
+        scaling = self.rope_scaling
+        return scaling if isinstance(scaling, LongRopeScaling | DynamicScaling) else None
 
     def is_routed(self, layer: int) -> bool:
         """Whether this layer's FFN is a mixture of experts."""
@@ -156,13 +189,14 @@ class ModelConfig:
         return self.hidden_size * (2 if self.norm == "layer" else 1)
 
     def _block(self, layer: int, *, active: bool) -> int:
-        d, norms = self.hidden_size, 2 * (self.pre_norm + self.post_norm) * self._norm()
+        d, halves = self.hidden_size, 1 if self.parallel_block else 2
+        norms = halves * (self.pre_norm + self.post_norm) * self._norm()
         attention = self._latent_attention(self.latent) if self.latent else self._attention()
         if self.experts is None or not self.is_routed(layer):
             return norms + attention + self._ffn(self.intermediate_size, bias=self.mlp_bias)
         e = self.experts
         router = e.num_experts * (d + e.correction_bias + e.bias)
-        shared = self._ffn(e.shared_size, bias=self.mlp_bias) if e.shared_size else 0
+        shared = self._ffn(e.shared_size, bias=self.mlp_bias) + d * e.shared_gate if e.shared_size else 0
         count = e.per_token if active else e.num_experts
         return norms + attention + router + shared + count * self._ffn(e.ffn_size, bias=e.bias)
 

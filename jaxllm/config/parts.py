@@ -39,12 +39,35 @@ class YarnScaling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LongRopeScaling:
+    """Every frequency divided by a factor of its own: by `short_factors` while no sequence is longer than
+    `original_max_position`, else by `long_factors`; cosines and sines are multiplied by `attention_factor` (LongRoPE,
+    Ding et al. 2024)."""
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_max_position: int
+    attention_factor: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DynamicScaling:
+    """A base that grows with the longest sequence once that exceeds `original_max_position` ("dynamic NTK")."""
+
+    factor: float
+    original_max_position: int
+
+
+Scaling = RopeScaling | LinearScaling | YarnScaling | LongRopeScaling | DynamicScaling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
-    """Rotary embedding of one layer: how many dims of a head turn, and how fast."""
+    """Rotary embedding of one layer: how many dims of a head turn, how fast, and which two turn together."""
 
     dim: int
     theta: float
-    scaling: RopeScaling | LinearScaling | YarnScaling | None
+    scaling: Scaling | None
     interleaved: bool = False  # pairs are (2i, 2i + 1) instead of (i, i + dim/2)
 
 
@@ -66,7 +89,6 @@ class LatentAttention:
     nope_dim: int
     rope_dim: int
     value_dim: int
-    interleaved: bool
 
     @property
     def cache_width(self) -> int:
@@ -93,6 +115,7 @@ class RoutedExperts:
     correction_bias: bool = False  # added to the scores that choose, not to those that weigh
     bias: bool = False  # on the router and on every expert's matrices
     shared_size: int = 0  # FFN width of the expert that every token visits
+    shared_gate: bool = False  # its output is weighed by a sigmoid of its own
     dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

@@ -121,9 +121,9 @@ def deploy(
 
 def _stretch(cfg: ModelConfig, max_model_len: int | None) -> tuple[ModelConfig, tuple[str, ...]]:
     """A plan may look beyond the positions a model was trained for, as long as they are not a table of weights."""
-    if max_model_len is None or max_model_len <= cfg.max_position_embeddings or cfg.learned_positions:
+    if max_model_len is None or max_model_len <= cfg.position_limit or cfg.learned_positions:
         return cfg, ()
-    note = f"max_model_len={max_model_len} is beyond the model's {cfg.max_position_embeddings} positions"
+    note = f"max_model_len={max_model_len} is beyond the model's {cfg.position_limit} positions"
     note += "; an engine refuses it"
     return dataclasses.replace(cfg, max_position_embeddings=max_model_len), (note,)
 

@@ -78,7 +78,8 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
 
             lead_or_follow(runner, config)  # ends here on all processes but the first
         text = tokenizer.result()
-    identity = model_identity(config, hf, path)
+    longest = _say_length_scaling(model_config, runner.shapes.max_model_len)
+    identity = model_identity(config, hf, path, longest)
     tiers, mover = _tiers(config, runner, identity)
     engine = Engine(
         runner,
@@ -92,15 +93,28 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
     return BuiltEngine(engine, text, model_config, generation)
 
 
-def model_identity(config: EngineConfig, hf: dict, path: Path | None) -> str:
+def _say_length_scaling(cfg: ModelConfig, longest: int) -> int | None:
+    """Where rotary embeddings depend on the longest sequence served: that length, after a line in the log."""
+    if (scaling := cfg.length_scaling) is None:
+        return None
+    reach = "beyond" if longest > scaling.original_max_position else "within"
+    log.info(
+        "rotary embeddings are those for sequences %s %d tokens, because max_model_len is %d",
+        reach, scaling.original_max_position, longest,
+    )  # fmt: skip
+    return longest
+
+
+def model_identity(config: EngineConfig, hf: dict, path: Path | None, longest: int | None = None) -> str:
     """What decides the keys and values of given tokens: configuration, weights (by their files) and dtypes.
 
-    The sharding does not: what one mesh has cached, another may read.
+    `longest` is `max_model_len` where rotary embeddings depend on it. The sharding does not matter: what one mesh has
+    cached, another may read.
     """
     files = [] if path is None else [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
     stats = [(str(f.relative_to(path.parent)), (s := f.stat()).st_size, s.st_mtime_ns) for f in sorted(files) if path]
     seed = config.seed if config.load_format == "dummy" else None
-    facts = (hf, stats, seed, config.dtype, config.kv_dtype)
+    facts = (hf, stats, seed, config.dtype, config.kv_dtype, *([] if longest is None else [longest]))
     name = config.model if path is None else path.name
     return f"{name} {hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]}"
 
@@ -238,10 +252,9 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
     bytes_per_token = token_bytes(model.cfg, kv_dtype, model.kv_copies)
     num_pages = _cache_bytes(config, model) // (bytes_per_token * config.page_size)
     capacity = (num_pages - 1) * config.page_size
-    longest = model.cfg.max_position_embeddings
-    max_model_len = config.max_model_len or min(longest, max(capacity, 0))
-    if max_model_len > longest:
-        raise ValueError(f"max_model_len={max_model_len} exceeds the {longest} positions of the model; lower it")
+    max_model_len = config.max_model_len or min(model.cfg.max_position_embeddings, max(capacity, 0))
+    if max_model_len > (limit := model.cfg.position_limit):
+        raise ValueError(f"max_model_len={max_model_len} exceeds the {limit} positions of the model; lower it")
     if capacity < max_model_len or capacity < 1:
         needed = bytes_per_token * (max_model_len + 2 * config.page_size)
         raise ValueError(

@@ -8,9 +8,10 @@ from typing import Any
 from jaxllm.config import LatentAttention, ModelConfig, RoutedExperts
 from jaxllm.families import llama
 from jaxllm.families import sources as weights
-from jaxllm.families.hf_config import Fields, yarn_magnitude
+from jaxllm.families.hf_config import Fields
 from jaxllm.families.qwen3_moe import experts
 from jaxllm.families.registry import Family
+from jaxllm.families.rope import yarn_magnitude
 from jaxllm.families.sources import Part, Source, WeightMap, whole
 
 
@@ -24,7 +25,6 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         nope_dim=fields.size("qk_nope_head_dim"),
         rope_dim=fields.size("qk_rope_head_dim"),
         value_dim=fields.size("v_head_dim"),
-        interleaved=fields.flag("rope_interleave", True) if is_v3 else True,
     )
     width = latent.nope_dim + latent.rope_dim
     fields.only("moe_layer_freq", 1)
@@ -38,6 +38,7 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         activation=fields.activation(),
         attention_scale=width**-0.5 * _magnitude(hf) ** 2,
         latent=latent,
+        rope_interleaved=fields.flag("rope_interleave", True) if is_v3 else True,
         experts=_experts(fields, sizes, is_v3),
     )
     fields.done()
@@ -93,9 +94,16 @@ def weight_map(cfg: ModelConfig, copies: int = 1) -> WeightMap:
             (*path, "attention_norm", "scale"): whole(f"{prefix}.input_layernorm.weight", cfg.hidden_size),
             (*path, "ffn_norm", "scale"): whole(f"{prefix}.post_attention_layernorm.weight", cfg.hidden_size),
             **_attention(cfg, i),
-            **(experts(cfg, i) if cfg.is_routed(i) else llama.ffn(cfg, i)),
+            **(_routed(cfg, i) if cfg.is_routed(i) else llama.ffn(cfg, i)),
         }
     return result
+
+
+def _routed(cfg: ModelConfig, layer: int) -> WeightMap:
+    """Router and experts as Qwen3-MoE's, and the expert that every token visits."""
+    assert cfg.experts is not None
+    size, result = cfg.experts.shared_size, experts(cfg, layer)
+    return result | llama.ffn(cfg, layer, "mlp.shared_experts", ("ffn", "shared"), size) if size else result
 
 
 def _attention(cfg: ModelConfig, layer: int) -> WeightMap:

@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxllm.config import LinearScaling, LocalAttention, RopeScaling, YarnScaling
+from jaxllm.config import LocalAttention, Scaling
+from jaxllm.families.rope import rope_scaling
 
 # Keys that do not change what one forward pass of the decoder computes.
 _IGNORED = frozenset(
@@ -45,6 +46,7 @@ class Fields:
     def __init__(self, hf: Mapping[str, Any]):
         self._hf = hf
         self._read: set[str] = set()
+        self._partial = 1.0
         if quantization := hf.get("quantization_config"):
             method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
             raise ValueError(
@@ -133,8 +135,21 @@ class Fields:
         parameters = dict(self.get("rope_parameters") or self.get("rope_scaling") or {})
         self.skip("rope_parameters", "rope_scaling")
         theta = parameters.pop("rope_theta", theta)
-        scaling = rope_scaling(parameters, self.get("max_position_embeddings"))
-        return {"rope_theta": float(theta), "rope_scaling": scaling}
+        return {"rope_theta": float(theta), "rope_scaling": self.scaling(parameters)}
+
+    def scaling(self, parameters: Mapping[str, Any]) -> Scaling | None:
+        """The scaling of rope parameters without their theta; what they leave out stands beside them."""
+        if parameters.get("partial_rotary_factor") == self._partial:
+            parameters = {key: value for key, value in parameters.items() if key != "partial_rotary_factor"}
+        original = self.get("original_max_position_embeddings")
+        return rope_scaling(parameters, self.get("max_position_embeddings"), original)
+
+    def rotary_dim(self, head_dim: int, default: float = 1.0) -> int:
+        """How many dims of a head turn: `partial_rotary_factor`, in the rope parameters or beside them."""
+        nested = self.get("rope_parameters") or self.get("rope_scaling") or {}
+        self._partial = nested.get("partial_rotary_factor") or self.number("partial_rotary_factor", default)
+        self.skip("partial_rotary_factor")
+        return int(head_dim * self._partial)
 
     def local(self, num_layers: int, default: Sequence[int], theta: float | None = None) -> LocalAttention | None:
         """Which layers slide, from `layer_types` or else `default`, with `sliding_window`."""
@@ -153,63 +168,3 @@ class Fields:
                 raise ValueError("config.json has sliding layers in layer_types but no sliding_window")
             return None
         return LocalAttention(window=self.size("sliding_window"), layers=layers, rope_theta=theta)
-
-
-def rope_scaling(
-    parameters: Mapping[str, Any], max_positions: int | None = None
-) -> RopeScaling | LinearScaling | YarnScaling | None:
-    """The scaling that `rope_scaling` or `rope_parameters` (without its theta) describes; refused if unknown."""
-    left = {key: value for key, value in parameters.items() if value is not None}
-    kind = left.pop("rope_type", None) or left.pop("type", None) or "default"
-    left.pop("type", None)
-    if left.pop("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor in the rope parameters is not supported by this family")
-    if kind == "default":
-        scaling = None
-    elif kind == "linear":
-        scaling = LinearScaling(factor=float(_take(left, kind, "factor")))
-        left.pop("original_max_position_embeddings", None)
-    elif kind == "llama3":
-        scaling = RopeScaling(
-            factor=float(_take(left, kind, "factor")),
-            low_freq_factor=float(_take(left, kind, "low_freq_factor")),
-            high_freq_factor=float(_take(left, kind, "high_freq_factor")),
-            original_max_position=int(_take(left, kind, "original_max_position_embeddings")),
-        )
-    elif kind == "yarn":
-        scaling = _yarn(left, max_positions)
-    else:
-        raise ValueError(f"rope_type={kind!r} is not supported; supported are default, linear, llama3 and yarn")
-    if left:
-        raise ValueError(f"the rope parameters have an unknown field {min(left)!r} for rope_type={kind!r}; refused")
-    return scaling
-
-
-def _yarn(left: dict[str, Any], max_positions: int | None) -> YarnScaling:
-    original = int(left.pop("original_max_position_embeddings", None) or max_positions or 0)
-    factor = float(_take(left, "yarn", "factor"))
-    own, mscale, all_dim = (left.pop(key, None) for key in ("attention_factor", "mscale", "mscale_all_dim"))
-    attention = own
-    if own is None:
-        attention = yarn_magnitude(factor)
-        if mscale and all_dim:
-            attention = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, all_dim)
-    return YarnScaling(
-        factor=factor,
-        beta_fast=float(left.pop("beta_fast", 32.0)),
-        beta_slow=float(left.pop("beta_slow", 1.0)),
-        original_max_position=original,
-        attention_factor=float(attention),
-        truncate=bool(left.pop("truncate", True)),
-    )
-
-
-def yarn_magnitude(factor: float, weight: float = 1.0) -> float:
-    """YaRN's growth of the scores with the stretch: `0.1 w ln(factor) + 1`."""
-    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-
-def _take(left: dict[str, Any], kind: str, key: str) -> Any:
-    if key not in left:
-        raise ValueError(f"the rope parameters of rope_type={kind!r} lack {key!r}")
-    return left.pop(key)

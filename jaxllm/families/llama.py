@@ -69,15 +69,18 @@ def attention(cfg: ModelConfig, layer: int, copies: int, norm_offset: float = 0.
 
 
 def ffn(cfg: ModelConfig, layer: int, name: str = "mlp", path: tuple[str, ...] = ("ffn",), size: int = 0) -> WeightMap:
-    """A gated FFN without biases."""
+    """A gated FFN, with biases where the configuration has them."""
     d, f = cfg.hidden_size, size or cfg.intermediate_size
-    prefix = f"model.layers.{layer}.{name}"
-    return {
-        ("layers", layer, *path, "gate_up"): weights.gate_up(
-            f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight", d, f
-        ),
-        ("layers", layer, *path, "down"): weights.transposed(f"{prefix}.down_proj.weight", d, f),
+    prefix, where = f"model.layers.{layer}.{name}", ("layers", layer, *path)
+    gate, up, down = (f"{prefix}.{kind}_proj" for kind in ("gate", "up", "down"))
+    result: WeightMap = {
+        (*where, "gate_up"): weights.gate_up(f"{gate}.weight", f"{up}.weight", d, f),
+        (*where, "down"): weights.transposed(f"{down}.weight", d, f),
     }
+    if cfg.mlp_bias:
+        result[*where, "gate_up_bias"] = weights.gate_up_bias(f"{gate}.bias", f"{up}.bias", f)
+        result[*where, "down_bias"] = whole(f"{down}.bias", d)
+    return result
 
 
 FAMILY = Family("llama", config, weight_map)

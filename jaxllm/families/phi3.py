@@ -1,4 +1,4 @@
-"""Phi-3: Llama with fused projections; a window on every layer in some sizes. Its "longrope" is refused by name."""
+"""Phi-3: Llama with fused projections; a window on every layer in some sizes; the long ones stretch each frequency."""
 
 from __future__ import annotations
 
@@ -10,25 +10,30 @@ from jaxllm.families import llama
 from jaxllm.families import sources as weights
 from jaxllm.families.hf_config import Fields
 from jaxllm.families.registry import Family
-from jaxllm.families.sources import Heads, Part, Source, WeightMap
+from jaxllm.families.sources import Heads, WeightMap
 
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     """Map a Hugging Face Phi-3 configuration; refuses by name what it would compute wrongly."""
-    nested = dict(hf.get("rope_parameters") or {})
-    partial = nested.pop("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
-    fields = Fields({**hf, "rope_parameters": nested} if nested else hf)
+    fields = Fields({**hf, **_renamed(hf, "rope_parameters"), **_renamed(hf, "rope_scaling")})
     sizes = fields.sizes()
-    fields.skip("original_max_position_embeddings", "partial_rotary_factor")  # the first is of longrope
     cfg = ModelConfig(
         **sizes,
+        rotary_dim=fields.rotary_dim(sizes["head_dim"]),
         **fields.rope(),
-        rotary_dim=int(sizes["head_dim"] * partial),
         activation=fields.activation(),
         local=fields.local(sizes["num_layers"], range(sizes["num_layers"])),
     )
     fields.done()
     return cfg
+
+
+def _renamed(hf: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Early files call longrope "su" or "yarn"."""
+    rope = hf.get(key)
+    if not isinstance(rope, Mapping) or (rope.get("rope_type") or rope.get("type")) not in ("su", "yarn"):
+        return {}
+    return {key: {**rope, "rope_type": "longrope"}}
 
 
 def weight_map(cfg: ModelConfig, copies: int = 1) -> WeightMap:
@@ -39,10 +44,7 @@ def weight_map(cfg: ModelConfig, copies: int = 1) -> WeightMap:
         name, path = f"model.layers.{i}", ("layers", i)
         fused = f"{name}.self_attn.qkv_proj.weight"
         result[*path, "attention", "qkv"] = weights.qkv(("", "", ""), Heads.of(cfg, copies), fused=fused)
-        part = Part(
-            name=f"{name}.mlp.gate_up_proj.weight", shape=(2 * f, d), view=(2, f, d), order=(2, 0, 1), start=(0, 0, 0)
-        )
-        result[*path, "ffn", "gate_up"] = Source((part,))
+        result[*path, "ffn", "gate_up"] = weights.fused_gate_up(f"{name}.mlp.gate_up_proj.weight", d, f)
     return result
 
 

@@ -18,13 +18,12 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     """Map a Hugging Face Qwen3-MoE configuration; refuses by name what it would compute wrongly."""
     fields = Fields(hf)
     sizes = fields.sizes()
-    step, only_dense = fields.size("decoder_sparse_step", 1), fields.get("mlp_only_layers", [])
     experts = RoutedExperts(
         num_experts=fields.size("num_experts", fields.get("num_local_experts")),
         per_token=fields.size("num_experts_per_tok"),
         ffn_size=fields.size("moe_intermediate_size"),
         renormalize=fields.flag("norm_topk_prob"),
-        dense_layers=tuple(i for i in range(sizes["num_layers"]) if i in only_dense or (i + 1) % step),
+        dense_layers=dense_layers(fields, sizes["num_layers"]),
     )
     bias = fields.flag("attention_bias")
     cfg = ModelConfig(
@@ -39,6 +38,12 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     )
     fields.done()
     return cfg
+
+
+def dense_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
+    """Layers without experts: those listed, and those that `decoder_sparse_step` skips."""
+    step, listed = fields.size("decoder_sparse_step", 1), fields.get("mlp_only_layers", [])
+    return tuple(i for i in range(num_layers) if i in listed or (i + 1) % step)
 
 
 def weight_map(cfg: ModelConfig, copies: int = 1) -> WeightMap:
@@ -69,8 +74,6 @@ def experts(cfg: ModelConfig, layer: int) -> WeightMap:
     }  # fmt: skip
     if x.correction_bias:
         result[*path, "correction"] = whole(f"{name}.gate.e_score_correction_bias", x.num_experts)
-    if x.shared_size:
-        result |= llama.ffn(cfg, layer, "mlp.shared_experts", ("ffn", "shared"), x.shared_size)
     return result
 
 

@@ -248,6 +248,18 @@ def gate_up(gate: str, up: str, d: int, f: int) -> Source:
     return Source(tuple(parts))
 
 
+def gate_up_bias(gate: str, up: str, f: int) -> Source:
+    """`[2, F]` from two biases."""
+    return Source(tuple(
+        Part(name=name, shape=(f,), view=(1, f), order=(0, 1), start=(i, 0)) for i, name in enumerate((gate, up))
+    ))  # fmt: skip
+
+
+def fused_gate_up(name: str, d: int, f: int) -> Source:
+    """`[D, 2, F]` from one linear `[2 * F, D]` that stacks gate and up."""
+    return Source((Part(name=name, shape=(2 * f, d), view=(2, f, d), order=(2, 0, 1), start=(0, 0, 0)),))
+
+
 def expert_gate_up(names: Callable[[int], tuple[str, str]], num_experts: int, d: int, f: int) -> Source:
     """`[E, D, 2, F]` from two linears `[F, D]` per expert."""
     parts = [

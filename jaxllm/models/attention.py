@@ -28,7 +28,7 @@ class Attention(nnx.Module):
         d, h, k = cfg.hidden_size, cfg.head_dim, cfg.num_kv_heads * kv_copies
         g = cfg.num_heads // k
         self.index = index
-        self.eps, self.qk_norm = cfg.rms_norm_eps, cfg.qk_norm
+        self.eps, self.qk_norm, self.interleaved = cfg.rms_norm_eps, cfg.qk_norm, cfg.rope_interleaved
         self.spec = AttentionSpec(scale=cfg.score_scale, window=cfg.window(index), softcap=cfg.attention_softcap)
         self.qkv = param((d, k, g + 2, h), ("model_in", "heads", "qkv", "head_dim"), dtype, contracted=(0,))
         out_dims = ("heads_in", "group", "head_dim", "model_out")
@@ -50,7 +50,7 @@ class Attention(nnx.Module):
         qkv = ctx.shard(qkv, "tokens", "heads", "qkv", "head_dim")
         turning, value = self._normed(qkv[:, :, :-1]), qkv[:, :, -1:]
         if rope is not None:
-            turning = apply_rope(turning, rope)
+            turning = apply_rope(turning, rope, interleaved=self.interleaved)
         q_TKGH, kv_TK2H = turning[:, :, :-1], jnp.concatenate([turning[:, :, -1:], value], axis=2)
         sinks = None if self.sinks is None else self.sinks[...]
         out = ctx.attend(self.index, q_TKGH, kv_TK2H, self.spec, sinks)
@@ -77,7 +77,7 @@ class MultiHeadLatentAttention(nnx.Module):
     def __init__(self, cfg: ModelConfig, index: int, dtype: jnp.dtype):
         assert cfg.latent is not None
         a: LatentAttention = cfg.latent
-        self.index, self.dims = index, a
+        self.index, self.dims, self.interleaved = index, a, cfg.rope_interleaved
         d, n, width = cfg.hidden_size, cfg.num_heads, a.nope_dim + a.rope_dim
         self.spec = AttentionSpec(scale=cfg.score_scale, softcap=cfg.attention_softcap, window=cfg.window(index),
                                   value_width=a.kv_rank)  # fmt: skip
@@ -98,13 +98,14 @@ class MultiHeadLatentAttention(nnx.Module):
         x_TD = ctx.shard(x_TD, "tokens", "model")
         row_TW = contract("TD,DW->TW", x_TD, self.kv_down)
         c_TR = rms_norm(row_TW[:, : a.kv_rank], self.kv_norm[...], _LATENT_EPS)
-        turned = apply_rope(row_TW[:, a.kv_rank :], rope, interleaved=a.interleaved)
+        turned = apply_rope(row_TW[:, a.kv_rank :], rope, interleaved=self.interleaved)
         kv = jnp.concatenate([c_TR, turned], axis=-1)[:, None, None]
 
         q_TNH = ctx.shard(self._queries(x_TD), "tokens", "heads", "head_dim")
         keys, values = self.kv_up[..., : a.nope_dim], self.kv_up[..., a.nope_dim :]
         absorbed = contract("TNH,RNH->TNR", q_TNH[..., : a.nope_dim], keys)
-        q_TNW = jnp.concatenate([absorbed, apply_rope(q_TNH[..., a.nope_dim :], rope, interleaved=a.interleaved)], -1)
+        turned_TNH = apply_rope(q_TNH[..., a.nope_dim :], rope, interleaved=self.interleaved)
+        q_TNW = jnp.concatenate([absorbed, turned_TNH], axis=-1)
 
         latent_TNR = ctx.attend(self.index, q_TNW[:, None], kv, self.spec, None)[:, 0]
         out_TNH = ctx.shard(contract("TNR,RNH->TNH", latent_TNR, values), "tokens", "heads_in", "head_dim")

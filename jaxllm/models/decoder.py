@@ -44,12 +44,13 @@ def _look_up_on_cpu(table_VD: jax.Array, tokens_T: jax.Array) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """Attention and feed-forward, each with a residual around it and a norm before it, after it, or both."""
+    """Attention and feed-forward, each with a residual around it and a norm before it, after it, or both; or side by
+    side on one normed input (`parallel_block`)."""
 
     def __init__(self, cfg: ModelConfig, index: int, kv_copies: int, dtype: jnp.dtype):
-        self.index = index
+        self.index, self.is_parallel, self.scale = index, cfg.parallel_block, cfg.residual_scale
         self.attention_norm = Norm(cfg) if cfg.pre_norm else None
-        self.ffn_norm = Norm(cfg) if cfg.pre_norm else None
+        self.ffn_norm = Norm(cfg) if cfg.pre_norm and not cfg.parallel_block else None
         self.attention_post_norm = Norm(cfg) if cfg.post_norm else None
         self.ffn_post_norm = Norm(cfg) if cfg.post_norm else None
         if cfg.latent:
@@ -62,10 +63,17 @@ class Block(nnx.Module):
             self.ffn = FeedForward(cfg, cfg.intermediate_size, dtype)
 
     def __call__(self, x_TD: jax.Array, rope: Tables | None, ctx: Context) -> jax.Array:
-        y_TD = self.attention(_maybe(self.attention_norm, x_TD), rope, ctx)
-        x_TD = x_TD + _maybe(self.attention_post_norm, y_TD)
+        normed_TD = _maybe(self.attention_norm, x_TD)
+        y_TD = self.attention(normed_TD, rope, ctx)
+        if self.is_parallel:
+            return x_TD + _scaled(y_TD + self.ffn(normed_TD, ctx), self.scale)
+        x_TD = x_TD + _scaled(_maybe(self.attention_post_norm, y_TD), self.scale)
         y_TD = self.ffn(_maybe(self.ffn_norm, x_TD), ctx)
-        return x_TD + _maybe(self.ffn_post_norm, y_TD)
+        return x_TD + _scaled(_maybe(self.ffn_post_norm, y_TD), self.scale)
+
+
+def _scaled(x_TD: jax.Array, scale: float) -> jax.Array:
+    return x_TD if scale == 1.0 else x_TD * jnp.asarray(scale, x_TD.dtype)
 
 
 def _maybe(norm: Norm | None, x_TD: jax.Array) -> jax.Array:
@@ -97,8 +105,7 @@ class Decoder(nnx.Module):
     def __call__(self, tokens_T: jax.Array, positions_T: jax.Array, ctx: Context) -> jax.Array:
         """Hidden states before the final norm, `[T, D]`."""
         x_TD = _look_up(self.embedding.get_value(), tokens_T).astype(ctx.residual_dtype)
-        if self.cfg.embedding_scale != 1.0:
-            x_TD = x_TD * jnp.asarray(self.cfg.embedding_scale, x_TD.dtype)
+        x_TD = _scaled(x_TD, self.cfg.embedding_scale)
         if self.cfg.learned_positions:
             x_TD = x_TD + self.positions[positions_T].astype(x_TD.dtype)
         x_TD = ctx.shard(x_TD, "residual_tokens", "model")
@@ -110,7 +117,7 @@ class Decoder(nnx.Module):
         return x_TD
 
     def _tables(self, positions_T: jax.Array, rope: Rope, ctx: Context) -> Tables:
-        cos, sin = rope_tables(positions_T, rope)
+        cos, sin = rope_tables(positions_T, rope, ctx.longest or self.cfg.max_position_embeddings)
         return ctx.shard(cos, "tokens", None), ctx.shard(sin, "tokens", None)
 
     def normed(self, x_RD: jax.Array) -> jax.Array:
@@ -121,7 +128,7 @@ class Decoder(nnx.Module):
         """Final norm and LM head on the rows that sample: float32 `[R, V]` (padding columns cut off)."""
         table = self.embedding if self.cfg.tie_word_embeddings else self.lm_head
         logits_RV = shard(contract("RD,VD->RV", self.normed(x_RD), table), "rows", "vocab")
-        logits_RV = shard(logits_RV, "rows", None)[:, : self.cfg.vocab_size]
+        logits_RV = _scaled(shard(logits_RV, "rows", None)[:, : self.cfg.vocab_size], self.cfg.logit_scale)
         if (cap := self.cfg.final_softcap) is not None:
             logits_RV = cap * jnp.tanh(logits_RV / cap)
         return logits_RV

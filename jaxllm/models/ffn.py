@@ -61,6 +61,7 @@ class MixtureOfExperts(nnx.Module):
             self.gate_up_bias = param((e.num_experts, ups, f), ("experts", "gate_up", "ffn"))
             self.down_bias = param((e.num_experts, d), ("experts", "model_out"))
         self.shared = FeedForward(cfg, e.shared_size, dtype) if e.shared_size else None
+        self.shared_gate = param((d, 1), ("model", "router")) if e.shared_gate else None
 
     def __call__(self, x_TD: jax.Array, ctx: Context) -> jax.Array:
         routed_TD = ctx.shard(x_TD, "expert_tokens", "model")
@@ -70,7 +71,13 @@ class MixtureOfExperts(nnx.Module):
         correction = None if self.correction is None else self.correction[...]
         expert_TY, weight_TY = route(logits_TE, self.cfg, correction)
         y_TD = ctx.to_residual(self._routed(routed_TD, expert_TY, weight_TY, ctx))
-        return y_TD if self.shared is None else y_TD + self.shared(x_TD, ctx)
+        if self.shared is None:
+            return y_TD
+        shared_TD = self.shared(x_TD, ctx)
+        if self.shared_gate is not None:
+            gate_T1 = jax.nn.sigmoid(contract("TD,DG->TG", x_TD, self.shared_gate))
+            shared_TD = shared_TD * gate_T1.astype(shared_TD.dtype)
+        return y_TD + shared_TD
 
     def _routed(self, x_TD: jax.Array, expert_TY: jax.Array, weight_TY: jax.Array, ctx: Context) -> jax.Array:
         """Two stages, because rules may cut F differently in and out; between them lies a sharding constraint."""

@@ -38,7 +38,8 @@ class Context:
 
     `shard(x, *dims)` constrains an activation by its dims' names; `over_shards(f, in_dims, out_dims)` runs `f` on
     each device's own parts; `residual_dtype` is the type of the stream between blocks (and so of the all-reduced
-    partial sums); `gathered(block)` is the block with the weights that it computes with.
+    partial sums); `gathered(block)` is the block with the weights that it computes with; `longest` is the length of
+    the longest sequence that can come, None for the model's own limit.
     """
 
     attend: Attend
@@ -46,6 +47,7 @@ class Context:
     over_shards: Callable[[Callable, Sequence[tuple[str | None, ...]], tuple[str | None, ...]], Callable]
     residual_dtype: jnp.dtype
     gathered: Callable[[nnx.Module], nnx.Module] = lambda module: module
+    longest: int | None = None
 
     def to_residual(self, y_TD: jax.Array, bias: nnx.Param | None = None) -> jax.Array:
         """A half block's result in the residual type; a bias is added once, after the partial sums are."""
@@ -81,14 +83,14 @@ def contract(spec: str, x: jax.Array, weight: nnx.Param | jax.Array) -> jax.Arra
 
 
 class Norm(nnx.Module):
-    """RMS norm, or layer norm with its bias, over the last dim."""
+    """RMS norm, or layer norm with or without its bias, over the last dim."""
 
     def __init__(self, cfg: ModelConfig):
-        self.eps = cfg.rms_norm_eps
+        self.eps, self.is_rms = cfg.rms_norm_eps, cfg.norm == "rms"
         self.scale = param((cfg.hidden_size,), ("model",))
         self.bias = param((cfg.hidden_size,), ("model",)) if cfg.norm == "layer" else None
 
     def __call__(self, x_TD: jax.Array) -> jax.Array:
-        if self.bias is None:
+        if self.is_rms:
             return rms_norm(x_TD, self.scale[...], self.eps)
-        return layer_norm(x_TD, self.scale[...], self.bias[...], self.eps)
+        return layer_norm(x_TD, self.scale[...], None if self.bias is None else self.bias[...], self.eps)

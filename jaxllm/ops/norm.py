@@ -15,12 +15,13 @@ def rms_norm(x_TD: jax.Array, scale_D: jax.Array, eps: float, axes: int | tuple[
     return (x32 * inverse * scale_D.astype(jnp.float32)).astype(x_TD.dtype)
 
 
-def layer_norm(x_TD: jax.Array, scale_D: jax.Array, bias_D: jax.Array, eps: float) -> jax.Array:
+def layer_norm(x_TD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float) -> jax.Array:
     """Mean and variance norm over the last dim (Ba et al. 2016), computed in float32."""
     x32 = x_TD.astype(jnp.float32)
     centred = x32 - _mean(x32, -1)
     inverse = jax.lax.rsqrt(_mean(centred * centred, -1) + eps)
-    return (centred * inverse * scale_D + bias_D).astype(x_TD.dtype)
+    normed = centred * inverse * scale_D
+    return (normed if bias_D is None else normed + bias_D).astype(x_TD.dtype)
 
 
 def _mean(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:

@@ -11,15 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.config import LinearScaling, Rope, RopeScaling, YarnScaling
+from jaxllm.config import DynamicScaling, LinearScaling, LongRopeScaling, Rope, RopeScaling, YarnScaling
 
 Tables = tuple[jax.Array, jax.Array]
 
 
-def inverse_frequencies(rope: Rope) -> np.ndarray:
-    """Return float32 `[dim/2]` angular frequencies in radians per position."""
-    inv = 1.0 / rope.theta ** (np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim)
+def inverse_frequencies(rope: Rope, longest: int) -> np.ndarray:
+    """Return float32 `[dim/2]` angular frequencies in radians per position.
+
+    Scalings that depend on a sequence's length take `longest`, the longest sequence that can come: one set of
+    frequencies for all, because keys in the cache stay as they were turned while their sequence grows.
+    """
+    theta = rope.theta
+    if isinstance(rope.scaling, DynamicScaling):
+        theta = _dynamic_theta(rope, rope.scaling, longest)
+    inv = 1.0 / theta ** (np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim)
     match rope.scaling:
+        case LongRopeScaling(short_factors=short, long_factors=long, original_max_position=original):
+            inv = inv / np.array(long if longest > original else short)
         case RopeScaling():
             inv = _llama3_scaled(inv, rope.scaling)
         case LinearScaling():
@@ -27,6 +36,12 @@ def inverse_frequencies(rope: Rope) -> np.ndarray:
         case YarnScaling():
             inv = _yarn_scaled(inv, rope.theta, rope.scaling)
     return inv.astype(np.float32)
+
+
+def _dynamic_theta(rope: Rope, s: DynamicScaling, longest: int) -> float:
+    """NTK-aware base for sequences of `longest` tokens; the model's own up to the length it was trained on."""
+    stretch = s.factor * max(longest, s.original_max_position) / s.original_max_position - (s.factor - 1)
+    return rope.theta * stretch ** (rope.dim / (rope.dim - 2))
 
 
 def _llama3_scaled(inv: np.ndarray, s: RopeScaling) -> np.ndarray:
@@ -50,13 +65,13 @@ def _yarn_scaled(inv: np.ndarray, theta: float, s: YarnScaling) -> np.ndarray:
     return inv * (1.0 - stretch) + inv / s.factor * stretch
 
 
-def rope_tables(positions_T: jax.Array, rope: Rope) -> Tables:
-    """Return (cos, sin), each float32 `[T, dim/2]`."""
-    angles = positions_T.astype(jnp.float32)[:, None] * inverse_frequencies(rope)
-    factor = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling) else 1.0
+def rope_tables(positions_T: jax.Array, rope: Rope, longest: int) -> Tables:
+    """Return (cos, sin), each float32 `[T, dim/2]`. `longest`: see `inverse_frequencies`."""
+    angles = positions_T.astype(jnp.float32)[:, None] * inverse_frequencies(rope, longest)
+    factor = rope.scaling.attention_factor if isinstance(rope.scaling, YarnScaling | LongRopeScaling) else 1.0
     # XLA's CPU backend fuses sines into whatever uses them: again in every layer, and there once per head. A product it
     # keeps; this one changes no bit.
-    scaled_identity = factor * np.eye(inverse_frequencies(rope).size, dtype=np.float32)
+    scaled_identity = factor * np.eye(angles.shape[1], dtype=np.float32)
     return _keep(jnp.cos(angles), scaled_identity), _keep(jnp.sin(angles), scaled_identity)
 
 

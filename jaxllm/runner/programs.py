@@ -35,6 +35,7 @@ def make_programs(model: AbstractModel, shapes: RunnerShapes) -> Programs:
         residual_dtype=shapes.residual_dtype,
         max_steps=shapes.max_decode_steps,
         packed=model.packed_dims(),
+        longest=shapes.max_model_len,
         # Deterministic iterations have a tile for every decode.
         backend=dataclasses.replace(shapes.attention, query_tile=16) if shapes.deterministic else shapes.attention,
     )

@@ -68,6 +68,7 @@ class Programs:
     max_steps: int
     packed: tuple[tuple[int, ...] | None, ...]  # the dims that products keep, of parameters in panels
     backend: AttentionBackend = XLA
+    longest: int | None = None  # tokens of the longest sequence
 
     def ragged_step(
         self, params: Any, pages: Pages, state: SlotState, batch: RaggedBatch
@@ -186,7 +187,9 @@ class Programs:
             out, updated[layer] = run(q_TKGH, kv_TK2H, updated[layer], targets, rows, sinks_KG)
             return out
 
-        context = Context(attend_layer, placement.shard, placement.over_shards, self.residual_dtype, placement.gathered)
+        context = Context(
+            attend_layer, placement.shard, placement.over_shards, self.residual_dtype, placement.gathered, self.longest
+        )
         return self._model(params)(tokens, position, context), updated
 
     def _over_heads(self, rows: Rows, pages: Any, spec: AttentionSpec) -> Callable:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB = 96
 _BASE = {
@@ -34,6 +35,13 @@ _YARN = {
     "original_max_position_embeddings": 32,
     "beta_fast": 32.0,
     "beta_slow": 1.0,
+}
+_LONGROPE = {
+    "rope_type": "longrope",
+    "partial_rotary_factor": 0.75,
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 1.5, 2.5, 4.0, 6.0, 8.0],
 }
 _LATENT = {
     "num_key_value_heads": 4,
@@ -64,6 +72,11 @@ class Tiny:
         base = {} if "n_embd" in self.kwargs else _BASE
         return getattr(transformers, self.config)(**{**base, **self.kwargs})
 
+    @property
+    def architecture(self) -> str:
+        """The name that the configuration's `architectures` will have."""
+        return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[getattr(transformers, self.config).model_type]
+
 
 FAMILIES: dict[str, Tiny] = {
     "llama": Tiny(
@@ -77,6 +90,7 @@ FAMILIES: dict[str, Tiny] = {
                         "tie_word_embeddings": True}
     ),
     "qwen3": Tiny("Qwen3Config", {"head_dim": 32}, mesh="tp=2"),
+    "gemma": Tiny("GemmaConfig", {"head_dim": 32, "tie_word_embeddings": True}, mesh="tp=2"),
     "gemma2": Tiny(
         "Gemma2Config",
         {"head_dim": 32, "sliding_window": 9, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0,
@@ -92,7 +106,28 @@ FAMILIES: dict[str, Tiny] = {
         mesh="tp=2",
     ),
     "phi3": Tiny("Phi3Config", {"sliding_window": 12}),
+    "phi3_short": Tiny("Phi3Config", {"original_max_position_embeddings": 100, "rope_parameters": _LONGROPE}),
+    "phi3_long": Tiny("Phi3Config", {"original_max_position_embeddings": 1,
+                                     "rope_parameters": _LONGROPE | {"attention_factor": 1.2}}),
     "olmo2": Tiny("Olmo2Config"),
+    "olmo3": Tiny(
+        "Olmo3Config",
+        {"sliding_window": 7, "num_hidden_layers": 4,
+             "rope_parameters": {"full_attention": _YARN, "sliding_attention": {"rope_type": "default",
+                                                                                "rope_theta": 10000.0}}},
+    ),
+    "smollm3": Tiny(
+        "SmolLM3Config",
+        {"num_hidden_layers": 4, "no_rope_layer_interval": 3, "use_sliding_window": True, "sliding_window": 9,
+             "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    ),
+    "granite": Tiny(
+        "GraniteConfig",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.5,
+             "attention_bias": True, "mlp_bias": True},
+    ),
+    "glm": Tiny("GlmConfig", {"head_dim": 16}, mesh="tp=2"),
+    "glm4": Tiny("Glm4Config", {"head_dim": 16}),
     "gpt2": Tiny(
         "GPT2Config",
         {"vocab_size": VOCAB, "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "tie_word_embeddings": True},
@@ -100,6 +135,13 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "mixtral": Tiny(
         "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 13}, mesh="ep=2,tp=2"
+    ),
+    "qwen2_moe": Tiny(
+        "Qwen2MoeConfig",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "decoder_sparse_step": 2,
+             "shared_expert_intermediate_size": 40, "norm_topk_prob": True, "num_hidden_layers": 4,
+             "use_sliding_window": True, "sliding_window": 10, "mlp_only_layers": [1]},
+        mesh="ep=4,tp=2",
     ),
     "qwen3_moe": Tiny(
         "Qwen3MoeConfig",

@@ -51,7 +51,7 @@ def rope(head_dim: int, theta: float, scaling: dict | None) -> Rope:
 
 
 def ours(head_dim: int, theta: float, scaling: dict | None) -> np.ndarray:
-    return inverse_frequencies(rope(head_dim, theta, scaling))
+    return inverse_frequencies(rope(head_dim, theta, scaling), 4096)
 
 
 @pytest.mark.parametrize(("head_dim", "theta", "scaling"), CASES)
@@ -77,5 +77,5 @@ def test_rotation_equals_transformers_at_any_position(head_dim, theta, scaling):
     cos, sin = theirs(head_dim, theta, scaling)(torch.zeros(1), torch.from_numpy(positions)[None].long())
     heads_first = torch.from_numpy(q).permute(1, 0, 2)[None]
     expected, _ = apply_rotary_pos_emb(heads_first, heads_first, cos, sin)
-    out = apply_rope(q, rope_tables(positions, rope(head_dim, theta, scaling)))
+    out = apply_rope(q, rope_tables(positions, rope(head_dim, theta, scaling), 4096))
     np.testing.assert_allclose(out, expected[0].permute(1, 0, 2).numpy(), atol=3e-4, rtol=0)
