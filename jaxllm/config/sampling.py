@@ -16,6 +16,8 @@ MAX_STOP_CHARS = 1024
 MAX_N = 128
 MAX_GRAMMAR_CHARS = 65_536
 MAX_CHOICES = 1000
+MAX_BAD_WORDS = 128
+MAX_ALLOWED_TOKENS = 65_536
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +29,7 @@ class StructuredOutputs:
         json_object: any JSON object.
         regex: the whole answer matches it.
         choice: one of these strings.
-        grammar: a Lark grammar with a `start` rule.
+        grammar: a Lark grammar with a `start` rule, or a GBNF grammar with a `root`.
     """
 
     json: dict[str, Any] | str | None = None
@@ -44,8 +46,13 @@ class StructuredOutputs:
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"structured_outputs.{name} must be text")
         choices = self.choice or ()
-        if isinstance(choices, str) or len(choices) > MAX_CHOICES or not all(isinstance(c, str) and c for c in choices):
-            raise ValueError(f"structured_outputs.choice must be at most {MAX_CHOICES} non-empty strings")
+        if self.choice is not None and not (
+            isinstance(choices, Sequence)
+            and not isinstance(choices, str)
+            and 1 <= len(choices) <= MAX_CHOICES
+            and all(isinstance(c, str) and c for c in choices)
+        ):
+            raise ValueError(f"structured_outputs.choice must be 1 to {MAX_CHOICES} non-empty strings")
         schema = self.json if isinstance(self.json, str) or self.json is None else json.dumps(self.json)
         size = max(map(len, (schema or "", self.regex or "", self.grammar or "")))
         if max(size, sum(map(len, choices))) > MAX_GRAMMAR_CHARS:
@@ -68,6 +75,9 @@ class SamplingParams:
         max_tokens, min_tokens: bounds on generated tokens.
         logprobs: number of alternatives to report per token (0 = only the sampled one), None = none.
         logit_bias: token id -> value added to its logit.
+        bad_words: texts that may not be generated, with or without a space before them.
+        allowed_token_ids: the only tokens that may be generated.
+        truncate_prompt_tokens: only so many of the prompt's last tokens are used; -1: as many as the model takes.
         prompt_logprobs: number of alternatives to report per prompt token; needs an engine of its own pass.
         structured_outputs: a form the answer must have (`StructuredOutputs` or a dict of its fields).
         detokenize: False leaves text empty.
@@ -89,6 +99,9 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    truncate_prompt_tokens: int | None = None
     prompt_logprobs: int | None = None
     structured_outputs: StructuredOutputs | dict[str, Any] | None = None
     detokenize: bool = True
@@ -113,6 +126,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", self._stop_strings())
         object.__setattr__(self, "structured_outputs", _structured(self.structured_outputs))
         self._check_token_lists()
+        self._check_rules()
 
     def _stop_strings(self) -> tuple[str, ...]:
         stop = (self.stop,) if isinstance(self.stop, str) else _items("stop", self.stop)
@@ -141,6 +155,19 @@ class SamplingParams:
                 raise ValueError(f"logit_bias has key {token!r}; keys must be token ids")
             _check_range(f"logit_bias[{token}]", value, -100.0, 100.0)
 
+    def _check_rules(self) -> None:
+        words, allowed = _items("bad_words", self.bad_words), _items("allowed_token_ids", self.allowed_token_ids)
+        if len(words) > MAX_BAD_WORDS or any(not isinstance(w, str) or not 0 < len(w) <= MAX_STOP_CHARS for w in words):
+            raise ValueError(f"bad_words must be at most {MAX_BAD_WORDS} texts of 1 to {MAX_STOP_CHARS} characters")
+        if self.allowed_token_ids is not None and not 1 <= len(allowed) <= MAX_ALLOWED_TOKENS:
+            raise ValueError(f"allowed_token_ids has {len(allowed)} entries; give 1 to {MAX_ALLOWED_TOKENS}")
+        if bad := [i for i in allowed if not _is_int(i) or i < 0]:
+            raise ValueError(f"allowed_token_ids has {bad[0]!r}; entries must be token ids")
+        if self.truncate_prompt_tokens == 0:
+            raise ValueError("truncate_prompt_tokens=0 leaves no prompt; give at least 1, or -1 for what fits")
+        object.__setattr__(self, "bad_words", words)
+        object.__setattr__(self, "allowed_token_ids", allowed)
+
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always taken."""
@@ -161,6 +188,8 @@ class SamplingParams:
             and self.logprobs is None
             and self.min_tokens == 0
             and self.structured_outputs is None
+            and not self.bad_words
+            and not self.allowed_token_ids
         )
 
 
@@ -181,10 +210,11 @@ _INTEGERS = (
     ("seed", -(2**63), 2**64 - 1),
     ("logprobs", 0, MAX_LOGPROBS),
     ("prompt_logprobs", 0, MAX_LOGPROBS),
+    ("truncate_prompt_tokens", -1, _HUGE),
 )
 
 
-_OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+_OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
 _FLAGS = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
 
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.config.sampling import SamplingParams
-from jaxllm.engine.constraints import GrammarCompiler, GrammarConstraint
+from jaxllm.engine.constraints import GrammarCompiler
 from jaxllm.engine.outputs import CompletionBuilder, RequestOutput, logprob_entry
 from jaxllm.engine.scoring import ScoringPass
+from jaxllm.engine.token_rules import CopiedConstraint, all_of, token_rules
 from jaxllm.scheduling.request import Request
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Job:
     output: RequestOutput
     params: SamplingParams
     extra: dict[str, Any] = field(default_factory=dict)
-    constraint: GrammarConstraint | None = None
+    constraint: CopiedConstraint | None = None
     requests: list[Request] = field(default_factory=list)
     builders: dict[str, CompletionBuilder] = field(default_factory=dict)
     created: float = field(default_factory=time.perf_counter)
@@ -61,14 +62,41 @@ class Jobs:
         """Tokenize and compile, without touching the engine. Raises ValueError."""
         fields = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
         text, ids = self._tokenize(fields)
+        ids = self._truncated(ids, params)
         self._engine.check_request(ids, params)
         extra = {k: fields[k] for k in ("cache_salt", "priority") if k in fields}
-        constraint = None
-        if params.structured_outputs is not None:
-            self.tokenizer  # noqa: B018  (refuses, where there is none)
-            assert self._grammars is not None and not isinstance(params.structured_outputs, dict)
-            constraint = self._grammars.compile(params.structured_outputs)
-        return Job(RequestOutput("", text, ids), params, extra, constraint)
+        constraint = all_of([self._form(params), self._rules(params)])
+        warnings = constraint.warnings if constraint is not None else ()
+        return Job(RequestOutput("", text, ids, warnings=warnings), params, extra, constraint)
+
+    def _truncated(self, ids: list[int], params: SamplingParams) -> list[int]:
+        """The prompt's end, as much as `truncate_prompt_tokens` leaves of it."""
+        if (most := params.truncate_prompt_tokens) is None:
+            return ids
+        if most < 0:
+            most = max(1, self._engine.runner.shapes.max_model_len - (params.max_tokens or 1))
+        return ids[-most:]
+
+    def _form(self, params: SamplingParams) -> CopiedConstraint | None:
+        if params.structured_outputs is None:
+            return None
+        self.tokenizer  # noqa: B018  (refuses, where there is none)
+        assert self._grammars is not None and not isinstance(params.structured_outputs, dict)
+        return self._grammars.compile(params.structured_outputs)
+
+    def _rules(self, params: SamplingParams) -> CopiedConstraint | None:
+        if not params.bad_words and not params.allowed_token_ids:
+            return None
+        vocab_size = self._engine.runner.model.cfg.vocab_size
+        return token_rules(vocab_size, allowed=params.allowed_token_ids or (), banned=self._banned(params))
+
+    def _banned(self, params: SamplingParams) -> list[list[int]]:
+        """The words as tokens, at the beginning of a text and after a space."""
+        words = [prefix + word.lstrip() for word in params.bad_words or () for prefix in ("", " ")]
+        if not words:
+            return []
+        encoded = [self.tokenizer.encode(word, add_special_tokens=False) for word in words]
+        return [ids for ids in encoded if ids]
 
     def _tokenize(self, fields: Mapping[str, Any]) -> tuple[str | None, list[int]]:
         text, ids = fields.get("prompt"), fields.get("prompt_token_ids")

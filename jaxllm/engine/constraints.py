@@ -8,13 +8,20 @@ devices or of schedules.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from typing import TYPE_CHECKING, Any, final
 
 from jaxllm.config.sampling import StructuredOutputs
+from jaxllm.engine.json_schema import prepare
 
 if TYPE_CHECKING:
     from jaxllm.tokenizer import Tokenizer
+
+# Between the parts of a JSON document: a model that may write white space without end sometimes does.
+_WHITE_SPACE = r"\n[ ]{0,20}|[ ]{1,4}|\t{1,8}"
+_LOOK_AROUND = re.compile(r"(?<!\\)(?:\\\\)*(\(\?<?[=!]|\\[bB])")
+_INTERNALS = re.compile(r"[<>{}]|::|NoExt|lexer|Lexer|Earley|fuel|max_|rx|forced")
 
 
 @final
@@ -37,13 +44,16 @@ class GrammarCompiler:
             max_grammar_size=100_000, verbose_errors=False,
         )  # fmt: skip
         try:
-            grammar = _grammar(spec)
+            grammar, ignored = _grammar(spec)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{_kind(spec)} is not usable: {_one_line(error)}") from None
         matcher = LLMatcher(self._token_trie(), grammar, log_level=0, limits=limits)
+        if matcher.is_error() and "oneOf" in matcher.get_error():
+            grammar, ignored = _grammar(spec, one_of_as_any=True)
+            matcher = LLMatcher(self._token_trie(), grammar, log_level=0, limits=limits)
         if matcher.is_error():
-            raise ValueError(f"{_kind(spec)} is not usable: {_one_line(matcher.get_error())}")
-        return GrammarConstraint(matcher)
+            raise ValueError(f"{_kind(spec)} is not usable: {_explained(matcher.get_error())}")
+        return GrammarConstraint(matcher, tuple(f"{keyword} is not enforced" for keyword in ignored))
 
     def _token_trie(self) -> Any:
         with self._lock:
@@ -57,16 +67,22 @@ class GrammarCompiler:
 
 @final
 class GrammarConstraint:
-    """One answer's way through a grammar; see `jaxllm.scheduling.request.Constraint`."""
+    """One answer's way through a grammar; see `jaxllm.scheduling.request.Constraint`.
 
-    def __init__(self, matcher: Any):
+    `warnings` say what of the form that was asked for is not enforced.
+    """
+
+    is_fixed = False
+
+    def __init__(self, matcher: Any, warnings: tuple[str, ...] = ()):
         self._matcher = matcher
+        self.warnings = warnings
         self.finished = False
         self.error: str | None = None
 
     def copy(self) -> GrammarConstraint:
         """An independent constraint in the same state."""
-        return GrammarConstraint(self._matcher.deep_copy())
+        return GrammarConstraint(self._matcher.deep_copy(), self.warnings)
 
     def accept(self, token: int) -> None:
         """Take one sampled token."""
@@ -95,19 +111,46 @@ def _kind(spec: StructuredOutputs) -> str:
     return "the regex" if spec.regex is not None else "the choice" if spec.choice is not None else "the grammar"
 
 
-def _grammar(spec: StructuredOutputs) -> str:
+def _grammar(spec: StructuredOutputs, *, one_of_as_any: bool = False) -> tuple[str, tuple[str, ...]]:
+    """The compiler's grammar, and the keywords of a JSON schema that it does not enforce."""
     from llguidance import LLMatcher
 
-    if spec.json is not None:
-        return LLMatcher.grammar_from_json_schema(spec.json)
-    if spec.json_object:
-        return LLMatcher.grammar_from_json_schema({"type": "object"})
+    if spec.json is not None or spec.json_object:
+        schema, ignored = prepare({"type": "object"} if spec.json is None else spec.json)
+        grammar = LLMatcher.grammar_from_json_schema(
+            json.dumps(schema), overrides={"whitespace_pattern": _WHITE_SPACE, "coerce_one_of": one_of_as_any}
+        )
+        return grammar, (*ignored, *(("oneOf",) if one_of_as_any else ()))
     if spec.regex is not None:
-        return LLMatcher.grammar_from_regex(spec.regex)
+        if found := _LOOK_AROUND.search(spec.regex):
+            raise ValueError(f"{found.group(1)!r} looks around, which is not supported; write it without")
+        return LLMatcher.grammar_from_regex(spec.regex), ()
     if spec.choice is not None:
-        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in spec.choice))
+        return LLMatcher.grammar_from_lark("start: " + " | ".join(json.dumps(c) for c in spec.choice)), ()
     assert spec.grammar is not None
-    return LLMatcher.grammar_from_lark(spec.grammar)
+    return LLMatcher.grammar_from_lark(_as_lark(spec.grammar)), ()
+
+
+def _as_lark(grammar: str) -> str:
+    """The grammar itself, or what its GBNF (llama.cpp's notation, `root ::= ...`) is in Lark."""
+    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+
+    if "::=" not in grammar or is_lark_syntax(grammar):
+        return grammar
+    try:
+        return gbnf_to_lark(grammar)
+    except Exception as error:  # the converter raises plain ones
+        raise ValueError(f"its GBNF is wrong: {error}") from None
+
+
+def _explained(error: str) -> str:
+    """The compiler's complaint; where that is about its own workings, what it comes down to."""
+    text = _one_line(error)
+    if "limit" in text or "fuel" in text or "too large" in text or "too many" in text:
+        return "it is too complex; simplify it"
+    if _INTERNALS.search(text) and "regex" not in text and "unknown name" not in text:
+        return "it matches nothing, refers to itself or is too complex; simplify it"
+    return text
 
 
 def _one_line(error: object) -> str:

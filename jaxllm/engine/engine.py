@@ -177,7 +177,8 @@ class Engine:
                 "shorten the prompt or raise max_model_len"
             )
         bad = [i for i in ids if not isinstance(i, int) or not 0 <= i < vocab]
-        bad += [i for i in (*(params.stop_token_ids or ()), *(params.logit_bias or ())) if i >= vocab]
+        named = (params.stop_token_ids, params.logit_bias, params.allowed_token_ids)
+        bad += [i for ids in named for i in ids or () if i >= vocab]
         if bad:
             raise ValueError(f"token id {bad[0]!r} is outside the vocabulary; ids must be in 0..{vocab - 1}")
 

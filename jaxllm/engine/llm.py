@@ -6,6 +6,7 @@ Steps the engine on the caller's thread. Knows nothing of devices, pages or sche
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -183,6 +184,8 @@ class LLM:
         try:
             job = self._jobs.prepare(prompt, params)
             job.extra["streamed"] = streamed
+            for text in job.output.warnings:
+                warnings.warn(text, stacklevel=4)
             self._score_prompt(job)
             self._jobs.start(job)
         except ValueError as error:

@@ -36,7 +36,10 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """All completions of one prompt, in order. `error` says why a refused prompt has none."""
+    """All completions of one prompt, in order.
+
+    `error` says why a refused prompt has none; `warnings` what was asked for and is not enforced.
+    """
 
     request_id: str
     prompt: str | None
@@ -47,6 +50,7 @@ class RequestOutput:
     num_cached_tokens: int = 0
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     error: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class TextStream(Protocol):

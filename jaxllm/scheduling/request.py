@@ -31,10 +31,12 @@ class Constraint(Protocol):
     """Which tokens may come next, given those sampled so far (a grammar, say). One per request.
 
     Attributes:
+        is_fixed: the same tokens are allowed wherever it is asked, so that sampling need not wait for reading.
         finished: nothing but the end may follow.
         error: why it cannot go on, or None.
     """
 
+    is_fixed: bool
     finished: bool
     error: str | None
 
@@ -143,7 +145,7 @@ class Request:
     @property
     def one_at_a_time(self) -> bool:
         """Whether every token must be read before the next is sampled."""
-        return self.constraint is not None or self.num_confirmed is not None
+        return (self.constraint is not None and not self.constraint.is_fixed) or self.num_confirmed is not None
 
     @property
     def prompt_is_computed(self) -> bool:
