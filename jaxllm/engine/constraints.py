@@ -51,6 +51,7 @@ class GrammarCompiler:
         if matcher.is_error() and "oneOf" in matcher.get_error():
             grammar, ignored = _grammar(spec, one_of_as_any=True)
             matcher = LLMatcher(self._token_trie(), grammar, log_level=0, limits=limits)
+        matcher.compute_bitmask()  # some grammars only fail where they are first used
         if matcher.is_error():
             raise ValueError(f"{_kind(spec)} is not usable: {_explained(matcher.get_error())}")
         return GrammarConstraint(matcher, tuple(f"{keyword} is not enforced" for keyword in ignored))

@@ -141,6 +141,7 @@ class _Preparation:
         elif isinstance(properties := out.get("properties"), dict) and "additionalProperties" not in out:
             for name in out.get("required", ()):
                 properties.setdefault(name, True)
+            out.setdefault("type", "object")
             least = out.get("minProperties", 0)
             out["additionalProperties"] = isinstance(least, int) and least > len(properties)
 

@@ -12,7 +12,8 @@ from typing import Any
 
 _MOST_VALUES = 256  # integers written out in place of a range
 _MOST_UNIQUE = 4  # values whose orders are all written out: 65 arrays
-_WIDTHS = {"int32": 31, "int64": 63}
+_INT32 = 2**31
+_INT64 = 10**18  # the most that fits, in digits: the compiler counts in 64 bits itself
 
 
 def exclude_values(schema: dict[str, Any]) -> None:
@@ -109,10 +110,16 @@ def name_properties(schema: dict[str, Any]) -> None:
 
 
 def bound_integers(schema: dict[str, Any]) -> None:
-    """OpenAPI's `int32` and `int64`, as the bounds that they mean."""
-    if schema.get("type") == "integer" and (bits := _WIDTHS.get(str(schema.get("format")))):
-        if not {"minimum", "exclusiveMinimum"} & set(schema):
-            schema["minimum"] = -(2**bits)
-        if not {"maximum", "exclusiveMaximum"} & set(schema):
-            schema["maximum"] = 2**bits - 1
-        del schema["format"]
+    """OpenAPI's `int32` and `int64` as the bounds that they mean; other integers get 64 bits, so that they end."""
+    if schema.get("type") != "integer" or {"enum", "const", "multipleOf"} & set(schema):
+        return
+    size = _INT32 if schema.pop("format", None) == "int32" else _INT64
+    low, high = (_number(schema, f"{end}imum", f"exclusive{end.title()}imum") for end in ("min", "max"))
+    if low is None and (high is None or high > -size):
+        schema["minimum"] = -size
+    if high is None and (low is None or low < size - 1):
+        schema["maximum"] = size - 1
+
+
+def _number(schema: dict[str, Any], *names: str) -> float | None:
+    return next((value for name in names if isinstance(value := schema.get(name), int | float)), None)
