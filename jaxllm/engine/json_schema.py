@@ -148,8 +148,9 @@ class _Preparation:
     def _parts(self, schema: Schema, depth: int = 0) -> Iterator[dict[str, Any]]:
         """A combined schema and everything that it is combined of."""
         schema = self.deref(schema)
-        if not isinstance(schema, dict) or depth > _MAX_DEPTH:
+        if not isinstance(schema, dict):
             return
+        self._count(depth)
         yield schema
         for key in _COMBINED:
             for part in schema.get(key, ()):

@@ -37,12 +37,12 @@ class TokenMask:
     """
 
     is_fixed = True
-    warnings: tuple[str, ...] = ()
-    finished = False
-    error: str | None = None
 
     def __init__(self, mask: np.ndarray):
         self._mask = mask
+        self.finished = False
+        self.error: str | None = None
+        self.warnings: tuple[str, ...] = ()
 
     def copy(self) -> TokenMask:
         """Itself: it has no state."""
@@ -65,11 +65,11 @@ class BannedSequences:
     """
 
     is_fixed = False
-    warnings: tuple[str, ...] = ()
-    finished = False
-    error: str | None = None
 
     def __init__(self, sequences: Sequence[tuple[int, ...]], recent: Sequence[int] = ()):
+        self.finished = False
+        self.error: str | None = None
+        self.warnings: tuple[str, ...] = ()
         self._sequences = sequences
         self._longest = max(map(len, sequences), default=1)
         self._recent = list(recent)
@@ -98,16 +98,11 @@ class AllOf:
         self._parts = parts
         self.is_fixed = all(part.is_fixed for part in parts)
         self.warnings = tuple(text for part in parts for text in part.warnings)
+        self._look()
 
-    @property
-    def finished(self) -> bool:
-        """Whether one of them has ended the answer."""
-        return any(part.finished for part in self._parts)
-
-    @property
-    def error(self) -> str | None:
-        """Why one of them cannot go on."""
-        return next((part.error for part in self._parts if part.error), None)
+    def _look(self) -> None:
+        self.finished = any(part.finished for part in self._parts)
+        self.error = next((part.error for part in self._parts if part.error), None)
 
     def copy(self) -> AllOf:
         """Independent copies of all."""
@@ -117,6 +112,7 @@ class AllOf:
         """Tell all of them."""
         for part in self._parts:
             part.accept(token)
+        self._look()
 
     def fill_mask(self, words: Any) -> None:
         """Only what all of them allow; where that is nothing, what the first allows: an answer must go on."""
@@ -128,6 +124,7 @@ class AllOf:
             words &= mask
         if not words.any():
             words[:] = alone
+        self._look()
 
 
 def all_of(parts: Sequence[CopiedConstraint | None]) -> CopiedConstraint | None:

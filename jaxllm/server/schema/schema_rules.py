@@ -13,20 +13,10 @@ from typing import Any
 from pydantic import ConfigDict
 from pydantic_core import PydanticCustomError
 
+from jaxllm.server.schema.other_servers import OTHERS
+
 Schema = dict[str, Any]
 NULL: Schema = {"type": "null"}
-_INSTEAD = {  # fields of other servers that change the answer, so that ignoring them would be wrong
-    "guided_json": "structured_outputs.json",
-    "guided_regex": "structured_outputs.regex",
-    "guided_choice": "structured_outputs.choice",
-    "guided_grammar": "structured_outputs.grammar",
-    "functions": "tools",
-    "function_call": "tool_choice",
-    "max_new_tokens": "max_tokens",
-    "max_tokens": "max_output_tokens",
-    "max_completion_tokens": "max_tokens",
-    "prompt_logprobs": "echo with logprobs",
-}
 _LIKENESS = 0.85
 
 
@@ -66,19 +56,20 @@ def exactly_one(**fields: Schema) -> Schema:
 
 
 def check_names(body: Any, known: Iterable[str]) -> Any:
-    """`body` itself. Raises where a field is misspelt, or another server's name for what is called otherwise here."""
+    """`body` itself. Raises where a field is misspelt, or another server's that would change the answer."""
     known = set(known)
     if isinstance(body, dict):
-        for name in [name for name, value in body.items() if name not in known and value is not None]:
-            if (instead := _instead(name, known - set(body))) is not None:
-                raise PydanticCustomError("not_understood", "{name} is not a field here; use {instead}",
-                                          {"name": name[:50], "instead": instead})  # fmt: skip
+        for name, value in body.items():
+            if name not in known and value is not None and (message := _complaint(name, value, known, set(body))):
+                raise PydanticCustomError("not_understood", "{name} {message}",
+                                          {"name": name[:50], "message": message})  # fmt: skip
     return body
 
 
-def _instead(name: str, known: set[str]) -> str | None:
-    instead = _INSTEAD.get(name)
-    if instead is not None and instead.partition(".")[0].partition(" ")[0] in known:
-        return instead
-    close = difflib.get_close_matches(name[:50], sorted(known), n=1, cutoff=_LIKENESS) if len(name) > 3 else []
-    return close[0] if close else None
+def _complaint(name: str, value: Any, known: set[str], given: set[str]) -> str | None:
+    """What is wrong with a field that is not known here; None lets it pass."""
+    if (other := OTHERS.get(name)) is not None:
+        return None if other.asks_for_nothing(value) else other.message(known)
+    near = sorted(known - given)
+    close = difflib.get_close_matches(name[:50], near, n=1, cutoff=_LIKENESS) if len(name) > 3 else []
+    return f"is not a field here; use {close[0]}" if close else None
