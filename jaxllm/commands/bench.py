@@ -15,8 +15,11 @@ if TYPE_CHECKING:
     from jaxllm.bench.workload import Planned
 
 
+HELP = "Measure throughput, latency or start-up."
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One sub-command per bench."""
+    """One sub-command per bench, each with its own `run`."""
     benches = parser.add_subparsers(required=True, metavar="BENCH")
     throughput = benches.add_parser("throughput", help="offline tokens per second")
     throughput.set_defaults(run=_throughput)
@@ -88,6 +91,11 @@ def _check_counts(args: argparse.Namespace, *names: str) -> None:
     for name in names:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+
+
+def run(args: argparse.Namespace) -> int:
+    """The bench that was chosen replaces this."""
+    raise AssertionError("a bench has its own run")
 
 
 def _throughput(args: argparse.Namespace) -> int:

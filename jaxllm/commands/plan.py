@@ -7,19 +7,23 @@ import json
 import sys
 from typing import Any
 
+from jaxllm.commands.flags import add_engine_flags, engine_arguments
 from jaxllm.config import EngineConfig
+
+HELP = "Check a deployment on a TPU slice that is not there, by compiling for it."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's own flags; the engine's are added beside them."""
+    """The flags of the command."""
     group = parser.add_argument_group("plan")
     group.add_argument("--topology", required=True, help="a TPU slice: v5e:4x4, v6e:2x4, v5p:2x2x4, ...")
     group.add_argument("--context", type=int, metavar="TOKENS", help="in every row's cache, for the decode bound")
     group.add_argument("--search", action="store_true", help="rank the legal meshes and rule files by arithmetic")
     group.add_argument("--search-compile", type=int, default=0, metavar="N", help="also compile the best N of them")
+    add_engine_flags(parser)
 
 
-def run(args: argparse.Namespace, engine: dict[str, Any]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Print the plan; 1 where it does not fit. Raises ValueError with one line that says what to change."""
     from jaxllm.deployment.topology import parse_topology, prepare_environment
 
@@ -29,7 +33,7 @@ def run(args: argparse.Namespace, engine: dict[str, Any]) -> int:
         raise ValueError(f"--search-compile is {args.search_compile}; it must be at least 0")
     parse_topology(args.topology)
     prepare_environment()  # before anything loads JAX
-    config = EngineConfig(**engine)
+    config = EngineConfig(**engine_arguments(args))
     if args.search or args.search_compile:
         from jaxllm.deployment.search import search
 

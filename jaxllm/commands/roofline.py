@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jaxllm.config import EngineConfig
 
+HELP = "Lower bounds of a model on a chip."
 _DTYPES = ("bfloat16", "float16", "float8", "int8")
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.commands.flags import add_engine_flags, engine_arguments
 from jaxllm.config import EngineConfig
 
 if TYPE_CHECKING:
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
     from jaxllm.server.run import Listen
 
 
+HELP = "Answer OpenAI clients over HTTP."
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The server's own flags; the engine's are added beside them."""
+    """The flags of the command."""
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on; the default is this machine only")
     group.add_argument("--port", type=int, default=8000)
@@ -57,15 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--warm-up", action=argparse.BooleanOptionalAction, default=True, help="compile everything before listening"
     )
+    add_engine_flags(parser, max_decode_steps=4)  # whoever arrives waits for the dispatches under way
 
 
-def run(args: argparse.Namespace, engine: dict[str, Any]) -> int:
-    """Load, warm up, serve; returns the exit code.
-
-    Args:
-        args: parsed flags of `add_arguments`.
-        engine: the engine's keywords.
-    """
+def run(args: argparse.Namespace) -> int:
+    """Load, warm up, serve; returns the exit code."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
@@ -75,6 +75,7 @@ def run(args: argparse.Namespace, engine: dict[str, Any]) -> int:
     logging.basicConfig(
         level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
+    engine = engine_arguments(args)
     listen, settings = _listen(args), _settings(args, engine)
     return start(args, engine, listen, settings)
 

@@ -1,14 +1,6 @@
 """What a model is and how an engine runs it: frozen dataclasses, plain Python."""
 
-from jaxllm.config.engine import (
-    ATTENTION_BACKENDS,
-    DTYPES,
-    KV_DTYPES,
-    LOAD_FORMATS,
-    MATMUL_BACKENDS,
-    PREEMPTION_MODES,
-    EngineConfig,
-)
+from jaxllm.config.engine import ATTENTION_BACKENDS, DTYPES, EngineConfig
 from jaxllm.config.model import ModelConfig
 from jaxllm.config.parts import (
     ClampedSwiglu,
@@ -27,10 +19,6 @@ from jaxllm.config.parts import (
 __all__ = [
     "ATTENTION_BACKENDS",
     "DTYPES",
-    "KV_DTYPES",
-    "LOAD_FORMATS",
-    "MATMUL_BACKENDS",
-    "PREEMPTION_MODES",
     "ClampedSwiglu",
     "DynamicScaling",
     "EngineConfig",

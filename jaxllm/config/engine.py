@@ -9,64 +9,92 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-DTYPES = ("auto", "bfloat16", "float16", "float32")
-KV_DTYPES = (*DTYPES, "int8", "fp8")
-MATMUL_BACKENDS = ("auto", "xla", "llvm")
-ATTENTION_BACKENDS = ("auto", "xla", "llvm", "pallas_gpu", "pallas_tpu")
-LOAD_FORMATS = ("auto", "dummy")
-PREEMPTION_MODES = ("auto", "recompute", "swap")
+from jaxllm.config.fields import check_types
+
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+KVDtype = Literal["auto", "bfloat16", "float16", "float32", "int8", "fp8"]
+MatmulBackend = Literal["auto", "xla", "llvm"]
+AttentionBackend = Literal["auto", "xla", "llvm", "pallas_gpu", "pallas_tpu"]
+LoadFormat = Literal["auto", "dummy"]
+PreemptionMode = Literal["auto", "recompute", "swap"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
+ATTENTION_BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """How one engine runs. Names as vLLM spells them; sizes in tokens, requests or bytes.
+    """How one engine runs. Names as vLLM spells them; every field is also a flag of the command line.
 
-    With `deterministic` every iteration runs in one shape, whatever takes part: a request's greedy and seeded tokens
-    are bitwise the same alone and in any mix. That shape has `token_budget` tokens, for a decode as for a prefill.
+    Attributes:
+        model: short name, folder, .gguf file or Hugging Face id.
+        tokenizer (NAME): take the tokenizer from this model instead.
+        skip_tokenizer_init: load no tokenizer; prompts are token ids, and outputs too.
+        load_format: dummy makes random weights.
+        dtype: of the weights.
+        kv_dtype: of the KV cache.
+        max_model_len (TOKENS): prompt and output of one request; default: what the model and the cache allow.
+        max_num_seqs (N): requests that run together.
+        max_num_batched_tokens (TOKENS): of one iteration; default 512, deterministic 64.
+        page_size (TOKENS): per page of the KV cache.
+        kv_cache_memory_bytes (BYTES): memory for the KV cache of one replica; default: what the devices have left.
+        gpu_memory_utilization (SHARE): of a device's memory that the engine may take, above 0 and at most 1.
+        seed: from which requests without a seed of their own get one, and random weights.
+        mesh (AXES): devices, for example 'tp=3' or 'dp=2,tp=4'.
+        device_offset (N): leave the first N devices to others.
+        sharding_rules: shipped name or a .toml file.
+        max_decode_steps (N): decode iterations per dispatch, where nobody waits for each token.
+        deterministic: the same tokens alone and in any batch, bit by bit: every iteration runs in one shape, whatever
+            takes part; slower.
+        enable_prefix_caching: reuse the pages of prompts that begin alike.
+        attention_backend: auto chooses by the platform.
+        matmul_backend: auto chooses by the processor.
+        host_kv_bytes (BYTES): host memory for evicted KV pages.
+        disk_kv_bytes (BYTES): disk space for KV pages.
+        disk_kv_path (FOLDER): where they are kept, also for the next process.
+        preemption_mode: what becomes of the cache of a request that is pushed out; swap needs host_kv_bytes.
+        coordinator_address (HOST:PORT): of process 0, where there are several (docs/pods.md).
+        num_processes (N): how many processes there are.
+        process_id (I): which of them this is, from 0.
+        distributed: take these three from Slurm, GKE or the TPU slice.
     """
 
     model: str = "smollm2-135m-instruct"
     tokenizer: str | None = None
-    dtype: str = "auto"
-    kv_dtype: str = "auto"
-    seed: int = 0
+    skip_tokenizer_init: bool = False
+    load_format: LoadFormat = "auto"
+    dtype: Dtype = "auto"
+    kv_dtype: KVDtype = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 32
     max_num_batched_tokens: int | None = None
     page_size: int = 16
     kv_cache_memory_bytes: int | None = None
     gpu_memory_utilization: float = 0.92
-    enable_prefix_caching: bool = True
+    seed: int = 0
     mesh: str = "tp=1"
     device_offset: int = 0
     sharding_rules: str = "megatron"
-    skip_tokenizer_init: bool = False
     max_decode_steps: int = 8
     deterministic: bool = False
-    load_format: str = "auto"
-    attention_backend: str = "auto"
-    matmul_backend: str = "auto"
+    enable_prefix_caching: bool = True
+    attention_backend: AttentionBackend = "auto"
+    matmul_backend: MatmulBackend = "auto"
     host_kv_bytes: int = 0
     disk_kv_bytes: int = 0
     disk_kv_path: str | None = None
-    preemption_mode: str = "auto"
+    preemption_mode: PreemptionMode = "auto"
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
     distributed: bool = False
 
     def __post_init__(self) -> None:
-        words = {"dtype": DTYPES, "kv_dtype": KV_DTYPES, "load_format": LOAD_FORMATS,
-                 "attention_backend": ATTENTION_BACKENDS, "matmul_backend": MATMUL_BACKENDS}  # fmt: skip
-        for name, known in words.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name}={value!r} is not supported; use one of {', '.join(known)}")
+        check_types(self)
         at_least_one = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "max_decode_steps")
-        for name in (*at_least_one, "kv_cache_memory_bytes"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        for name in (*at_least_one, "kv_cache_memory_bytes", "num_processes"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
@@ -89,7 +117,7 @@ class EngineConfig:
         return self.distributed or bool(self.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"))
 
     def _check_processes(self) -> None:
-        if not isinstance(self.device_offset, int) or self.device_offset < 0:
+        if self.device_offset < 0:
             raise ValueError(f"device_offset={self.device_offset!r}; it must be a whole number of at least 0")
         number, count = self.process_id, self.num_processes
         if number is not None and count is not None and not 0 <= number < count:
@@ -99,16 +127,12 @@ class EngineConfig:
 
     def _check_tiers(self) -> None:
         for name in ("host_kv_bytes", "disk_kv_bytes"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            if (value := getattr(self, name)) < 0:
                 raise ValueError(f"{name}={value!r}; it must be a whole number, 0 for none")
         if self.disk_kv_bytes and not self.host_kv_bytes:
             raise ValueError("disk_kv_bytes needs host_kv_bytes: pages reach the disk through host memory; set both")
         if bool(self.disk_kv_bytes) != (self.disk_kv_path is not None):
             raise ValueError("disk_kv_bytes and disk_kv_path belong together; set both or neither")
-        if self.preemption_mode not in PREEMPTION_MODES:
-            modes = ", ".join(PREEMPTION_MODES)
-            raise ValueError(f"preemption_mode={self.preemption_mode!r} is not known; use one of {modes}")
 
     @classmethod
     def from_kwargs(cls, kwargs: Mapping[str, Any]) -> EngineConfig:

@@ -66,21 +66,28 @@ class SamplingParams:
     Attributes:
         n: completions per prompt.
         temperature: 0 is greedy.
-        top_p, top_k, min_p: filters; 1.0, 0 (or -1) and 0.0 switch them off.
-        presence_penalty, frequency_penalty: subtracted from logits of generated tokens (once / per occurrence).
+        top_p: sample from the most likely tokens that together have this share; 1.0 is off.
+        top_k: sample from this many most likely tokens; 0 (or -1) is off.
+        min_p: sample from tokens at least this share as likely as the most likely one; 0.0 is off.
+        presence_penalty: subtracted once from the logits of tokens that were generated.
+        frequency_penalty: subtracted from their logits for every time they were generated.
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output.
         seed: makes the request's random stream a function of (seed, position) alone.
-        stop, stop_token_ids: end generation; the stop string is cut off unless `include_stop_str_in_output`.
+        stop (TEXT): end at this text, or any of several; cut off unless `include_stop_str_in_output`.
+        stop_token_ids: end at any of these tokens.
         ignore_eos: keep going past end-of-sequence tokens.
-        max_tokens, min_tokens: bounds on generated tokens.
-        logprobs: number of alternatives to report per token (0 = only the sampled one), None = none.
+        max_tokens: the most tokens to generate.
+        min_tokens: the fewest tokens to generate.
+        logprobs: number of alternatives to report per token (0: only the sampled one), None: none.
         logit_bias: token id -> value added to its logit.
         bad_words: texts that may not be generated, with or without a space before them.
         allowed_token_ids: the only tokens that may be generated.
         truncate_prompt_tokens: only so many of the prompt's last tokens are used; -1: as many as the model takes.
-        prompt_logprobs: number of alternatives to report per prompt token; needs an engine of its own pass.
-        structured_outputs: a form the answer must have (`StructuredOutputs` or a dict of its fields).
+        prompt_logprobs: number of alternatives to report per prompt token; needs a pass of its own.
+        structured_outputs: a form that the answer must have (`StructuredOutputs` or a dict of its fields).
         detokenize: False leaves text empty.
+        skip_special_tokens: leave special tokens out of the text.
+        include_stop_str_in_output: keep the stop text.
     """
 
     n: int = 1

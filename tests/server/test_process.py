@@ -16,7 +16,7 @@ SERVE = "import sys; from jaxllm.cli import main; sys.exit(main(sys.argv[1:]))"
 # The second of two failures in a row: the engine gives up.
 DOOMED = """
 import sys
-from jaxllm.server import cli
+from jaxllm.commands import serve as cli
 steps = 0
 def fail():
     global steps
