@@ -1,20 +1,27 @@
 """Checks and plain copies of what users pass to a chat template.
 
 Inputs: messages and tools as OpenAI clients send them. Outputs: fresh JSON values (a template never sees an
-object of ours). It does not know any template.
+object of ours). It does not know any template: `message_shapes.py` gives each what it expects.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+Message = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+# A function may return nothing, and a model may answer nothing: only what somebody typed cannot be missing.
+_MAY_BE_EMPTY = ("assistant", "tool", "function", "ipython")
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # the first is what most templates read
 _MAX_DEPTH = 64
 
 
-def plain_messages(messages: Any) -> list[dict[str, Any]]:
-    """Raises ValueError, one line, for anything that is not a list of messages."""
+def plain_messages(messages: Any) -> list[Message]:
+    """Fresh messages: content is text, a list of text parts, or absent; reasoning is under each of its names.
+
+    Raises:
+        ValueError: one line, for anything that is not a list of messages.
+    """
     if not isinstance(messages, list) or not messages:
         got = "an empty list" if messages == [] else type(messages).__name__
         raise ValueError(f"messages is {got}; expected a non-empty list of {{'role', 'content'}}")
@@ -29,63 +36,60 @@ def plain_tools(tools: Any) -> list[dict[str, Any]] | None:
     return plain(tools, "tools") or None  # templates test `tools is not none`: an empty list means none
 
 
-def _plain_message(message: Any, where: str) -> dict[str, Any]:
+def _plain_message(message: Any, where: str) -> Message:
     if not isinstance(message, dict):
         raise ValueError(f"{where} is a {type(message).__name__}; expected {{'role', 'content'}}")
     role = message.get("role")
     if role not in ROLES:
         raise ValueError(f"{where} has role {role!r}; expected one of {', '.join(ROLES)}")
-    result = plain(message, where)
-    result["content"] = _text_content(message, where)
-    if result.get("tool_calls"):
-        result["tool_calls"] = _decoded_arguments(result["tool_calls"], f"{where}.tool_calls")
-    if result.get("reasoning_content") is None and isinstance(result.get("reasoning"), str):
-        result["reasoning_content"] = result["reasoning"]  # the name that templates read
-    return result
+    # A key without a value is no key: templates ask `is defined`, and print None.
+    result = {key: item for key, item in plain(message, where).items() if item is not None}
+    if "content" in result:
+        _check_content(result["content"], where)
+    elif role not in _MAY_BE_EMPTY:
+        raise ValueError(f"{where} has no content; give text or a list of text parts")
+    if calls := result.pop("tool_calls", None):
+        _check_calls(calls, f"{where}.tool_calls")
+        result["tool_calls"] = calls
+    return _with_reasoning(result)
 
 
-def _text_content(message: dict[str, Any], where: str) -> str | None:
-    """Text, or text parts joined by newlines: most templates take one string."""
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return None
+def _check_content(content: Any, where: str) -> None:
     if isinstance(content, str):
-        return content
-    if content is None:
-        raise ValueError(f"{where} has no content; give text or a list of text parts (only tool_calls go without)")
+        return
     if not isinstance(content, list):
         raise ValueError(f"{where} has content of type {type(content).__name__}; expected text or text parts")
-    return "\n".join(_part_text(part, f"{where}.content[{n}]") for n, part in enumerate(content))
+    for n, part in enumerate(content):
+        _check_part(part, f"{where}.content[{n}]")
 
 
-def _part_text(part: Any, where: str) -> str:
+def _check_part(part: Any, where: str) -> None:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
+        return
     kind = repr(part.get("type")) if isinstance(part, dict) else type(part).__name__
     if kind == "'text'":
         raise ValueError(f"{where} has no text; give it as {{'type': 'text', 'text': ...}}")
     raise ValueError(f"{where} is {kind}; expected {{'type': 'text', 'text': ...}}; only text is supported")
 
 
-def _decoded_arguments(calls: Any, where: str) -> list[dict[str, Any]]:
-    """Templates print arguments as JSON, so the JSON text that clients send is decoded first."""
+def _check_calls(calls: Any, where: str) -> None:
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError(f"{where} must be a list of JSON objects")
     for n, call in enumerate(calls):
         function = call.get("function")
-        if isinstance(function, dict) and isinstance(function.get("arguments"), str):
-            function["arguments"] = _decode_object(function["arguments"], f"{where}[{n}].function.arguments")
-    return calls
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                f"{where}[{n}] has no function with a name; expected {{'function': {{'name', 'arguments'}}}}"
+            )
+        call.setdefault("type", "function")
 
 
-def _decode_object(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is not the text of a JSON object; send one, such as '{{}}'")
-    return value
+def _with_reasoning(message: Message) -> Message:
+    """The message with its reasoning under `reasoning_content` and `thinking` too, as transformers gives it."""
+    reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:

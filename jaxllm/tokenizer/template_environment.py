@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from jinja2 import nodes
+from jinja2 import DictLoader, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -42,6 +42,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[GenerationBlock, loopcontrols],
+            loader=DictLoader({}),
             optimized=False,  # folding constants would run operations while compiling, outside any budget
             finalize=to_text,
         )
@@ -66,8 +67,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         result = super().call_binop(context, operator, left, right)
         return measured(result)
 
-    def wrap_str_format(self, value: Any) -> None:
-        """Jinja lets `format` through with a wrapper, which does not bound its widths: here it is refused."""
+    def wrap_str_format(self, value: Any) -> Any:
+        """Jinja lets `format` through with a wrapper that does not bound its widths: ours does."""
+        text = getattr(value, "__self__", None)
+        is_format = getattr(value, "__name__", "") == "format" and isinstance(text, str)
+        return operations.text_format(text) if is_format else None
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if not operations.is_allowed_method(obj, attr):

@@ -10,16 +10,20 @@ import datetime
 import functools
 import json
 import re
+import string
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, filters, pass_environment
+from jinja2 import filters, pass_environment
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import safe_range
 from jinja2.utils import Namespace
 
+from jaxllm.tokenizer.control_tokens import END, START
 from jaxllm.tokenizer.template_budget import charge, measured, paid, printed_size, to_text, weigh
+from jaxllm.tokenizer.template_errors import TemplateRefusal
 
+_NOT_ASCII = re.compile(f"[^\\x00-\\x7f{START}{END}]")  # the marks of control_tokens.py stay as they are
 _MAX_INDENT = 16
 _MAX_BITS = 256
 _SHIPPED_FILTERS = (
@@ -110,6 +114,20 @@ def replace(value: Any, old: str, new: str, count: int = -1) -> str:
     return text.replace(old, new, -1 if count is None else count)
 
 
+def text_format(text: str) -> Callable[..., str]:
+    """The method `format`, for fields without a width or a look-up: `{}`, `{0}`, `{name}`."""
+
+    def formatted(*args: Any, **kwargs: Any) -> str:
+        for _, name, specification, conversion in string.Formatter().parse(text):
+            if specification or conversion or (name and not name.isalnum()):
+                raise SecurityError("'format' of 'str' object is unsafe with more than a name in braces; use ~")
+        args, kwargs = tuple(map(to_text, args)), {key: to_text(value) for key, value in kwargs.items()}
+        charge(1, len(text) + text.count("{") * max(map(len, [*args, *kwargs.values()]), default=0))
+        return text.format(*args, **kwargs)
+
+    return formatted
+
+
 def indent(value: Any, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
     text = to_text(value)
     size = width if isinstance(width, int) else len(width)
@@ -128,7 +146,8 @@ def tojson(
     """JSON as models were trained on: unlike in Jinja's filter, non-ASCII and HTML characters stay."""
     _refuse_wide_indent(indent if isinstance(indent, int) else len(indent or ""))
     charge(*printed_size(value))
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    text = json.dumps(value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys)
+    return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
 
 def _refuse_wide_indent(width: int) -> None:
@@ -171,7 +190,7 @@ class BoundedNamespace(Namespace):
 
 
 def raise_exception(message: object) -> NoReturn:
-    raise TemplateError(str(message))
+    raise TemplateRefusal(str(message))
 
 
 def strftime_now(pattern: str) -> str:

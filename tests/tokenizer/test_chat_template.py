@@ -156,7 +156,7 @@ def test_no_tools_and_an_empty_list_of_tools_are_the_same():
         ([{"role": "user", "content": [{"type": "image_url"}]}], r"content\[0\] is 'image_url'; .*only text"),
         ([{"role": "user", "content": "x", "extra": object()}], "holds a object; expected JSON values"),
         ([{"role": "assistant", "tool_calls": [3]}], "tool_calls must be a list of JSON objects"),
-        ([{"role": "assistant", "tool_calls": [{"function": {"arguments": "[1]"}}]}], "JSON object"),
+        ([{"role": "assistant", "tool_calls": [{"function": {"arguments": "[1]"}}]}], "no function with a name"),
     ],
 )
 def test_bad_messages_are_refused_in_one_line(messages: Any, message: str):
