@@ -6,8 +6,9 @@ requests; importing it loads neither JAX nor the tokenizer and template librarie
 
 from __future__ import annotations
 
+from jaxllm.tokenizer.chat import ChatOptions
 from jaxllm.tokenizer.detokenizer import IncrementalDetokenizer
 from jaxllm.tokenizer.load import load_tokenizer
 from jaxllm.tokenizer.tokenizer import Tokenizer
 
-__all__ = ["IncrementalDetokenizer", "Tokenizer", "load_tokenizer"]
+__all__ = ["ChatOptions", "IncrementalDetokenizer", "Tokenizer", "load_tokenizer"]

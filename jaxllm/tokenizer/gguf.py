@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.tokenizer.chat import DEFAULT
 from jaxllm.tokenizer.end_tokens import with_named_end_tokens
 from jaxllm.tokenizer.gguf_bpe import byte_level_backend
 from jaxllm.tokenizer.gguf_sentencepiece import sentencepiece_backend
@@ -41,14 +42,20 @@ def tokenizer_from_metadata(metadata: Mapping[str, Any]) -> Tokenizer:
         )
     vocab = GgufVocab.from_metadata(metadata)
     ids = {name: vocab.named_id(key) for name, key in _ID_KEYS.items()}
-    template = metadata.get("tokenizer.chat_template")
     return Tokenizer(
         _BACKENDS[kind](vocab),
         bos_token_id=ids["bos_token"],
         eos_token_ids=_eos_token_ids(vocab),
-        chat_template=template if isinstance(template, str) else None,
+        chat_templates=_chat_templates(metadata),
         special_tokens={name: vocab.tokens[i] for name, i in ids.items() if i is not None},
     )
+
+
+def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """The default one, and those that the key names beside it (`tokenizer.chat_template.tool_use`)."""
+    key = "tokenizer.chat_template"
+    found = {name.removeprefix(key).lstrip("."): text for name, text in metadata.items() if name.startswith(key)}
+    return {name or DEFAULT: text for name, text in found.items() if isinstance(text, str)}
 
 
 def _eos_token_ids(vocab: GgufVocab) -> tuple[int, ...]:

@@ -1,18 +1,20 @@
 """Tokenizer of a Hugging Face folder.
 
-Inputs: `tokenizer.json` and, where present, tokenizer_config.json, special_tokens_map.json,
-generation_config.json, config.json, chat_template.jinja, chat_template.json. Output: a `Tokenizer`.
+Inputs: `tokenizer.json` and, where present, tokenizer_config.json, special_tokens_map.json, added_tokens.json,
+generation_config.json, config.json, and the files of chat templates. Output: a `Tokenizer`.
 No code from the folder is run; formats other than `tokenizer.json` are not read.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.tokenizer.added_tokens import add_outside_tokens
 from jaxllm.tokenizer.end_tokens import with_named_end_tokens
+from jaxllm.tokenizer.folder_templates import folder_templates
+from jaxllm.tokenizer.json_file import read_json
 from jaxllm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -24,13 +26,15 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token
 def tokenizer_from_folder(folder: Path) -> Tokenizer:
     """Read a folder; raises ValueError with one line when it cannot."""
     backend = _read_backend(folder)
-    settings = _read_json(folder / "special_tokens_map.json") | _read_json(folder / "tokenizer_config.json")
+    settings = read_json(folder / "special_tokens_map.json") | read_json(folder / "tokenizer_config.json")
     special_tokens = {name: text for name in _SPECIAL_NAMES if (text := _token_text(settings.get(name)))}
+    special_texts = [*special_tokens.values(), *_extra_special_texts(settings)]
+    add_outside_tokens(backend, settings, read_json(folder / "added_tokens.json"), special_texts)
     return Tokenizer(
         backend,
         bos_token_id=_bos_token_id(folder, backend, special_tokens),
         eos_token_ids=_eos_token_ids(folder, backend, special_tokens),
-        chat_template=_chat_template(folder, settings),
+        chat_templates=folder_templates(folder, settings),
         special_tokens=special_tokens,
     )
 
@@ -54,18 +58,6 @@ def _read_backend(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON ({error}); download it again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}; expected a JSON object; download it again")
-    return content
-
-
 def _token_text(value: Any) -> str | None:
     """A token is written as its text or as an object that has `content`."""
     if isinstance(value, dict):
@@ -73,12 +65,22 @@ def _token_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
+def _extra_special_texts(settings: dict[str, Any]) -> list[str]:
+    """`additional_special_tokens`, or `extra_special_tokens` as newer files call them (a list, or an object)."""
+    found: list[str] = []
+    for name in ("additional_special_tokens", "extra_special_tokens"):
+        value = settings.get(name) or []
+        texts = map(_token_text, value.values() if isinstance(value, dict) else value)
+        found += [text for text in texts if text is not None]
+    return found
+
+
 def _model_configs(folder: Path) -> list[dict[str, Any]]:
     """The files that name token ids, the most authoritative first."""
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     text_config = config.get("text_config")
     nested = [text_config] if isinstance(text_config, dict) else []
-    return [_read_json(folder / "generation_config.json"), config, *nested]
+    return [read_json(folder / "generation_config.json"), config, *nested]
 
 
 def _bos_token_id(folder: Path, backend: tokenizers.Tokenizer, special: dict[str, str]) -> int | None:
@@ -103,20 +105,3 @@ def _eos_token_ids(folder: Path, backend: tokenizers.Tokenizer, special: dict[st
 def _ids(value: Any) -> list[int]:
     values: Iterable[Any] = value if isinstance(value, list) else [value]
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
-
-
-def _chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    own_file = _read_json(folder / "chat_template.json").get("chat_template")
-    return _default_template(settings.get("chat_template") if own_file is None else own_file)
-
-
-def _default_template(value: Any) -> str | None:
-    """One template, or a list of `{"name", "template"}` of which `default` is taken (or the only one)."""
-    if not isinstance(value, list):
-        return value if isinstance(value, str) else None
-    named = {e["name"]: e["template"] for e in value if isinstance(e, dict) and {"name", "template"} <= e.keys()}
-    only = next(iter(named.values())) if len(named) == 1 else None
-    return named.get("default", only)

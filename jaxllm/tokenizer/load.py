@@ -8,19 +8,27 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from jaxllm.tokenizer.chat import ChatOptions
 from jaxllm.tokenizer.tokenizer import Tokenizer
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
+def load_tokenizer(path: Path, chat_options: ChatOptions | None = None) -> Tokenizer:
     """Read the tokenizer of a model.
 
     Args:
         path: a folder with `tokenizer.json`, or a `.gguf` file.
+        chat_options: the operator's choice of template and variables.
 
     Raises:
         ValueError: nothing readable there; the message says what to do.
     """
-    path = Path(path)
+    tokenizer = _read(Path(path))
+    if chat_options is not None:
+        tokenizer.chat.configure(chat_options)
+    return tokenizer
+
+
+def _read(path: Path) -> Tokenizer:
     if path.is_dir():
         from jaxllm.tokenizer.hf_folder import tokenizer_from_folder
 

@@ -7,16 +7,20 @@ library and does not know where the vocabulary came from (`hf_folder.py`, `gguf.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
+from jaxllm.tokenizer.chat import Chat
 from jaxllm.tokenizer.detokenizer import ByteDetokenizer, IncrementalDetokenizer, WindowDetokenizer
 from jaxllm.tokenizer.token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     import tokenizers
 
-    from jaxllm.tokenizer.chat_template import ChatTemplate
+    from jaxllm.tokenizer.control_tokens import ControlTokens
+
+_LOG = logging.getLogger(__name__)
 
 
 @final
@@ -27,7 +31,7 @@ class Tokenizer:
         vocab_size: one more than the largest token id. The model's own (padded) vocabulary may be larger.
         bos_token_id: beginning-of-sequence id, or None.
         eos_token_ids: every id that ends an answer, end-of-turn ids included.
-        chat_template: Jinja source, or None for a model without one.
+        chat: the model's chat templates.
         special_tokens: names such as `bos_token` to their text, as chat templates see them.
     """
 
@@ -37,18 +41,24 @@ class Tokenizer:
         *,
         bos_token_id: int | None,
         eos_token_ids: tuple[int, ...],
-        chat_template: str | None,
+        chat_templates: Mapping[str, str],
         special_tokens: Mapping[str, str],
     ) -> None:
         self.backend = backend
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_token_id = bos_token_id
         self.eos_token_ids = eos_token_ids
-        self.chat_template = chat_template
         self.special_tokens = dict(special_tokens)
+        self.chat = Chat(chat_templates, special_tokens)
         self._bytes = TokenBytes(backend)
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._warned_of_bos = False
+
+    @property
+    def chat_template(self) -> str | None:
+        """Jinja source of the default template, or None for a model without one."""
+        return self.chat.source()
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; special tokens written in the text become their ids.
@@ -56,9 +66,11 @@ class Tokenizer:
         `add_special_tokens` adds what the model wants around a text (often BOS). Pass False for the output
         of `apply_chat_template`, which has them already.
         """
-        if not text.isascii():
-            _refuse_lone_surrogates(text)
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        _refuse_lone_surrogates(text)
+        ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if add_special_tokens:
+            self._warn_of_double_bos(ids)
+        return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`. Bytes that are not UTF-8 become U+FFFD; ids outside the vocabulary give no text."""
@@ -72,23 +84,30 @@ class Tokenizer:
         messages: list[dict[str, Any]],
         *,
         tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
-        """The prompt for a conversation; encode it with `add_special_tokens=False`.
+        """The text of the prompt for a conversation; `chat_prompt` gives its token ids too.
 
         Args:
-            messages: `{"role", "content"}` dicts, content being text or a list of text parts.
+            messages: `{"role", "content"}` dicts as OpenAI clients send them, content being text or text parts.
             tools: JSON-schema function definitions, or None.
-            add_generation_prompt: end where the assistant's answer begins.
-            **variables: extra template variables, only names in `chat_template.ALLOWED_VARIABLES`.
+            add_generation_prompt: end where the assistant's answer begins; None: unless the last message continues.
+            continue_final_message: end with the last message's text, so that the model continues it.
+            **variables: extra template variables: well-known ones (`chat_template.ALLOWED_VARIABLES`) and those
+                that the template reads.
 
         Raises:
             ValueError: bad messages, a variable that is not allowed, a model without a template, a template
                 that fails or exceeds its bounds.
         """
-        return self._compiled_template.render(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=variables
+        return self.chat.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
         )
 
     def chat_prompt(
@@ -96,18 +115,30 @@ class Tokenizer:
         messages: list[dict[str, Any]],
         *,
         tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """A conversation as a prompt: its text and its token ids. Arguments as in `apply_chat_template`.
 
+        Control tokens in the messages stay text, unless `ChatOptions.sanitize_control_tokens` is off.
+
         Returns:
             `{"prompt": text, "prompt_token_ids": ids}`.
         """
-        text = self._compiled_template.render(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, variables=chat_template_kwargs
+        control = self._control_tokens if self.chat.options.sanitize_control_tokens else None
+        text = self.chat.render(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=chat_template_kwargs,
+            control_tokens=control,
         )
-        return {"prompt": text, "prompt_token_ids": self.encode(text, add_special_tokens=False)}
+        if control is None:
+            return {"prompt": text, "prompt_token_ids": self.encode(text, add_special_tokens=False)}
+        _refuse_lone_surrogates(text)
+        return {"prompt": control.unmarked(text), "prompt_token_ids": control.encode(text)}
 
     def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
         """A fresh stream for one sequence: pushes and `finish()` together give `decode(all ids)`."""
@@ -127,15 +158,24 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
 
     @functools.cached_property
-    def _compiled_template(self) -> ChatTemplate:
-        if self.chat_template is None:
-            raise ValueError("this model has no chat template; use generate")
-        from jaxllm.tokenizer.chat_template import ChatTemplate
+    def _control_tokens(self) -> ControlTokens:
+        from jaxllm.tokenizer.control_tokens import ControlTokens
 
-        return ChatTemplate(self.chat_template, self.special_tokens)
+        return ControlTokens(self.backend)
+
+    def _warn_of_double_bos(self, ids: Sequence[int]) -> None:
+        if self._warned_of_bos or self.bos_token_id is None or list(ids[:2]) != [self.bos_token_id] * 2:
+            return
+        self._warned_of_bos = True
+        _LOG.warning(
+            "a prompt begins with %s, and the tokenizer puts another one before it; leave it out of the text "
+            "(said once)", self.special_tokens.get("bos_token", "the beginning-of-sequence token"),
+        )  # fmt: skip
 
 
 def _refuse_lone_surrogates(text: str) -> None:
+    if text.isascii():
+        return
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
