@@ -13,6 +13,8 @@ from jaxllm.server.parsing.source import Source, Steps
 Block = Callable[[Source, str, Tools, NewId], Steps[bool]]
 """Reads what follows an opening marker (the second argument); false, before any event, if that is no call."""
 
+Whole = Callable[[Source, Tools], Steps[None]]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallFormat:
@@ -23,6 +25,7 @@ class CallFormat:
         block: reads them from there on.
         markers: every marker that may be a special token of the tokenizer, so that it is kept in the text.
         new_id: makes the id of a call that has none in the text.
+        whole: reads the whole answer where thoughts and calls are messages of their own, not marked parts of a text.
         grammar: (function's name, JSON schema of its arguments) -> the parts of a grammar rule for one call in this
             format, or None where a forced call is written as plain JSON.
     """
@@ -31,6 +34,7 @@ class CallFormat:
     block: Block
     markers: tuple[str, ...] = ()
     new_id: NewId = call_id
+    whole: Whole | None = None
     grammar: Callable[[str, dict[str, Any]], list[str | dict[str, Any]]] | None = None
 
 
@@ -42,11 +46,15 @@ class Thinking:
         starts: what begins a thought; written by the model, or at the end of its prompt.
         ends: what ends it.
         from_start: an answer is a thought until one of `ends`, if the prompt says nothing else.
+        whole: as in `CallFormat`.
+        markers: as in `CallFormat`.
     """
 
     starts: tuple[str, ...]
     ends: tuple[str, ...]
     from_start: bool = False
+    whole: Whole | None = None
+    markers: tuple[str, ...] = ()
 
     def is_open(self, prompt: str) -> bool:
         """Whether an answer to `prompt` begins within a thought."""
@@ -54,12 +62,12 @@ class Thinking:
         return tail.endswith(self.starts) or (self.from_start and not tail.endswith(self.ends))
 
 
-def _no_block(src: Source, opened_by: str, tools: Tools, new_id: NewId) -> Steps[bool]:
+def no_block(src: Source, opened_by: str, tools: Tools, new_id: NewId) -> Steps[bool]:
     yield from ()
     return False
 
 
-NO_CALLS = CallFormat(opens=(), block=_no_block)
+NO_CALLS = CallFormat(opens=(), block=no_block)
 NO_THOUGHTS = Thinking(starts=(), ends=())
 
 
@@ -70,12 +78,12 @@ def read_answer(src: Source, thinking: Thinking, calls: CallFormat, tools: Tools
     """
     if opened:
         yield from src.spaces()
-        yield from _take_any(src, thinking.starts)
+        yield from src.take(*thinking.starts)
     thinks, at_start = opened, not opened
     while True:
         if at_start:
             gap = yield from src.spaces()
-            at_start, thinks = False, bool((yield from _take_any(src, thinking.starts)))
+            at_start, thinks = False, bool((yield from src.take(*thinking.starts)))
             if gap and not thinks:
                 yield Text(gap)
         kind = Reasoning if thinks else Text
@@ -100,7 +108,3 @@ def read_forced(src: Source, tools: Tools, new_id: NewId) -> Steps[None]:
     if not (yield from json_calls(src, tools, new_id)):
         src.pos = mark
     yield from src.until((), Text)
-
-
-def _take_any(src: Source, markers: tuple[str, ...]) -> Steps[str]:
-    return (yield from src.take(*markers)) if markers else ""

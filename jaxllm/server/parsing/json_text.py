@@ -134,8 +134,7 @@ def json_call(src: Source, tools: Tools, new_id: NewId) -> Steps[bool]:
             if name not in tools:
                 return False
         elif key in _ARGUMENTS and name and (yield from _opens_object(src)):
-            yield CallStart(name, new_id())
-            yield CallEnd((yield from json_value(src, CallArguments)))
+            yield from named_arguments(src, name, new_id())
             yield from _rest_of_object(src)
             return True
         elif key in _ARGUMENTS:
@@ -152,11 +151,22 @@ def json_call(src: Source, tools: Tools, new_id: NewId) -> Steps[bool]:
     text = _object_text(arguments)
     if not name or text is None or not (yield from src.take("}")):
         return False
-    yield from _whole_call(name, text, new_id)
+    yield from whole_call(name, text, new_id)
     return True
 
 
-def _whole_call(name: str, arguments: str, new_id: NewId) -> Steps[None]:
+def named_arguments(src: Source, name: str, call_id: str) -> Steps[bool]:
+    """Read the arguments of a function whose name was read; false, before any event, if no object follows."""
+    yield from src.spaces()
+    if not (yield from _opens_object(src)):
+        return False
+    yield CallStart(name, call_id)
+    yield CallEnd((yield from json_value(src, CallArguments)))
+    return True
+
+
+def whole_call(name: str, arguments: str, new_id: NewId) -> Steps[None]:
+    """A call whose arguments are all known."""
     yield CallStart(name, new_id())
     yield CallArguments(arguments)
     yield CallEnd()

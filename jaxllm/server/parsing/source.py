@@ -61,15 +61,16 @@ class Source:
         return self._text[start : self.pos]
 
     def take(self, *markers: str) -> Steps[str]:
-        """Read the marker that comes next, if one of these does; else nothing is read and the result is empty."""
+        """Read the longest of these markers that comes next; if none does, nothing is read and the result is empty."""
+        longest = max(map(len, markers), default=0)
         while True:
-            rest = self._text[self.pos : self.pos + max(map(len, markers))]
-            if found := next((m for m in markers if rest.startswith(m)), ""):
-                self.pos += len(found)
-                return found
-            if self.ended or not any(m.startswith(rest) for m in markers):
-                return ""
+            rest = self._text[self.pos : self.pos + longest]
+            if self.ended or not any(len(m) > len(rest) and m.startswith(rest) for m in markers):
+                break
             yield None
+        found = max((m for m in markers if rest.startswith(m)), key=len, default="")
+        self.pos += len(found)
+        return found
 
     def until(self, markers: Sequence[str], make: Callable[[str], Event]) -> Steps[str]:
         """Yield the text before the next marker, read the marker and return it; empty at the end of the text."""
