@@ -15,9 +15,10 @@ from jaxllm.checkpoints.download import pull, unknown_model
 from jaxllm.checkpoints.registry import DEFAULT_MODEL, MODELS
 
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-# Weights and tokenizer files only, and only at the top: many repositories keep a second copy in a subfolder.
+# Weights, tokenizer files and templates only. Many repositories keep a second copy in a subfolder, where only
+# templates (additional_chat_templates/) are wanted.
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "tokenizer*", "*.jinja", "merges.txt"]
-_UNWANTED = ["*/*", "consolidated*"]
+_UNWANTED = ["*/*.safetensors", "*/*.json", "*/*.txt", "*/tokenizer*", "tokenizer*/*", "consolidated*"]
 
 
 def resolve_model(name: str | Path, *, progress: bool = True) -> Path:

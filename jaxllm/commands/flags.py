@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Collection
+import json
+import typing
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.commands.interrupts import raise_if_interrupted
@@ -49,9 +51,21 @@ def _add_field(group: argparse._ArgumentGroup, name: str, doc: FieldDoc, default
         settings["action"] = argparse.BooleanOptionalAction
     elif doc.choices:
         settings["choices"] = doc.choices
+    elif typing.get_origin(doc.kind) is Mapping:
+        settings |= {"type": _json_object, "metavar": doc.unit}
     else:
         settings |= {"type": doc.kind, "metavar": doc.unit or _METAVARS.get(doc.kind)}
     group.add_argument(f"--{name.replace('_', '-')}", **settings)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError("expected a JSON object, such as '{\"enable_thinking\": false}'")
+    return value
 
 
 _METAVARS = {int: "N", float: "X", str: "NAME"}

@@ -31,6 +31,10 @@ class EngineConfig:
         model: short name, folder, .gguf file or Hugging Face id.
         tokenizer (NAME): take the tokenizer from this model instead.
         skip_tokenizer_init: load no tokenizer; prompts are token ids, and outputs too.
+        chat_template (FILE): Jinja file, or the name of one of the model's own templates; default: the model's own.
+        default_chat_template_kwargs (JSON): template variables for every conversation, for example
+            '{"enable_thinking": false}'; a request may override them.
+        sanitize_control_tokens: control tokens that somebody writes into a message, such as <|im_end|>, stay text.
         load_format: dummy makes random weights.
         dtype: of the weights.
         kv_dtype: of the KV cache.
@@ -63,6 +67,9 @@ class EngineConfig:
     model: str = "smollm2-135m-instruct"
     tokenizer: str | None = None
     skip_tokenizer_init: bool = False
+    chat_template: str | None = None
+    default_chat_template_kwargs: Mapping[str, Any] | None = None
+    sanitize_control_tokens: bool = True
     load_format: LoadFormat = "auto"
     dtype: Dtype = "auto"
     kv_dtype: KVDtype = "auto"

@@ -310,12 +310,14 @@ def _tokenizer(config: EngineConfig, path: Path | None) -> Tokenizer | None:
     if config.skip_tokenizer_init or (path is None and config.tokenizer is None):
         return None
     from jaxllm.checkpoints import resolve_model
-    from jaxllm.tokenizer import load_tokenizer
+    from jaxllm.tokenizer import ChatOptions, load_tokenizer
 
     if config.tokenizer:
         path = resolve_model(config.tokenizer)
     assert path is not None
-    return load_tokenizer(path)
+    variables, sanitize = config.default_chat_template_kwargs or {}, config.sanitize_control_tokens
+    options = ChatOptions(template=config.chat_template, variables=variables, sanitize_control_tokens=sanitize)
+    return load_tokenizer(path, options)
 
 
 def _eos_token_ids(hf: dict, generation: dict, tokenizer: Tokenizer | None) -> tuple[int, ...]:

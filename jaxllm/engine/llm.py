@@ -107,11 +107,25 @@ class LLM:
         *,
         use_tqdm: bool = True,
         tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several, through the model's chat template."""
+        """Answer one conversation or several, through the model's chat template.
+
+        Args:
+            messages: one conversation, or a list of them.
+            sampling_params: for all of them; the model's own defaults when None.
+            use_tqdm: a progress bar when standard error is a terminal.
+            tools: functions that the model may call, as OpenAI clients describe them.
+            add_generation_prompt: end the prompt where an answer begins; None: unless the last message continues.
+            continue_final_message: go on with the last message's text.
+            chat_template_kwargs: variables of the template, over the engine's own defaults.
+        """
         conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
-        prompts = [self.chat_prompt(c, tools=tools, add_generation_prompt=add_generation_prompt) for c in conversations]
+        given: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt}
+        given |= {"continue_final_message": continue_final_message, "chat_template_kwargs": chat_template_kwargs}
+        prompts = [self.chat_prompt(conversation, **given) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
     def chat_prompt(self, messages: Any, **kwargs: Any) -> dict[str, Any]:

@@ -59,11 +59,14 @@ def test_repository_id_fetches_weights_and_tokenizer_only(tmp_path: Path, monkey
     assert resolve_model("org/name") == folder
     assert asked.pop("repo_id") == "org/name"
     wanted = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "merges.txt"]
-    wanted += ["tokenizer.model", "tokenizer.json", "chat_template.jinja"]
+    wanted += ["tokenizer.model", "tokenizer.json", "chat_template.jinja", "added_tokens.json"]
+    wanted += ["additional_chat_templates/tool_use.jinja"]
     unwanted = [
         "pytorch_model.bin",
         "modeling.py",
         "original/x.safetensors",
+        "original/tokenizer.model",
+        "onnx/config.json",
         "consolidated.safetensors",
         "x.gguf",
     ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -41,6 +43,8 @@ def test_every_field_is_a_flag_with_its_name_type_and_help(name):
         words, expected = [f"--no-{flag[2:]}" if doc.default else flag], not doc.default
     elif doc.choices:
         words, expected = [flag, doc.choices[-1]], doc.choices[-1]
+    elif typing.get_origin(doc.kind) is Mapping:
+        words, expected = [flag, '{"a": 1}'], {"a": 1}
     else:
         words, expected = [flag, str(OTHER[doc.kind])], OTHER[doc.kind]
     args = engine_arguments(engine_parser().parse_args(words))
@@ -55,6 +59,7 @@ def test_every_field_is_a_flag_with_its_name_type_and_help(name):
         ("seed", None, "whole number"), ("deterministic", 1, "True or False"), ("dtype", ["float32"], "one of auto"),
         ("kv_dtype", "int4", "one of auto"), ("gpu_memory_utilization", "0.9", "a number"), ("tokenizer", 1, "text"),
         ("preemption_mode", None, "one of auto"), ("disk_kv_path", 7, "text"), ("process_id", "1", "whole number"),
+        ("default_chat_template_kwargs", "{}", "a table"),
     ],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused_by_name(name, value, words):
