@@ -73,5 +73,7 @@ def test_parser_follows_the_template(template, name):
 
 
 def test_unknown_parser_is_refused_with_the_list():
-    with pytest.raises(ValueError, match="hermes, llama3_json"):
+    with pytest.raises(
+        ValueError, match=r"--tool-call-parser is 'herms'; expected one of auto, none, .*hermes, .*llama3_json"
+    ):
         AnswerFormat.chosen(None, "herms")

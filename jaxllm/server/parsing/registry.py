@@ -77,7 +77,7 @@ THINKING: dict[str, Thinking] = {
 
 # What only the templates of one format contain, the most telling first.
 _CALL_SIGNS = (
-    ("<|constrain|>", "openai"),
+    ("<|channel|>analysis", "openai"),
     ("<|tool_calls_section_begin|>", "kimi_k2"),
     ("｜DSML｜", "deepseek_v32"),
     ("<｜tool▁calls▁begin｜>", "deepseek_v3"),
@@ -96,7 +96,7 @@ _CALL_SIGNS = (
     ("ipython", "llama3_json"),
 )
 _THINKING_SIGNS = (
-    ("<|constrain|>", "openai_gptoss"),
+    ("<|channel|>analysis", "openai_gptoss"),
     ("[THINK]", "mistral"),
     ("<seed:think>", "seed_oss"),
     ("</think>", "qwen3"),
