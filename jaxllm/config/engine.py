@@ -6,7 +6,6 @@ Flags or keyword arguments -> `EngineConfig`, checked. Knows nothing of models, 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -118,19 +117,15 @@ class EngineConfig:
         """Tokens of one iteration."""
         return self.max_num_batched_tokens or max(64 if self.deterministic else 512, self.max_num_seqs)
 
-    @property
-    def is_distributed(self) -> bool:
-        """Whether this is one of several processes; launchers say so in the environment."""
-        return self.distributed or bool(self.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS"))
-
     def _check_processes(self) -> None:
         if self.device_offset < 0:
             raise ValueError(f"device_offset={self.device_offset!r}; it must be a whole number of at least 0")
         number, count = self.process_id, self.num_processes
+        for name, value, least in (("num_processes", count, 1), ("process_id", number, 0)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise ValueError(f"{name}={value!r}; it must be a whole number of at least {least}")
         if number is not None and count is not None and not 0 <= number < count:
             raise ValueError(f"process_id={number} of num_processes={count}; count from 0")
-        if self.is_distributed and self.host_kv_bytes:
-            raise ValueError("host_kv_bytes is for one process; leave it out where there are several")
 
     def _check_tiers(self) -> None:
         for name in ("host_kv_bytes", "disk_kv_bytes"):

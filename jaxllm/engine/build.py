@@ -6,7 +6,6 @@ when a request is added, in one line.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import logging
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
     from jaxllm.checkpoints import Checkpoint
     from jaxllm.engine.engine import Engine
     from jaxllm.kv.mover import Mover
+    from jaxllm.runner.connections import Connection
     from jaxllm.runner.runner import ModelRunner
     from jaxllm.runner.shapes import RunnerShapes
     from jaxllm.scheduling.tiers import Tiers
@@ -51,10 +51,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
 
     parse_mesh(config.mesh)
     rules = load_rules(config.sharding_rules)
-    if config.is_distributed:
-        from jaxllm.runner.processes import initialize
-
-        initialize(config)
+    connection = _join(config)
     source = _dummy(config, progress) if config.load_format == "dummy" else _weights(config, progress)
     model_config = read_config(source.hf_config)
     with ThreadPoolExecutor(1) as pool:  # the tokenizer is built while the weights are read
@@ -66,17 +63,14 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
 
         use_compilation_cache()
         model = make_model(config, model_config, Placement(make_mesh(config.mesh, offset=config.device_offset), rules))
-        runner = ModelRunner(model, _agreed(config, model))
+        runner = ModelRunner(model, runner_shapes(config, model, connection), announce=connection.announce)
         runner.compiler.prepare()  # programs compile while the weights are read
         params = _parameters(config, source, model)
         generation = source.checkpoint.generation_config if source.checkpoint else {}
         hf, path = source.hf_config, source.path
         del source  # unmaps the files before the cache is allocated
         runner.start(params)
-        if config.is_distributed:
-            from jaxllm.runner.processes import lead_or_follow
-
-            lead_or_follow(runner, config)  # ends here on all processes but the first
+        connection.start(runner.obey)  # does not return on any process but the first
         text = tokenizer.result()
     longest = _say_length_scaling(model_config, runner.shapes.max_model_len)
     identity = model_identity(config, hf, path, longest)
@@ -91,6 +85,17 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
         mover=mover,
     )
     return BuiltEngine(engine, text, model_config, generation)
+
+
+def _join(config: EngineConfig) -> Connection:
+    from jaxllm.runner.connections import Alone
+    from jaxllm.runner.members import member_of
+
+    if (member := member_of(config)) is None:
+        return Alone()
+    from jaxllm.runner.processes import join
+
+    return join(member, config)
 
 
 def _say_length_scaling(cfg: ModelConfig, longest: int) -> int | None:
@@ -130,6 +135,8 @@ def _tiers(config: EngineConfig, runner: ModelRunner, identity: str) -> tuple[Ti
         if config.preemption_mode == "swap":
             raise ValueError("preemption_mode='swap' needs room in host memory; set host_kv_bytes")
         return None, None
+    if runner.model.placement.mesh.is_multi_process:
+        raise ValueError("host_kv_bytes is for one process; leave it out where there are several")
     if runner.shapes.num_replicas > 1:
         raise ValueError("host_kv_bytes serves one replica; use a mesh without data parallelism, or leave it at 0")
     slab, copies = runner.slab(), runner.model.kv_copies
@@ -234,8 +241,11 @@ def _packs(config: EngineConfig, placement: Placement) -> bool:
     return not reason
 
 
-def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
-    """Fix every static size. Raises ValueError where the cache cannot hold one request of `max_model_len`."""
+def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connection | None = None) -> RunnerShapes:
+    """Fix every static size, the same on all processes.
+
+    Raises ValueError where the cache cannot hold one request of `max_model_len`.
+    """
     import jax.numpy as jnp
 
     from jaxllm.kv.memory import token_bytes
@@ -250,7 +260,10 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
     if config.kv_dtype != "auto":
         kv_dtype = jnp.dtype("float8_e4m3fn" if config.kv_dtype == "fp8" else config.kv_dtype)
     bytes_per_token = token_bytes(model.cfg, kv_dtype, model.kv_copies)
-    num_pages = _cache_bytes(config, model) // (bytes_per_token * config.page_size)
+    cache_bytes = _cache_bytes(config, model)
+    if connection is not None:
+        cache_bytes = connection.least(cache_bytes)
+    num_pages = cache_bytes // (bytes_per_token * config.page_size)
     capacity = (num_pages - 1) * config.page_size
     max_model_len = config.max_model_len or min(model.cfg.max_position_embeddings, max(capacity, 0))
     if max_model_len > (limit := model.cfg.position_limit):
@@ -280,28 +293,17 @@ def runner_shapes(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
     )
 
 
-def _agreed(config: EngineConfig, model: AbstractModel) -> RunnerShapes:
-    """The sizes that every process can hold."""
-    shapes = runner_shapes(config, model)
-    if not config.is_distributed:
-        return shapes
-    from jaxllm.runner.processes import check_mesh, least
-
-    check_mesh(model.placement.mesh)
-    pages, length = least(shapes.num_pages), least(shapes.max_model_len)
-    return dataclasses.replace(shapes, num_pages=pages, max_model_len=length)
-
-
 def _cache_bytes(config: EngineConfig, model: AbstractModel) -> int:
     """Bytes for the pages of one replica, over all devices that share them."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
-    mesh = model.placement.mesh
-    stats = mesh.devices.flat[0].memory_stats()
-    if not stats or mesh.devices.flat[0].platform == "cpu":
+    devices = model.placement.mesh.local_devices  # another process's cannot be asked
+    known = [stats for device in devices if device.platform != "cpu" and (stats := device.memory_stats())]
+    if not known:
         return _CPU_CACHE_BYTES // model.placement.parts("pages")
-    taken = stats["bytes_in_use"] + model.parameter_bytes_per_device() + _TEMPORARY_BYTES
-    free = int(stats["bytes_limit"] * config.gpu_memory_utilization) - taken
+    taken = model.parameter_bytes_per_device() + _TEMPORARY_BYTES
+    left = (int(stats["bytes_limit"] * config.gpu_memory_utilization) - stats["bytes_in_use"] for stats in known)
+    free = min(left) - taken
     is_cut = model.cfg.latent is None  # a latent row lies whole on every device
     return max(free, 0) * (model.placement.parts("heads") if is_cut else 1)
 

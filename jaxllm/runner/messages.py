@@ -19,7 +19,6 @@ from jaxllm.runner.batch import RaggedBatch, RowBatch
 from jaxllm.runner.sampler import SamplingRows
 
 Key = tuple[str, int, bool]
-MAX_BYTES = 1 << 28
 # Every message there is; the last three say what to do with the programs instead of naming one.
 NAMES = ("admit", "ragged", "hidden", "sample", "decode", "score", "pool", "copy", "reset", "warm_up", "stop")
 _DTYPES = tuple(np.dtype(name) for name in ("int32", "uint32", "float32", "bool"))
@@ -88,3 +87,6 @@ def _with_masks(inputs: tuple[Any, ...], vocab_size: int) -> tuple[Any, ...]:
         return inputs
     allowed = np.zeros((len(rows.slot), -(-vocab_size // 32)), np.int32)
     return (dataclasses.replace(rows, sampling=dataclasses.replace(rows.sampling, allowed=allowed)), *inputs[1:])
+
+
+STOP = encode(("stop", 0, True), ())

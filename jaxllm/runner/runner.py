@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,17 +27,15 @@ from jaxllm.runner.shapes import RunnerShapes
 from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 from jaxllm.weights.loader import AbstractModel
 
-if TYPE_CHECKING:
-    from jaxllm.runner.processes import Leader
-
 
 class ModelRunner:
     """Parameters, pages and slot state on the mesh, and the programs that run on them.
 
     `compiler` can begin while the weights are still being read; `start` takes the weights and allocates the rest.
+    `announce` is given each message to the processes that follow this one, if there are any.
     """
 
-    def __init__(self, model: AbstractModel, shapes: RunnerShapes):
+    def __init__(self, model: AbstractModel, shapes: RunnerShapes, announce: Callable[[bytes], None] | None = None):
         self.model = model
         self.shapes = shapes
         self.programs = make_programs(model, shapes)
@@ -46,18 +44,21 @@ class ModelRunner:
         self._pages: list[Any] = []  # per layer an array, or a pytree of page-major arrays
         self._state: Any = None
         self._hidden: Any = None  # what the last ragged step left
-        self.leader: Leader | None = None
+        self._announce = announce
         self._no_masks: dict[int, jax.Array] = {}
 
     def start(self, params: Any) -> None:
         """Take the parameters and allocate pages and state."""
         self._params = jax.tree.leaves(params)
-        self.reset()
+        self._allocate()
 
     def reset(self) -> None:
-        """Empty pages and slots: at the start, and after a failed iteration took the donated ones with it."""
-        if self.leader is not None:
-            self.leader.send(encode(("reset", 0, True), ()))
+        """Empty pages and slots, after a failed iteration took the donated ones with it."""
+        if self._announce is not None:
+            self._announce(encode(("reset", 0, True), ()))
+        self._allocate()
+
+    def _allocate(self) -> None:
         self._pages, self._state, self._hidden = [], None, None  # free the old ones first
         model = self.model
         self._pages = allocate_pages(model.cfg, self.shapes.page_layout(model.kv_copies), model.placement)
@@ -158,8 +159,8 @@ class ModelRunner:
 
     def execute(self, key: Key, *inputs: Any) -> Any:
         """Dispatch one program on what lies on the devices and these host arrays: the same on every process."""
-        if self.leader is not None:
-            self.leader.send(encode(key, inputs))
+        if self._announce is not None:
+            self._announce(encode(key, inputs))
         program, name = self.compiler.program(key), key[0]
         if name == "admit":
             self._state = program(self._state, *inputs)
@@ -215,8 +216,8 @@ class ModelRunner:
             scoring: also those of embeddings and prompt logprobs.
             tiers: also those that move pages off the device and back.
         """
-        if self.leader is not None:
-            self.leader.send(encode(("warm_up", sampling + 2 * scoring, True), ()))
+        if self._announce is not None:
+            self._announce(encode(("warm_up", sampling + 2 * scoring, True), ()))
         self.compiler.warm_up(sampling=sampling, scoring=scoring, tiers=tiers)
 
     @property

@@ -130,7 +130,8 @@ def make_mesh(text: str, devices: list[Any] | None = None, *, offset: int = 0) -
     """Build a mesh from `"dp=2,tp=4"` over the devices from number `offset` on, in the order of their links.
 
     Meshes with different offsets stand side by side in one process. On a machine with nothing but CPUs the devices
-    are emulated, as many as the mesh needs. Raises ValueError when there are too few devices.
+    are emulated, as many as the mesh needs. Raises ValueError when there are too few devices, or where one of several
+    processes would have none of them: it could not take part.
     """
     sizes = parse_mesh(text)
     needed = math.prod(sizes.values())
@@ -138,6 +139,7 @@ def make_mesh(text: str, devices: list[Any] | None = None, *, offset: int = 0) -
         _ignore_absent_tpus()
         _emulate_on_cpu(offset + needed)
         devices = jax.devices()
+        _check_processes(text, devices[offset : offset + needed])
     if offset + needed > len(devices):
         wants = f"mesh {text!r} needs {needed} devices"
         wants += f" from number {offset} on" if offset else ""
@@ -147,6 +149,15 @@ def make_mesh(text: str, devices: list[Any] | None = None, *, offset: int = 0) -
         )
     grid = _along_links(tuple(sizes.values()), devices[offset : offset + needed])
     return Mesh(grid, tuple(sizes))
+
+
+def _check_processes(text: str, used: Sequence[Any]) -> None:
+    absent = set(range(jax.process_count())) - {device.process_index for device in used}
+    if absent and used:
+        raise ValueError(
+            f"mesh {text!r} has no device of process {min(absent)}: it takes {len(used)} of {jax.device_count()}; use "
+            "a larger mesh or fewer processes"
+        )
 
 
 def _along_links(shape: tuple[int, ...], devices: list[Any]) -> np.ndarray:

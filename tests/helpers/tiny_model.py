@@ -13,10 +13,11 @@ from tests.helpers.byte_tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, write_byte_
 HIDDEN, HEADS, KV_HEADS, MAX_LEN = 64, 4, 2, 16384
 
 
-def write_tiny_model(folder: Path, *, num_layers: int = 2, **overrides: Any) -> Path:
+def write_tiny_model(folder: Path, *, num_layers: int = 2, family: str = "Llama", **overrides: Any) -> Path:
     """Write config, float32 weights (seed 0) and tokenizer into `folder` and return it.
 
-    Weights are large enough that greedy answers are not one token repeated. `overrides` are fields of LlamaConfig.
+    Weights are large enough that greedy answers are not one token repeated. `overrides` are fields of the family's
+    configuration.
     """
     import torch
     import transformers
@@ -35,7 +36,7 @@ def write_tiny_model(folder: Path, *, num_layers: int = 2, **overrides: Any) -> 
         "initializer_range": 0.2,
         "dtype": "float32",
     }
-    config = transformers.LlamaConfig(**settings | overrides)
-    model = transformers.LlamaForCausalLM(config)
+    config = getattr(transformers, f"{family}Config")(**settings | overrides)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
     model.save_pretrained(folder)
     return write_byte_tokenizer(folder)

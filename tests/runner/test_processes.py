@@ -1,4 +1,4 @@
-"""Several processes as one engine, started by the local launcher; what they send each other; how they end."""
+"""Several processes as one engine, started by the local launcher: what they compute, and how they end."""
 
 from __future__ import annotations
 
@@ -8,115 +8,136 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
+from jaxllm import LLM, SamplingParams
 from jaxllm.cli import main
-from jaxllm.config import EngineConfig
-from jaxllm.config.sampling import SamplingParams
-from jaxllm.runner.batch import row_batch, sampling_rows
-from jaxllm.runner.messages import decode, encode
-from jaxllm.runner.processes import initialize
-from jaxllm.scheduling.request import Request
-from jaxllm.scheduling.scheduler import Chunk
 from tests.helpers.tiny_model import write_tiny_model
+from tests.server.live import free_port, wait_until_healthy
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--dtype", "float32", "--kv-cache-memory-bytes", "4000000", "--max-num-seqs", "4"]
-SMALL += ["--max-num-batched-tokens", "64", "--ignore-eos", "--json"]
+SMALL = ["--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "4", "--max-num-batched-tokens", "64"]
+READS_PROC = pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 
 
-@pytest.fixture(scope="module")
-def eight_heads(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("eight")
-    return str(write_tiny_model(folder, num_attention_heads=8, num_key_value_heads=8, head_dim=16))
-
-
-def launch(*command: str) -> subprocess.Popen[str]:
-    launcher = [sys.executable, str(ROOT / "scripts/launch_local.py"), "--processes", "2", "--devices-per-process", "4"]
+def launch(processes: int, *command: str) -> subprocess.Popen[str]:
+    launcher = [sys.executable, str(ROOT / "scripts/launch_local.py"), "--processes", str(processes)]
     return subprocess.Popen(
-        [*launcher, "--", sys.executable, "-m", "jaxllm", *command],
+        [*launcher, "--devices-per-process", "1", "--", sys.executable, "-m", "jaxllm", *command],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
-def test_two_processes_say_what_one_says(eight_heads, capsys):
-    command = ["generate", "hello", "a b c", "--model", eight_heads, "--mesh", "tp=8", "--max-tokens", "12", *SMALL]
-    command += ["--max-model-len", "64"]
-    together = launch(*command)
+def pids(launcher: subprocess.Popen[str]) -> list[int]:
+    """The launcher's processes, in the order of their numbers."""
+    return [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
+
+
+def read_until(launcher: subprocess.Popen[str], text: str, seconds: float = 150) -> None:
+    assert launcher.stderr is not None
+    deadline = time.monotonic() + seconds
+    while text not in (line := launcher.stderr.readline()):
+        assert line and time.monotonic() < deadline, line
+
+
+def test_two_processes_say_what_one_says_with_the_same_flags(tmp_path, capsys):
+    """No flag of a size: what a device has is asked of the process's own. Several samples per prompt."""
+    model = str(write_tiny_model(tmp_path))
+    command = ["generate", "hello", "a b c", "--model", model, "--mesh", "tp=2", "--max-tokens", "12", "--dtype"]
+    command += ["float32", "--n", "2", "--temperature", "0.8", "--seed", "3", "--ignore-eos", "--json"]
+    together = launch(2, *command)
     assert main(command) == 0
     alone = json.loads(capsys.readouterr().out)
     out, err = together.communicate(timeout=180)
     assert together.returncode == 0, err
-    answers = [[o["token_ids"] for o in answer["outputs"]] for answer in (json.loads(out), alone)]
-    assert answers[0] == answers[1] and len(answers[0][0]) == 12
+    answers = [[answer["token_ids"] for answer in said["outputs"]] for said in (json.loads(out), alone)]
+    assert answers[0] == answers[1] and len(answers[0]) == 4 and len(answers[0][0]) == 12
+
+
+@pytest.fixture(scope="module")
+def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(
+        tmp_path_factory.mktemp("routed"), family="Mixtral", num_attention_heads=6, num_key_value_heads=3, head_dim=16,
+        intermediate_size=48, num_layers=1, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
 
 
 @pytest.fixture
-def generating(eight_heads):
-    """A long generation by two processes that has begun, and the process ids of both."""
-    launcher = launch(
-        "generate", "hello", "--model", eight_heads, "--mesh", "tp=8", "--max-tokens", "15000", *SMALL
-    )  # fmt: skip
-    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
-    deadline = time.monotonic() + 150
-    assert launcher.stderr is not None
-    while "Gloo" not in (line := launcher.stderr.readline()):  # the first collectives have run
-        assert line and time.monotonic() < deadline, line
-    time.sleep(2.0)
-    yield launcher, [int(pid) for pid in children.read_text().split()]
-    launcher.kill()
+def serving(routed) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """Three processes that serve a routed model, and their address."""
+    port = free_port()
+    launcher = launch(3, "serve", "--model", str(routed), "--mesh", "tp=3", "--port", str(port), "--no-warm-up", *SMALL)
+    with launcher:
+        read_until(launcher, "serving")
+        wait_until_healthy(f"http://127.0.0.1:{port}")
+        yield launcher, f"http://127.0.0.1:{port}"
+        launcher.kill()
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
-@pytest.mark.parametrize("lost", [1, 0])
-def test_lost_process_ends_the_others_in_time_with_a_message(generating, lost):
-    launcher, pids = generating
+def complete(url: str, **fields: Any) -> list[str]:
+    body = {"model": "tiny", "prompt": "hello", "max_tokens": 8, "ignore_eos": True} | fields
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        return [choice["text"] for choice in json.load(answer)["choices"]]
+
+
+@READS_PROC
+def test_three_processes_serve_a_routed_model_until_one_is_lost(serving, routed):
+    launcher, url = serving
+    names = json.load(urllib.request.urlopen(f"{url}/v1/models", timeout=60))["data"][0]["id"]
+    greedy = complete(url, model=names, temperature=0)
+    drawn = complete(url, model=names, temperature=1.0, seed=7, n=2)
     started = time.monotonic()
-    os.kill(pids[lost], signal.SIGKILL)
+    os.kill(pids(launcher)[2], signal.SIGKILL)
     _, err = launcher.communicate(timeout=30)
     assert time.monotonic() - started < 15
     assert launcher.returncode not in (0, 130)
+    assert "process 2 is gone" in err
+
+    alone = LLM(
+        str(routed), mesh="tp=3", dtype="float32", max_model_len=64, max_num_seqs=4, max_num_batched_tokens=64,
+        use_tqdm=False,
+    )  # fmt: skip
+    params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0)
+    assert greedy == [alone.generate("hello", params)[0].outputs[0].text]
+    params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.0, seed=7, n=2)
+    assert drawn == [output.text for output in alone.generate("hello", params)[0].outputs]
+
+
+@pytest.fixture
+def generating(routed) -> Iterator[subprocess.Popen[str]]:
+    """A long generation by two processes that has begun."""
+    command = ["generate", "hello", "--model", str(routed), "--mesh", "dp=2", "--max-tokens", "15000", "--ignore-eos"]
+    launcher = launch(2, *command, "--dtype", "float32", "--kv-cache-memory-bytes", "20000000")
+    with launcher:
+        read_until(launcher, "Gloo")  # the first collectives have run
+        time.sleep(2.0)
+        yield launcher
+        launcher.kill()
+
+
+@READS_PROC
+def test_loss_of_the_first_process_ends_the_others_with_a_message(generating):
+    started = time.monotonic()
+    os.kill(pids(generating)[0], signal.SIGKILL)
+    _, err = generating.communicate(timeout=30)
+    assert time.monotonic() - started < 15
+    assert generating.returncode not in (0, 130)
     # JAX's runtime, which lives in process 0, may be the first to say that it is gone.
-    assert f"process {lost} is gone" in err or (lost == 0 and "another task died" in err)
+    assert "process 0 is gone" in err or "another task died" in err
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+@READS_PROC
 def test_interrupt_ends_all(generating):
-    launcher, pids = generating
-    launcher.send_signal(signal.SIGINT)
-    launcher.communicate(timeout=30)
-    assert launcher.returncode == 130
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-
-
-def test_dispatch_survives_the_wire_and_idle_masks_are_not_sent():
-    request = Request("one", [1, 2, 3], SamplingParams(temperature=0.5, seed=7), limit=9, stop_ids=frozenset((4,)))
-    rows = row_batch([Chunk(request, 2, 1, 1)], 4, 8, 100_000)
-    table = np.arange(8, dtype=np.int32).reshape(4, 2)
-    message = encode(("decode", 4, False), (rows, table, np.int32(3)))
-    key, (back, table_back, steps) = decode(message, 100_000)
-    assert key == ("decode", 4, False) and steps == 3
-    np.testing.assert_array_equal(table_back, table)
-    assert rows.sampling is not None
-    for name in ("temperature", "seed", "bias_ids", "masked", "allowed"):
-        sent, got = getattr(rows.sampling, name), getattr(back.sampling, name)
-        np.testing.assert_array_equal(got, sent)
-        assert got.dtype == sent.dtype
-    assert len(message) < rows.sampling.allowed.nbytes
-    assert sampling_rows([request], 4, 100_000).allowed.shape == back.sampling.allowed.shape
-
-
-@pytest.mark.parametrize("message", [b"", b"\xff" * 20, encode(("reset", 0, True), ()) + b"x"])
-def test_bytes_that_are_no_message_are_refused(message):
-    with pytest.raises(ValueError, match="not a message"):
-        decode(message, 10)
-
-
-def test_half_a_description_of_the_processes_is_refused():
-    with pytest.raises(ValueError, match="belong together"):
-        initialize(EngineConfig(coordinator_address="127.0.0.1:1", num_processes=2))
-    with pytest.raises(ValueError, match="process_id=2 of num_processes=2"):
-        EngineConfig(num_processes=2, process_id=2)
+    children = pids(generating)
+    generating.send_signal(signal.SIGINT)
+    generating.communicate(timeout=30)
+    assert generating.returncode == 130
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children)
