@@ -86,6 +86,7 @@ class SamplingParams:
         prompt_logprobs: number of alternatives to report per prompt token; needs a pass of its own.
         structured_outputs: a form that the answer must have (`StructuredOutputs` or a dict of its fields).
         detokenize: False leaves text empty.
+        kept_special_tokens: special tokens that stay in the text under `skip_special_tokens`: a parser's markers.
         skip_special_tokens: leave special tokens out of the text.
         include_stop_str_in_output: keep the stop text.
     """
@@ -113,6 +114,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputs | dict[str, Any] | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
+    kept_special_tokens: Sequence[str] = ()
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
@@ -131,6 +133,7 @@ class SamplingParams:
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens={self.min_tokens} exceeds max_tokens={self.max_tokens}; lower it")
         object.__setattr__(self, "stop", self._stop_strings())
+        object.__setattr__(self, "kept_special_tokens", _items("kept_special_tokens", self.kept_special_tokens))
         object.__setattr__(self, "structured_outputs", _structured(self.structured_outputs))
         self._check_token_lists()
         self._check_rules()

@@ -156,7 +156,8 @@ class Jobs:
         job.requests.append(request)
         job.output.request_id = job.output.request_id or request.request_id
         tokenizer = self._tokenizer if params.detokenize else None
-        stream = tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens) if tokenizer else None
+        skip, kept = params.skip_special_tokens, params.kept_special_tokens
+        stream = tokenizer.detokenizer(skip_special_tokens=skip, kept=kept) if tokenizer else None
         builder = CompletionBuilder(index, params, stream, tokenizer.token_text if tokenizer else None)
         job.builders[request.request_id] = builder
         job.output.outputs.append(builder.output)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from jaxllm.tokenizer.chat import Chat
@@ -140,9 +140,12 @@ class Tokenizer:
         _refuse_lone_surrogates(text)
         return {"prompt": control.unmarked(text), "prompt_token_ids": control.encode(text)}
 
-    def detokenizer(self, *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
-        """A fresh stream for one sequence: pushes and `finish()` together give `decode(all ids)`."""
-        skipped = self._special_ids if skip_special_tokens else frozenset()
+    def detokenizer(self, *, skip_special_tokens: bool = True, kept: Collection[str] = ()) -> IncrementalDetokenizer:
+        """A fresh stream for one sequence: pushes and `finish()` together give `decode(all ids)`.
+
+        Of the special tokens that are skipped, those written as one of `kept` stay in the text.
+        """
+        skipped = self._special_ids - {self.backend.token_to_id(text) for text in kept} if skip_special_tokens else ()
         if self._bytes.is_byte_level:
             return ByteDetokenizer(self.token_bytes, skipped)
         decode = functools.partial(self.backend.decode, skip_special_tokens=False)

@@ -147,3 +147,8 @@ def test_real_vocabulary_streams_to_decode(smollm2_path: Path):
     ids = tokenizer.encode("Hé 😀👩‍👩‍👧‍👦 日本語\n\tdef f(x): return 42<|im_end|>")
     detokenizer = tokenizer.detokenizer()
     assert "".join(detokenizer.push([i]) for i in ids) + detokenizer.finish() == tokenizer.decode(ids)
+
+
+def test_a_special_token_that_is_kept_stays_in_the_text(byte_level):
+    stream = byte_level.detokenizer(kept=["<|eos|>", "<|unknown|>"])
+    assert stream.push([ord("a"), 256, EOS_ID, ord("b")]) + stream.finish() == "a<|eos|>b"

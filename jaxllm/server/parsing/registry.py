@@ -135,10 +135,10 @@ class AnswerFormat:
         thinking = _by_signs(template, _THINKING_SIGNS, NONE) if reasoning_parser == AUTO else reasoning_parser
         return cls(THINKING.get(thinking, NO_THOUGHTS), CALL_FORMATS.get(calls, NO_CALLS))
 
-    @property
-    def markers(self) -> tuple[str, ...]:
-        """Texts that the parsers must see, special tokens of the tokenizer or not."""
-        return (*self.thinking.starts, *self.thinking.ends, *self.thinking.markers, *self.calls.markers)
+    def kept_special_tokens(self, tools: Tools) -> tuple[str, ...]:
+        """Markers that detokenizing must leave in the text, should they be special tokens (`SamplingParams`)."""
+        thinking, calls = self.thinking, self.calls if tools else NO_CALLS
+        return (*thinking.starts, *thinking.ends, *thinking.markers, *calls.markers)
 
     def parser(self, tools: Tools, prompt: str = "", params: SamplingParams | None = None) -> Parser:
         """The parser of one answer.
