@@ -22,6 +22,7 @@ Absence = Literal["absent", "empty", "null"]
 _ABSENT: dict[str, Mapping[str, Any]] = {"absent": {}, "empty": {"content": ""}, "null": {"content": None}}
 _SHORT_ID, _LONG_ID = "abcde1234", "call_0123456789abcdefghijklmn"
 _NAME, _KEY, _VALUE, _TEXTS = "probe_name", "probe_key", "probe_value", ("firstprobe", "secondprobe")
+_SHOWN = 4  # the rank of a spelling that shows the arguments at all
 _QUESTION = {"role": "user", "content": "probe question"}
 
 
@@ -91,17 +92,15 @@ class Dialect:
         shapes = [CallShape(absence, text, True) for absence in absences for text in (False, True)]
         ranked = [(self._rank(shape), -n, shape) for n, shape in enumerate(shapes)]
         rank, _, best = max(ranked, key=lambda entry: entry[:2])
-        return CallShape(best.content, best.text_arguments, rank > 1)
+        return CallShape(best.content, best.text_arguments, rank >= _SHOWN)
 
     def _rank(self, shape: CallShape) -> int:
         text = self._try([_QUESTION, _call_message(shape, [_SHORT_ID]), _result(_SHORT_ID)], True)
         if text is None:
-            return 0
-        if _NAME not in text or _VALUE not in text:
-            return 1
+            return -1
         # Objects printed by Python, JSON text quoted once more, and a printed null are worse than their opposites.
         ugly = f"'{_KEY}'" in text or f'\\"{_KEY}' in text or "None" in text
-        return 2 if ugly else 3
+        return _SHOWN * (_VALUE in text) + 2 * (_NAME in text) + (not ugly)
 
     def _call(self, **others: Any) -> Message:
         return _call_message(self.call_shape("absent"), [_SHORT_ID]) | others

@@ -110,6 +110,55 @@ def test_rendering_equals_transformers(reference, source, tools, variables, prom
     assert ours == reference(source, MESSAGES, tools, prompt, **variables)
 
 
+CONTINUED = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "one, two, "}]
+
+
+READS_PARTS = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}</>{% endfor %}"
+)
+TWO_PARTS = [{"type": "text", "text": "one "}, {"type": "text", "text": "two "}]
+
+
+@pytest.mark.parametrize(
+    ("source", "content"),
+    [
+        *((source, content) for source in (CHATML, LLAMA3_LIKE, QWEN_LIKE) for content in ("one, two, ", " one")),
+        (READS_PARTS, TWO_PARTS),
+        (READS_PARTS.replace("part.text", "part.text | trim"), TWO_PARTS),
+    ],
+)
+def test_continued_message_ends_where_transformers_ends_it(reference, source, content):
+    messages = [CONTINUED[0], {"role": "assistant", "content": content}]
+    ours = render(source, messages, continue_final_message=True)
+    assert ours == reference(source, messages, None, False, continue_final_message=True)
+    assert ours.rstrip().endswith(("one, two,", "one", "two"))
+
+
+@pytest.mark.parametrize(
+    ("messages", "source", "message"),
+    [
+        ([CONTINUED[0], {"role": "assistant", "content": ""}], CHATML, "needs text in the last message"),
+        ([CONTINUED[0], {"role": "assistant", "content": None}], CHATML, "needs text in the last message"),
+        (CONTINUED, "{{ messages[0].content }}", "does not show the end of the last message"),
+    ],
+)
+def test_nothing_to_continue_is_refused(messages, source, message):
+    with pytest.raises(ValueError, match=message):
+        render(source, messages, continue_final_message=True)
+
+
+def test_continuing_and_beginning_an_answer_exclude_each_other():
+    with pytest.raises(ValueError, match="exclude each other"):
+        render(CHATML, CONTINUED, continue_final_message=True, add_generation_prompt=True)
+
+
+@pytest.mark.parametrize("argument", [["x"], [1, "x"]])
+def test_text_is_formatted_with_plain_fields(reference, argument):
+    source = "{{ '{} {0}'.replace(' {0}', '').format(*tools[0].a) }}{{ '<a{x}>'.format(x=tools[0].a[0]) }}"
+    assert render(source, tools=[{"a": argument}]) == reference(source, MESSAGES, [{"a": argument}], True)
+
+
 def test_json_keeps_non_ascii_and_html_characters():
     assert render("{{ tools | tojson }}", tools=TOOLS).count("Größe <b>&</b>") == 1
 
