@@ -18,29 +18,16 @@ from flax import nnx
 from jaxllm.config import ModelConfig, Rope
 from jaxllm.models.attention import Attention, MultiHeadLatentAttention
 from jaxllm.models.ffn import FeedForward, MixtureOfExperts
-from jaxllm.models.primitives import Attend, Context, Norm, contract, param
-from jaxllm.ops.cpu.packed import PackedMatrix, packed_rows
+from jaxllm.models.primitives import Attend, Context, Norm, StoredMatrix, contract, param
+from jaxllm.ops.gather import gather_rows
 from jaxllm.ops.rope import Tables, rope_tables
 
 __all__ = ["Attend", "Block", "Context", "Decoder"]
 
 
-def _look_up(table_VD: jax.Array | PackedMatrix, tokens_T: jax.Array) -> jax.Array:
+def _look_up(table: jax.Array | StoredMatrix, tokens_T: jax.Array) -> jax.Array:
     """Rows of the embedding."""
-    if isinstance(table_VD, PackedMatrix):
-        return packed_rows(table_VD, tokens_T)
-    return jax.lax.platform_dependent(
-        table_VD, tokens_T, cpu=_look_up_on_cpu, default=lambda table, tokens: table[tokens]
-    )
-
-
-def _look_up_on_cpu(table_VD: jax.Array, tokens_T: jax.Array) -> jax.Array:
-    """XLA's CPU backend gathers bfloat16 by converting the table first, and moves that out of a decode loop, where it
-    is no longer fused: hence gather integers, behind a barrier that keeps it inside. A TPU would copy the table.
-    """
-    table_VD, tokens_T = jax.lax.optimization_barrier((table_VD, tokens_T))
-    bits = jnp.dtype(f"uint{8 * table_VD.dtype.itemsize}")
-    return jax.lax.bitcast_convert_type(jax.lax.bitcast_convert_type(table_VD, bits)[tokens_T], table_VD.dtype)
+    return gather_rows(table, tokens_T) if isinstance(table, jax.Array) else table.rows(tokens_T)
 
 
 class Block(nnx.Module):

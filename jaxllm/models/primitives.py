@@ -15,7 +15,6 @@ from flax import nnx
 
 from jaxllm.config import ModelConfig
 from jaxllm.ops.attention import AttentionSpec
-from jaxllm.ops.cpu.packed import PackedMatrix, packed_product
 from jaxllm.ops.norm import layer_norm, rms_norm
 
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -67,17 +66,29 @@ def param(
     """A parameter with its logical dims. Zeros: real values arrive from a checkpoint, never from here.
 
     `contracted` says which dims of a matrix (its first ones, or its last) every product sums over: such a matrix may
-    be stored in the order that a kernel wants (see `jaxllm.ops.cpu.packed`).
+    be stored in the order that a kernel wants (`StoredMatrix`).
     """
     assert len(shape) == len(dims), (shape, dims)
     return nnx.Param(jnp.zeros(shape, dtype), dims=dims, contracted=contracted)
 
 
+class StoredMatrix(Protocol):
+    """A matrix that is not kept as its array; the value of an `nnx.Param` and a pytree (see `jaxllm.weights`)."""
+
+    def product(self, spec: str, x: jax.Array) -> jax.Array:
+        """The contraction of `x` with the matrix that `spec` says, accumulated in float32."""
+        ...
+
+    def rows(self, index_T: jax.Array) -> jax.Array:
+        """Rows `[T, K]` of a table."""
+        ...
+
+
 def contract(spec: str, x: jax.Array, weight: nnx.Param | jax.Array) -> jax.Array:
     """Matrix product in the weight's dtype, accumulated in float32."""
     w = weight.get_value() if isinstance(weight, nnx.Param) else weight
-    if isinstance(w, PackedMatrix):
-        return packed_product(x, w)
+    if not isinstance(w, jax.Array):
+        return w.product(spec, x)
     precision = "highest" if w.dtype == jnp.float32 else None  # float32 means float32 on every backend
     return jnp.einsum(spec, x.astype(w.dtype), w, preferred_element_type=jnp.float32, precision=precision)
 

@@ -64,6 +64,7 @@ def sort_by_expert(expert_TX: jax.Array, first: jax.Array, num_local: int) -> tu
     return order, place, jnp.sum(local_M[:, None] == jnp.arange(num_local), axis=0, dtype=jnp.int32)
 
 
+@jax.custom_vjp
 def grouped_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Rows of group `e` times `w[e]`: float32 `[M, F]`; rows past the last group give zeros.
 
@@ -72,6 +73,20 @@ def grouped_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax
     """
     x_MD = x_MD.astype(w_EDF.dtype)
     return jax.lax.platform_dependent(x_MD, w_EDF, sizes_E, cpu=_blocked, default=_ragged)
+
+
+def _forward(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array):
+    return grouped_matmul(x_MD, w_EDF, sizes_E), (x_MD, w_EDF, sizes_E)
+
+
+def _backward(kept: tuple[jax.Array, jax.Array, jax.Array], change_MF: jax.Array):
+    """The loop over blocks has no derivative of its own; that of the ragged product is the same."""
+    x_MD, w_EDF, sizes_E = kept
+    _, pull = jax.vjp(lambda x, w: _ragged(x.astype(w.dtype), w, sizes_E), x_MD, w_EDF)
+    return (*pull(change_MF), None)
+
+
+grouped_matmul.defvjp(_forward, _backward)
 
 
 def _ragged(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:

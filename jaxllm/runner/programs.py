@@ -30,11 +30,10 @@ def make_programs(model: AbstractModel, shapes: RunnerShapes) -> Programs:
     return Programs(
         cfg=model.cfg,
         graph=model.graph,
-        params_tree=jax.tree.structure(model.state),
+        params_tree=jax.tree.structure(model.parameters),
         placement=model.placement,
         residual_dtype=shapes.residual_dtype,
         max_steps=shapes.max_decode_steps,
-        packed=model.packed_dims(),
         longest=shapes.max_model_len,
         # Deterministic iterations have a tile for every decode.
         backend=dataclasses.replace(shapes.attention, query_tile=16) if shapes.deterministic else shapes.attention,
@@ -49,7 +48,11 @@ def abstract_arrays(model: AbstractModel, shapes: RunnerShapes) -> tuple[Any, An
 
     state = jax.eval_shape(functools.partial(zero_state, shapes))
     whole = model.placement.replicated
-    return model.abstract_parameters(), abstract_pages(model, shapes), jax.tree.map(lambda s: shaped(s, whole), state)
+    return (
+        jax.tree.leaves(model.parameters),
+        abstract_pages(model, shapes),
+        jax.tree.map(lambda s: shaped(s, whole), state),
+    )
 
 
 def abstract_pages(model: AbstractModel, shapes: RunnerShapes) -> list[Any]:

@@ -29,7 +29,6 @@ from jaxllm.kv.memory import page_size_of, page_specs, query_dims, write_pages
 from jaxllm.models.decoder import Context, Decoder
 from jaxllm.ops.attention import XLA, AttentionBackend, AttentionSpec, RaggedRows, SingleRows, attention
 from jaxllm.ops.attention.ring import RingBatch, ring_attention, zigzag
-from jaxllm.ops.cpu.packed import PackedMatrix
 from jaxllm.runner import sampler as sampling
 from jaxllm.runner.batch import RaggedBatch, RowBatch
 from jaxllm.sharding.mesh import Placement
@@ -66,7 +65,6 @@ class Programs:
     placement: Placement
     residual_dtype: jnp.dtype
     max_steps: int
-    packed: tuple[tuple[int, ...] | None, ...]  # the dims that products keep, of parameters in panels
     backend: AttentionBackend = XLA
     longest: int | None = None  # tokens of the longest sequence
 
@@ -169,8 +167,7 @@ class Programs:
         return dataclasses.replace(sampled, tokens=jnp.where(active, tokens, -1)), state
 
     def _model(self, params: Any) -> Decoder:
-        values = [a if dims is None else PackedMatrix(a, dims) for a, dims in zip(params, self.packed, strict=True)]
-        return nnx.merge(self.graph, jax.tree.unflatten(self.params_tree, values))
+        return nnx.merge(self.graph, jax.tree.unflatten(self.params_tree, params))
 
     def _forward(self, params: Any, pages: Pages, tokens, position, targets, rows: Rows) -> tuple[jax.Array, list[Any]]:
         """The decoder over the cache. Each layer writes its rows before it attends, so rows may share pages."""

@@ -7,13 +7,13 @@ them is measured, on demand only.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.kv.memory import token_bytes
+from jaxllm.kv.page_programs import device_bytes
 from jaxllm.roofline.chips import Chip, chip_of_device, measure_device
 from jaxllm.roofline.cost_model import ModelCost, model_cost
 from jaxllm.telemetry.accounting import Ceilings
@@ -40,11 +40,9 @@ def engine_cost(model: AbstractModel, kv_dtype: jnp.dtype) -> ModelCost:
 
 def _weight_bytes(model: AbstractModel) -> tuple[float, dict[str, float]]:
     """Bytes over all devices of the blocks (and what else is read whole), and of each table."""
-    shardings = dict(nnx.to_flat_state(model.shardings()))
     blocks, tables = 0.0, {}
-    for path, variable in nnx.to_flat_state(model.state):
-        array, sharding = variable.get_value(), shardings[path].get_value()
-        size = math.prod(sharding.shard_shape(array.shape)) * array.dtype.itemsize * model.placement.mesh.size
+    for path, variable in nnx.to_flat_state(model.parameters):
+        size = device_bytes(variable.get_value())
         if path[0] in ("embedding", "lm_head", "positions"):
             tables[str(path[0])] = float(size)
         else:

@@ -47,6 +47,14 @@ class PackedMatrix:
     panels: jax.Array
     remaining: tuple[int, ...] = field(metadata={"static": True})
 
+    def product(self, spec: str, x: jax.Array) -> jax.Array:
+        """Sums over the last dims of x and the contracted dims of the matrix: `[..., remaining dims]`, float32."""
+        return packed_product(x, self)
+
+    def rows(self, index_T: jax.Array) -> jax.Array:
+        """See `packed_rows`."""
+        return packed_rows(self, index_T)
+
 
 def packs(shape: tuple[int, ...], dtype: jnp.dtype, contracted: tuple[int, ...]) -> bool:
     """Whether a matrix can be kept in panels; `contracted` are the dims that products sum over, none: never."""
@@ -59,7 +67,7 @@ def _sizes(shape: tuple[int, ...], contracted: tuple[int, ...]) -> tuple[int, in
     return k, math.prod(shape) // k
 
 
-def abstract_panels(matrix: jax.ShapeDtypeStruct, contracted: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+def abstract_panels(matrix: jax.ShapeDtypeStruct | jax.Array, contracted: tuple[int, ...]) -> jax.ShapeDtypeStruct:
     """The shape that `pack` gives."""
     k, n = _sizes(matrix.shape, contracted)
     return jax.ShapeDtypeStruct((n // PANEL, k // 2, PANEL), jnp.uint32)

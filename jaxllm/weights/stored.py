@@ -1,0 +1,166 @@
+"""How a parameter is kept: as its array, or as a matrix stored in the order that a kernel wants.
+
+The value of an `nnx.Param` is what is kept: an array, or a pytree with `product` and `rows` (see
+`jaxllm.models.primitives.StoredMatrix`). A storage says what that looks like from shapes alone, and makes it from
+boxes of the parameter as they are read; `choose_storage` is the one place that decides between them.
+
+Dimension letters: K contracted, N kept by the product, B panels, C columns of a panel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.ops.cpu.packed import PANEL, PackedMatrix, abstract_panels, pack, packs
+from jaxllm.sharding.mesh import Placement
+
+Box = tuple[slice, ...]
+ReadBox = Callable[[Box], np.ndarray]
+_ALIGNMENT = 64  # bytes; what the CPU backend needs to take a host array over without a copy
+_PIECE_BYTES = 4 << 20  # of a matrix that exist beside its panels while these are made
+
+
+class Storage(Protocol):
+    """One way to keep a parameter."""
+
+    def abstract(self, want: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> Any:
+        """What is kept, as shapes with shardings."""
+        ...
+
+    def from_pieces(self, want: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding, read: ReadBox) -> Any:
+        """What is kept, from a function that reads boxes of the parameter in its dtype."""
+        ...
+
+    def from_array(self, array: jax.Array, sharding: jax.sharding.NamedSharding) -> Any:
+        """What is kept, of a parameter that is there already."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """The array itself, in its sharding."""
+
+    def abstract(self, want: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
+        """See `Storage`."""
+        return jax.ShapeDtypeStruct(want.shape, want.dtype, sharding=sharding)
+
+    def from_pieces(self, want: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding, read: ReadBox) -> jax.Array:
+        """Shard by shard: each process reads only what it owns, and a shard of several devices once."""
+        shards: dict[Any, np.ndarray] = {}
+        arrays = []
+        for device, index in sharding.addressable_devices_indices_map(want.shape).items():
+            box = tuple(slice(*part.indices(size)[:2]) for part, size in zip(index or (), want.shape, strict=True))
+            key = tuple((part.start, part.stop) for part in box)
+            if key not in shards:
+                shards[key] = read(box)
+            # On the CPU this host array becomes the device's own where its alignment allows; nobody writes to it again.
+            arrays.append(jax.device_put(shards[key], device, may_alias=True))
+        return jax.make_array_from_single_device_arrays(want.shape, sharding, arrays)
+
+    def from_array(self, array: jax.Array, sharding: jax.sharding.NamedSharding) -> jax.Array:
+        """See `Storage`."""
+        return array
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """A bfloat16 matrix of one CPU device in panels, see `jaxllm.ops.cpu.packed`.
+
+    Attributes:
+        contracted: the dims that products sum over, the first ones or the last.
+    """
+
+    contracted: tuple[int, ...]
+
+    def abstract(self, want: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> PackedMatrix:
+        """See `Storage`."""
+        panels = abstract_panels(want, self.contracted)
+        whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        struct = jax.ShapeDtypeStruct(panels.shape, panels.dtype, sharding=whole)
+        return PackedMatrix(struct, self._kept(want.shape))  # type: ignore[arg-type]  (a shape in an array's place)
+
+    def from_pieces(
+        self, want: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding, read: ReadBox
+    ) -> PackedMatrix:
+        """Some panels at a time, so that the matrix never exists whole beside them."""
+        like = abstract_panels(want, self.contracted)
+        panels, first = aligned_zeros(like.shape, like.dtype), 0
+        for box in self._boxes(want):
+            piece = pack(read(box), self.contracted)
+            panels[first : first + len(piece)] = piece
+            first += len(piece)
+        assert first == len(panels), (first, panels.shape)
+        return self._placed(panels, want.shape, sharding)
+
+    def from_array(self, array: jax.Array, sharding: jax.sharding.NamedSharding) -> PackedMatrix:
+        """See `Storage`."""
+        like = abstract_panels(array, self.contracted)
+        panels = pack(np.asarray(array), self.contracted, aligned_zeros(like.shape, like.dtype))
+        return self._placed(panels, array.shape, sharding)
+
+    def _placed(self, panels: np.ndarray, shape: Sequence[int], sharding: jax.sharding.NamedSharding) -> PackedMatrix:
+        whole = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+        return PackedMatrix(jax.device_put(panels, whole, may_alias=True), self._kept(shape))
+
+    def _kept(self, shape: Sequence[int]) -> tuple[int, ...]:
+        return tuple(n for i, n in enumerate(shape) if i not in self.contracted)
+
+    def _boxes(self, want: jax.ShapeDtypeStruct) -> Iterator[Box]:
+        """Boxes that are whole panels, in their order: runs of the kept dims, cut at the first dim that can be."""
+        kept = [i for i in range(len(want.shape)) if i not in self.contracted]
+        sizes = [want.shape[i] for i in kept]
+        column = want.dtype.itemsize * math.prod(want.shape) // math.prod(sizes)
+        columns = max(PANEL, _PIECE_BYTES // column)
+        for ranges in _runs(sizes, columns):
+            box = [slice(0, size) for size in want.shape]
+            for dim, part in zip(kept, ranges, strict=True):
+                box[dim] = part
+            yield tuple(box)
+
+
+def _runs(sizes: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
+    """Cut an index space into runs of about `most` indices, each a whole number of panels; all of it if none fits."""
+    inner = math.prod(sizes[1:])
+    step = max(1, most // inner)
+    unit = PANEL // math.gcd(inner, PANEL)  # indices of the first dim that make whole panels
+    step = -(-step // unit) * unit
+    if not sizes or (step >= sizes[0] and (len(sizes) == 1 or inner % PANEL or inner <= most)):
+        yield tuple(slice(0, size) for size in sizes)
+    elif inner > most and inner % PANEL == 0:
+        for i in range(sizes[0]):
+            for rest in _runs(sizes[1:], most):
+                yield (slice(i, i + 1), *rest)
+    else:
+        for low in range(0, sizes[0], step):
+            yield (slice(low, min(low + step, sizes[0])), *(slice(0, size) for size in sizes[1:]))
+
+
+def choose_storage(
+    want: jax.ShapeDtypeStruct, contracted: tuple[int, ...], placement: Placement, *, use_panels: bool
+) -> Storage:
+    """How a parameter is kept.
+
+    Args:
+        want: its shape and dtype.
+        contracted: the dims of it that every product sums over, none where that is not so.
+        placement: the mesh.
+        use_panels: whether the processor's own kernels multiply; they do on one device alone.
+    """
+    if use_panels and placement.mesh.size == 1 and packs(want.shape, want.dtype, contracted):
+        return Panels(contracted)
+    return Plain()
+
+
+def aligned_zeros(shape: Sequence[int], dtype: jnp.dtype) -> np.ndarray:
+    """Zeros that the CPU backend takes over without a copy."""
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.zeros(num_bytes + _ALIGNMENT, np.uint8)
+    first = -buffer.ctypes.data % _ALIGNMENT
+    return buffer[first : first + num_bytes].view(dtype).reshape(shape)
