@@ -42,7 +42,7 @@ class Tags:
 
     def format(self) -> CallFormat:
         """The format so marked."""
-        own = (self.begin, self.end, self.call_end, self.key, *self.key_ends, self.value, self.value_end)
+        own = (self.begin, self.end, self.call, self.call_end, self.key, *self.key_ends, self.value, self.value_end)
         opens = tuple(m for m in (self.begin, self.call) if m)
         return CallFormat(opens=opens, block=self._block, markers=tuple(m for m in own if m))
 
