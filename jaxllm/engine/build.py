@@ -58,18 +58,22 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
         tokenizer: Future[Tokenizer | None] = pool.submit(_tokenizer, config, source.path)
 
         from jaxllm.engine.engine import Engine
+        from jaxllm.runner.memory_check import check_memory, out_of_memory_explained
         from jaxllm.runner.runner import ModelRunner
         from jaxllm.sharding.mesh import Placement, make_mesh
 
         use_compilation_cache()
         model = make_model(config, model_config, Placement(make_mesh(config.mesh, offset=config.device_offset), rules))
         runner = ModelRunner(model, runner_shapes(config, model, connection), announce=connection.announce)
+        check_memory(model, runner.shapes)
         runner.compiler.prepare()  # programs compile while the weights are read
-        params = _parameters(config, source, model)
+        with out_of_memory_explained(model, runner.shapes):
+            params = _parameters(config, source, model)
         generation = source.checkpoint.generation_config if source.checkpoint else {}
         hf, path = source.hf_config, source.path
         del source  # unmaps the files before the cache is allocated
-        runner.start(params)
+        with out_of_memory_explained(model, runner.shapes):
+            runner.start(params)
         connection.start(runner.obey)  # does not return on any process but the first
         text = tokenizer.result()
     longest = _say_length_scaling(model_config, runner.shapes.max_model_len)

@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from jaxllm.kv.page_programs import MOVE_BATCH, MOVES
+from jaxllm.runner.memory_check import out_of_memory_explained
 from jaxllm.runner.programs import Key, lower
 from jaxllm.runner.shapes import RunnerShapes
 from jaxllm.weights.loader import AbstractModel
@@ -64,7 +65,8 @@ class Compiler:
 
     def _compile(self, key: Key) -> Any:
         started = time.perf_counter()
-        program = lower(self._model, self._shapes, key).compile()
+        with out_of_memory_explained(self._model, self._shapes):
+            program = lower(self._model, self._shapes, key).compile()
         seconds = time.perf_counter() - started
         self.num_compilations += 1
         log.debug("compiled %s in %.2f s", key, seconds)

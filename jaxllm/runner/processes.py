@@ -27,6 +27,7 @@ from jaxllm.runner.connections import Follower, Leader
 from jaxllm.runner.members import Member
 from jaxllm.runner.messages import STOP
 from jaxllm.runner.rendezvous import JOIN_SECONDS, gather, reach
+from jaxllm.sharding.mesh import MAX_EMULATED
 from jaxllm.sharding.rules import parse_mesh
 
 _OWN = ("coordinator_address", "process_id", "tokenizer", "disk_kv_path")  # may differ between processes
@@ -86,7 +87,7 @@ def _share_emulated_devices(member: Member, config: EngineConfig) -> None:
     if jax.config.values["jax_num_cpu_devices"] > 0 or "xla_force_host_platform_device_count" in flags:
         return
     needed = config.device_offset + math.prod(parse_mesh(config.mesh).values())
-    jax.config.update("jax_num_cpu_devices", min(512, -(-needed // member.num_processes)))
+    jax.config.update("jax_num_cpu_devices", min(MAX_EMULATED, -(-needed // member.num_processes)))
 
 
 def _keep_stdout_clean() -> None:

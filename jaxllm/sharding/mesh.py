@@ -26,6 +26,7 @@ from jaxllm.sharding.rules import TOKEN_DIMS, Axes, ShardingRules, as_tuple, fit
 
 log = logging.getLogger(__name__)
 Dims = tuple[str | None, ...]
+MAX_EMULATED = 512  # CPU devices of one process: each has threads of its own
 _GOOGLE = "0x1ae0"  # PCI vendor of TPUs
 
 
@@ -141,14 +142,18 @@ def make_mesh(text: str, devices: list[Any] | None = None, *, offset: int = 0) -
         devices = jax.devices()
         _check_processes(text, devices[offset : offset + needed])
     if offset + needed > len(devices):
-        wants = f"mesh {text!r} needs {needed} devices"
-        wants += f" from number {offset} on" if offset else ""
-        raise ValueError(
-            f"{wants} but there are {len(devices)} ({devices[0].platform}); use a smaller "
-            f"mesh, or emulate: JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={offset + needed}"
-        )
+        raise ValueError(_too_few(text, offset, needed, devices))
     grid = _along_links(tuple(sizes.values()), devices[offset : offset + needed])
     return Mesh(grid, tuple(sizes))
+
+
+def _too_few(text: str, offset: int, needed: int, devices: Sequence[Any]) -> str:
+    wants = f"mesh {text!r} needs {needed} devices" + (f" from number {offset} on" if offset else "")
+    platform, total = devices[0].platform, offset + needed
+    there_are = f"there {'is' if len(devices) == 1 else 'are'} {len(devices)} ({platform})"
+    if total > MAX_EMULATED:
+        return f"{wants} but {there_are}; use a smaller mesh, or check one on paper with `jaxllm plan`"
+    return f"{wants} but {there_are}; use a smaller mesh, or emulate: JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES={total}"
 
 
 def _check_processes(text: str, used: Sequence[Any]) -> None:
@@ -185,10 +190,15 @@ def _ignore_absent_tpus() -> None:
 def _emulate_on_cpu(needed: int) -> None:
     """Ask for `needed` CPU devices, where nothing was said about their number and no backend has started."""
     flags = os.environ.get("XLA_FLAGS", "")
-    if needed == 1 or jax.config.values["jax_num_cpu_devices"] > 0 or "xla_force_host_platform_device_count" in flags:
+    if (
+        needed == 1
+        or needed > MAX_EMULATED
+        or jax.config.values["jax_num_cpu_devices"] > 0
+        or "xla_force_host_platform_device_count" in flags
+    ):
         return
     try:
-        jax.config.update("jax_num_cpu_devices", min(needed, 512))
+        jax.config.update("jax_num_cpu_devices", needed)
     except RuntimeError:  # a backend has started: what it has is what there is
         return
     if jax.default_backend() == "cpu":

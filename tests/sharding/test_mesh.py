@@ -27,6 +27,11 @@ def test_mesh_larger_than_the_devices_is_one_line_that_says_how_to_emulate():
     assert "JAX_NUM_CPU_DEVICES=9" in message
 
 
+def test_mesh_beyond_what_can_be_emulated_is_not_said_to_be_emulable():
+    with pytest.raises(ValueError, match=r"needs 1000 devices but there are 8 \(cpu\); .* `jaxllm plan`$"):
+        make_mesh("tp=1000")
+
+
 def test_axis_that_the_mesh_lacks_does_not_cut():
     rules = ShardingRules("both", {"heads": "tp", "model_in": "dp"}, {"tokens": "dp"})
     on_tp, on_both = Placement(make_mesh("tp=2"), rules), Placement(make_mesh("dp=2,tp=2"), rules)
