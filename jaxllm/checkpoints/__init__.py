@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jaxllm.checkpoints.base import Checkpoint, CheckpointError, TensorInfo
 from jaxllm.checkpoints.download import pull
+from jaxllm.checkpoints.gguf_names import part_files
 from jaxllm.checkpoints.registry import DEFAULT_MODEL, MODELS, cache_home
 from jaxllm.checkpoints.resolve import resolve_model
 
@@ -21,6 +22,7 @@ __all__ = [
     "CheckpointError",
     "TensorInfo",
     "cache_home",
+    "model_files",
     "open_checkpoint",
     "pull",
     "resolve_model",
@@ -43,3 +45,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
         return GGUFCheckpoint.open(path)
     raise CheckpointError(f"{path}: not a checkpoint; pass a Hugging Face folder or a .gguf file")
+
+
+def model_files(path: Path) -> list[Path]:
+    """All files of the model at `path`: what a folder holds, or a `.gguf` file with the other parts of a split one."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    return [file for file in part_files(path) if file.is_file()]

@@ -1,159 +1,185 @@
-"""A GGUF file as a Hugging Face checkpoint: its config, its tensor names, its row order.
+"""A GGUF model as a Hugging Face checkpoint: its config, its tensor names, its row order.
 
-F32, F16 and BF16 tensors are read as views of the memory-mapped file; block-quantised ones are dequantised to
-float32, only the rows that are asked for. Knows nothing of the file layout (gguf_file.py) or of what the
-names and metadata mean (gguf_families.py, gguf_config.py).
+F32, F16 and BF16 tensors are read as views of the memory-mapped files; block-quantised ones are dequantised to
+float32, only the rows that are asked for. Knows nothing of the file layout (gguf_file.py) or of what the names and
+metadata mean (gguf_families.py, gguf_config.py).
 """
 
 from __future__ import annotations
 
-import mmap
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from jaxllm.checkpoints.base import CheckpointError, TensorInfo
 from jaxllm.checkpoints.ggml_types import UNREADABLE
-from jaxllm.checkpoints.gguf_config import hf_config, hf_generation_config, llama3_rope_scaling
-from jaxllm.checkpoints.gguf_families import Family, family_of, hf_name
-from jaxllm.checkpoints.gguf_file import GGUFHeader, GGUFTensor, read_header
-from jaxllm.checkpoints.mapped import map_file, release_pages
+from jaxllm.checkpoints.gguf_config import hf_config, hf_generation_config, renamed
+from jaxllm.checkpoints.gguf_families import FAMILIES, WITH_CORRECTION, WITH_EXPERTS, WITH_WINDOW
+from jaxllm.checkpoints.gguf_family import Family
+from jaxllm.checkpoints.gguf_parts import GGUFParts, open_parts
+from jaxllm.checkpoints.gguf_rope import llama3_scaling, longrope_scaling
+from jaxllm.checkpoints.gguf_rules import one_expert
+from jaxllm.checkpoints.gguf_sources import Shifted, Source, Stored, Zeros
 
-_PLAIN = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _ROPE_FACTORS = "rope_freqs.weight"
+_LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+# No leading zeros: blk.0 and blk.00 would be the same layer.
+_BLOCK_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.(\w+(?:\.\w+)*)\.(weight|bias)", re.ASCII)
+_TOP_TENSOR = re.compile(r"(\w+)\.(weight|bias)", re.ASCII)
+_ONE_EXPERT = re.compile(r"ffn_(gate|up|down)\.(0|[1-9][0-9]{0,4})", re.ASCII)
 
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Where a Hugging Face tensor comes from; `heads` is set where rows have to be un-permuted."""
-
-    tensor: GGUFTensor
-    heads: int | None
-    offset: float = 0.0  # taken off: see `Family.norm_offset`
+Blocks = dict[int, dict[str, Stored]]
 
 
 @dataclass(frozen=True, slots=True)
 class GGUFCheckpoint:
-    """See `Checkpoint`. `header` is the file's own metadata, where the tokenizer finds its vocabulary."""
+    """See `Checkpoint`. `metadata` is the file's own, where the tokenizer finds its vocabulary."""
 
     path: Path
-    header: GGUFHeader
+    metadata: Mapping[str, Any]
     config: dict[str, Any]
     generation_config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
-    _sources: Mapping[str, _Source]
-    _data: np.ndarray
-    _map: mmap.mmap
+    _sources: Mapping[str, Source]
 
     @classmethod
     def open(cls, path: Path) -> GGUFCheckpoint:
-        """Read and check the header and map the file.
+        """Read and check the headers and map the files.
 
         Raises:
-            CheckpointError: The file is damaged, or its architecture or one of its features is not supported.
+            CheckpointError: A file is damaged or missing, or its architecture or a feature is not supported.
         """
-        header = read_header(path)
-        data, mapping = map_file(path)
+        path = Path(path)
+        parts = open_parts(path)
         try:
-            family = family_of(header.metadata)
-            config = _config(family, header, data)
-            sources = _sources(family, header, config)
-            generation_config = hf_generation_config(header.metadata)
+            family = family_of(parts)
+            tops, blocks = _arranged(parts)
+            config = _config(family, parts, tops, blocks)
+            sources = _sources(family, tops, blocks, config)
+            config, generation_config = renamed(family, config), hf_generation_config(parts.metadata)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
-        tensors = {
-            name: TensorInfo(source.tensor.shape, _PLAIN.get(source.tensor.type, np.dtype("f4")).name)
-            for name, source in sources.items()
-        }
-        return cls(Path(path), header, config, generation_config, tensors, sources, data, mapping)
+        tensors = {name: TensorInfo(source.shape, source.dtype.name) for name, source in sources.items()}
+        return cls(path, parts.metadata, config, generation_config, tensors, sources)
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        source = self._sources[name]
-        value = _read(self._data, source.tensor, _row_order(source), index or ())
-        return value - np.float32(source.offset) if source.offset else value
+        return self._sources[name].read(index or ())
 
     def release(self, name: str) -> None:
-        tensor = self._sources[name].tensor
-        release_pages(self._map, tensor.offset, tensor.nbytes)
+        self._sources[name].release()
 
 
-def _config(family: Family, header: GGUFHeader, data: np.ndarray) -> dict[str, Any]:
-    if "token_embd.weight" not in header.tensors:
+def family_of(parts: GGUFParts) -> Family:
+    """The family that `general.architecture` names, with what the file has of it.
+
+    Raises:
+        CheckpointError: It is none of `FAMILIES`.
+    """
+    name = parts.metadata.get("general.architecture")
+    if not isinstance(name, str) or name not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise CheckpointError(f"general.architecture={name!r} is not supported as GGUF; expected one of: {known}")
+    if parts.metadata.get(f"{name}.expert_count") and name in WITH_EXPERTS:
+        return WITH_EXPERTS[name]
+    if parts.metadata.get(f"{name}.attention.sliding_window") and name in WITH_WINDOW:
+        return WITH_WINDOW[name]
+    is_sigmoid = parts.metadata.get(f"{name}.expert_gating_func") == 2
+    if name in WITH_CORRECTION and (is_sigmoid or any(".exp_probs_b." in tensor for tensor in parts.tensors)):
+        return WITH_CORRECTION[name]
+    return FAMILIES[name]
+
+
+def _arranged(parts: GGUFParts) -> tuple[dict[str, Stored], Blocks]:
+    """The tensors outside the blocks, and those of each block, by the rest of their names."""
+    tops: dict[str, Stored] = {}
+    blocks: Blocks = {}
+    for name, (tensor, part) in parts.tensors.items():
+        if tensor.type in UNREADABLE:
+            raise CheckpointError(f"tensor {name!r} has the type {tensor.type}, which is not supported")
+        if match := _BLOCK_TENSOR.fullmatch(name):
+            blocks.setdefault(int(match[1]), {})[f"{match[2]}.{match[3]}"] = Stored(tensor, part)
+        else:
+            tops[name] = Stored(tensor, part)
+    return tops, blocks
+
+
+def _config(family: Family, parts: GGUFParts, tops: Mapping[str, Stored], blocks: Blocks) -> dict[str, Any]:
+    if "token_embd.weight" not in tops:
         raise CheckpointError("has no tensor 'token_embd.weight'")
-    vocab_size = header.tensors["token_embd.weight"].shape[0]
-    config = hf_config(family, header.metadata, vocab_size=vocab_size)
-    config["tie_word_embeddings"] = "output.weight" not in header.tensors
-    if family.model_type == "llama":
-        config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in header.tensors
-    if factors := header.tensors.get(_ROPE_FACTORS):
-        if factors.type != "F32" or family.model_type != "llama" or "rope_scaling" in config:
-            raise CheckpointError(f"tensor {_ROPE_FACTORS!r} is not supported in this {family.model_type} model")
-        config["rope_scaling"] = llama3_rope_scaling(_read(data, factors, None, ()), config)
+    try:
+        config = hf_config(family, parts.metadata, vocab_size=tops["token_embd.weight"].shape[0])
+    except (TypeError, KeyError, ZeroDivisionError) as error:  # metadata of another type than anybody writes
+        raise CheckpointError(f"the metadata cannot be understood ({type(error).__name__}: {error})") from None
+    config["tie_word_embeddings"] = "output.weight" not in tops
+    for word, (stem, _) in family.biases.items():
+        config[word] = f"{stem}.bias" in blocks.get(0, {})
+    if _ROPE_FACTORS in tops:
+        if "rope_scaling" in config:
+            raise CheckpointError(f"tensor {_ROPE_FACTORS!r} beside rope.scaling.type is not supported")
+        config["rope_scaling"] = llama3_scaling(_factors(tops, _ROPE_FACTORS), config)
+    if (_LONG in tops) != (_SHORT in tops) or (_LONG in tops and family.model_type != "phi3"):
+        raise CheckpointError(f"tensors {_LONG!r} and {_SHORT!r} go together, in phi3 files only")
+    if _LONG in tops:
+        prefix = parts.metadata["general.architecture"] + "."
+        values = {key.removeprefix(prefix): value for key, value in parts.metadata.items()}
+        config["rope_scaling"] = longrope_scaling(_factors(tops, _SHORT), _factors(tops, _LONG), values)
     return config
 
 
-def _sources(family: Family, header: GGUFHeader, config: Mapping[str, Any]) -> dict[str, _Source]:
-    sources: dict[str, _Source] = {}
-    for name, tensor in header.tensors.items():
-        if name == _ROPE_FACTORS:
-            continue
-        if tensor.type in UNREADABLE:
-            raise CheckpointError(f"tensor {name!r} has the type {tensor.type}, which is not supported")
-        hf, permuted = hf_name(family, name)
-        heads = None
-        if permuted:
-            heads = config["num_attention_heads" if ".q_proj." in hf else "num_key_value_heads"]
-            if tensor.shape[0] != heads * config["head_dim"]:
-                expected = f"{heads} heads of {config['head_dim']}"
-                raise CheckpointError(f"tensor {name!r} has {tensor.shape[0]} rows; expected {expected}")
-        sources[hf] = _Source(tensor, heads, family.norm_offset if hf.endswith("norm.weight") else 0.0)
-    _check_layers(sources, config["num_hidden_layers"])
+def _factors(tops: Mapping[str, Stored], name: str) -> np.ndarray:
+    if tops[name].dtype != np.float32 or len(tops[name].shape) != 1:
+        raise CheckpointError(f"tensor {name!r} is not a vector of F32")
+    return tops[name].read()
+
+
+def _sources(
+    family: Family, tops: Mapping[str, Stored], blocks: Blocks, config: Mapping[str, Any]
+) -> dict[str, Source]:
+    sources: dict[str, Source] = {}
+    for name, stored in tops.items():
+        match = _TOP_TENSOR.fullmatch(name)
+        if match and match[1] in family.tops:
+            sources[f"{family.tops[match[1]]}.{match[2]}"] = stored
+        elif name not in (_ROPE_FACTORS, _LONG, _SHORT):
+            raise CheckpointError(f"tensor {name!r} has no place in a {family.model_type} model")
+    num_layers = config["num_hidden_layers"]
+    if (have := sum(layer < num_layers for layer in blocks)) != num_layers:
+        raise CheckpointError(f"block_count={num_layers} but the tensors are of {have} blocks")
+    for layer in range(num_layers):
+        for name, source in _layer(family, layer, blocks[layer], config):
+            sources[f"{family.layer}.{layer}.{name}"] = source
+    if family.norm_offset:
+        norms = {name for name in sources if name.endswith("norm.weight")}
+        sources |= {name: Shifted(sources[name], family.norm_offset) for name in norms}
     return sources
 
 
-def _check_layers(names: Mapping[str, Any], num_layers: int) -> None:
-    layers = {int(match[1]) for name in names if (match := re.match(r"model\.layers\.(\d+)\.", name))}
-    if len(layers) != num_layers or max(layers) != num_layers - 1:
-        raise CheckpointError(f"block_count={num_layers} but the tensors are of {len(layers)} blocks")
-
-
-def _row_order(source: _Source) -> np.ndarray | None:
-    """For each Hugging Face row of Q or K, the row of the file that holds it.
-
-    Hugging Face rotates dimension j of a head with j + H/2, so a head's rows are its first halves, then its
-    second halves; GGUF's llama rotates neighbours, so there they alternate.
-    """
-    if source.heads is None:
-        return None
-    rows = np.arange(source.tensor.shape[0]).reshape(source.heads, -1, 2)
-    return rows.swapaxes(1, 2).reshape(-1)
-
-
-def _read(data: np.ndarray, tensor: GGUFTensor, order: np.ndarray | None, index: tuple[slice, ...]) -> np.ndarray:
-    raw = data[tensor.offset : tensor.offset + tensor.nbytes]
-    if tensor.type in _PLAIN:
-        whole = raw.view(_PLAIN[tensor.type]).reshape(tensor.shape)
-        return whole[index] if order is None else whole[order[index[:1]]][:, *index[1:]]
-    if len(tensor.shape) == 1:  # one row of blocks: nothing to choose before dequantising
-        values = _dequantize(raw, tensor.type)
-        return values[index] if order is None else values[order[index]]
-    rows = raw.reshape(*tensor.shape[:-1], -1)
-    rows = rows[index[:1]] if order is None else rows[order[index[:1]]]
-    return _dequantize(rows, tensor.type)[:, *index[1:]]
-
-
-def _dequantize(rows: np.ndarray, type_name: str) -> np.ndarray:
-    import gguf.quants  # only quantised files need it
-
-    kind = gguf.GGMLQuantizationType[type_name]
-    if not rows.size:
-        block_elements, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-        return np.empty((*rows.shape[:-1], rows.shape[-1] // block_bytes * block_elements), np.float32)
-    with np.errstate(all="ignore"):  # a scale that is not finite gives weights that are not, as it would in F32
-        return gguf.quants.dequantize(rows, kind)
+def _layer(
+    family: Family, layer: int, block: Mapping[str, Stored], config: Mapping[str, Any]
+) -> list[tuple[str, Source]]:
+    made: list[tuple[str, Source]] = []
+    for name in block:
+        stem, _, kind = name.rpartition(".")
+        rule = family.rules.get(stem)
+        if match := _ONE_EXPERT.fullmatch(stem):
+            rule = one_expert(family.expert_names[match[1]], int(match[2])) if family.expert_names else None
+        if rule is None:
+            raise CheckpointError(f"tensor 'blk.{layer}.{name}' has no place in a {family.model_type} model")
+        try:
+            made += rule(block, stem, kind, config)
+        except CheckpointError as error:
+            raise CheckpointError(f"blk.{layer}: {error}") from None
+    names = {name for name, _ in made}
+    for word, (_, stems) in family.biases.items():
+        if config[word]:
+            weights = dict(made)
+            made += [
+                (f"{stem}.bias", Zeros(weights[f"{stem}.weight"].shape[:1]))
+                for stem in stems
+                if f"{stem}.bias" not in names and f"{stem}.weight" in names
+            ]
+    return made

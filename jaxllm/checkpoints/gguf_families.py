@@ -1,116 +1,204 @@
-"""GGUF tensor names -> Hugging Face tensor names, one `Family` of data per architecture.
+"""The architectures of GGUF files in Hugging Face terms: names of configuration and tensors, one `Family` each.
 
-To add an architecture, add its entry to `FAMILIES`; `gguf_config.py` reads the same entry for the config.
-Knows nothing of files, metadata values or how tensors are read.
+To add an architecture, add its entry to `FAMILIES`; `gguf_config.py` reads the same entry for the config. Names and
+layouts are those of llama.cpp's converter. Knows nothing of files or how tensors are read.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
-from jaxllm.checkpoints.base import CheckpointError
+from jaxllm.checkpoints.gguf_experts import DEEPSEEK2, DEEPSEEK3, GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from jaxllm.checkpoints.gguf_family import (
+    ATTENTION,
+    GEMMA,
+    LLAMA,
+    LLAMA_BIASES,
+    NO_WINDOW,
+    POST_NORMS,
+    QK_NORM,
+    UNROTATED,
+    Family,
+    Values,
+)
+from jaxllm.checkpoints.gguf_rules import plain, transposed
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Family:
-    """What one GGUF architecture is called in Hugging Face terms."""
-
-    architecture: str
-    model_type: str
-    block_names: Mapping[str, str]  # GGUF stem inside a block -> Hugging Face stem inside a layer
-    permuted: frozenset[str] = frozenset()  # stems whose rows GGUF interleaves for its rotary embedding
-    constants: Mapping[str, Any] = field(default_factory=dict)  # config keys GGUF has no word for
-    sizes: Mapping[str, str] = field(default_factory=dict)  # further whole numbers: GGUF key -> config key
-    norm_offset: float = 0.0  # what the file's norms have too much: Gemma's store 1 + w
+def _gemma2(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    """The file does not say what scores are scaled by; only the 27B (46 layers) differs from its head width."""
+    return {"query_pre_attn_scalar": _per_head(config) if config["num_hidden_layers"] == 46 else config["head_dim"]}
 
 
-_TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LLAMA_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_QK_NORM_NAMES = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+def _gemma3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    """As Gemma 2's (the 27B has 62 layers). A file without a window has none in any layer."""
+    scalar = _per_head(config) if config["num_hidden_layers"] == 62 else config["head_dim"]
+    pattern = {"sliding_window_pattern": 6 if config.get("sliding_window") else 1}
+    return {"query_pre_attn_scalar": scalar, **pattern}
 
+
+def _per_head(config: Mapping[str, Any]) -> int:
+    return config["hidden_size"] // config["num_attention_heads"]
+
+
+def _phi3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    """Phi-4 writes a window of 0: none. The length that factors begin at stands outside the rotary parameters."""
+    original = values.get("rope.scaling.original_context_length") or config["max_position_embeddings"]
+    return {"sliding_window": config.get("sliding_window") or None, "original_max_position_embeddings": original}
+
+
+def _olmo3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    """With a window it is OLMo 3: the file says which layers have it, else all but every fourth."""
+    layers = config["num_hidden_layers"]
+    slides = values.get("attention.sliding_window_pattern", 4)
+    if isinstance(slides, int):
+        slides = [(i + 1) % slides != 0 for i in range(layers)]
+    return {"layer_types": ["sliding_attention" if is_local else "full_attention" for is_local in slides]}
+
+
+def _smollm3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    """Every fourth layer turns nothing; the file does not say so."""
+    return {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(config["num_hidden_layers"])]}
+
+
+def _granite(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    return {"attention_multiplier": config.get("attention_multiplier") or config["head_dim"] ** -0.5}
+
+
+_llama = Family(
+    architecture="LlamaForCausalLM", model_type="llama", rules=LLAMA | UNROTATED, biases=LLAMA_BIASES
+)  # fmt: skip
+_olmo2 = Family(
+    architecture="Olmo2ForCausalLM",
+    model_type="olmo2",
+    rules=LLAMA | QK_NORM | {name: rule for name, rule in POST_NORMS.items() if name != "ffn_norm"},
+    biases={"attention_bias": ("attn_q", ATTENTION)},
+)
 FAMILIES: dict[str, Family] = {
-    "llama": Family(
-        architecture="LlamaForCausalLM",
-        model_type="llama",
-        block_names=_LLAMA_NAMES,
-        permuted=frozenset({"attn_q", "attn_k"}),
-    ),
+    "llama": _llama,
     "qwen2": Family(
-        architecture="Qwen2ForCausalLM",
-        model_type="qwen2",
-        block_names=_LLAMA_NAMES,
-        constants={"use_sliding_window": False},
+        architecture="Qwen2ForCausalLM", model_type="qwen2", rules=LLAMA, constants=NO_WINDOW
     ),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
         model_type="qwen3",
-        block_names=_LLAMA_NAMES | _QK_NORM_NAMES,
-        constants={"use_sliding_window": False, "attention_bias": False},
+        rules=LLAMA | QK_NORM,
+        constants=NO_WINDOW,
+        biases={"attention_bias": ("attn_q", ATTENTION)},
+    ),
+    "qwen2moe": QWEN2_MOE,
+    "qwen3moe": QWEN3_MOE,
+    "gemma": Family(
+        architecture="GemmaForCausalLM", model_type="gemma", rules=LLAMA, constants=GEMMA, norm_offset=1.0
+    ),
+    "gemma2": Family(
+        architecture="Gemma2ForCausalLM",
+        model_type="gemma2",
+        rules=LLAMA | POST_NORMS,
+        constants=GEMMA,
+        keys={
+            "attention.sliding_window": "sliding_window",
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        defaults={"sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        more=_gemma2,
+        norm_offset=1.0,
     ),
     "gemma3": Family(
         architecture="Gemma3ForCausalLM",
         model_type="gemma3_text",
-        block_names=_LLAMA_NAMES
-        | _QK_NORM_NAMES
-        | {
-            "post_attention_norm": "post_attention_layernorm",
-            "ffn_norm": "pre_feedforward_layernorm",
-            "post_ffw_norm": "post_feedforward_layernorm",
+        rules=LLAMA | QK_NORM | POST_NORMS,
+        constants=GEMMA,
+        keys={
+            "attention.sliding_window": "sliding_window",
+            "rope.freq_base_swa": "rope_local_base_freq",
+            "final_logit_softcapping": "final_logit_softcapping",
         },
-        constants={
-            "hidden_act": "gelu_pytorch_tanh",
-            "hidden_activation": "gelu_pytorch_tanh",
-            "rope_local_base_freq": 10000.0,
-            "sliding_window_pattern": 6,
-        },
-        sizes={"attention.sliding_window": "sliding_window"},
+        defaults={"sliding_window": None, "rope_local_base_freq": 10000.0, "final_logit_softcapping": None},
+        more=_gemma3,
         norm_offset=1.0,
     ),
+    "phi3": Family(
+        architecture="Phi3ForCausalLM",
+        model_type="phi3",
+        rules=LLAMA | {"attn_qkv": plain("self_attn.qkv_proj"), "ffn_up": plain("mlp.gate_up_proj")},
+        keys={"attention.sliding_window": "sliding_window"},
+        defaults={"sliding_window": None},
+        more=_phi3,
+        has_partial_rotary=True,
+    ),
+    "gpt2": Family(
+        architecture="GPT2LMHeadModel",
+        model_type="gpt2",
+        rules={
+            "attn_norm": plain("ln_1"),
+            "attn_qkv": transposed("attn.c_attn"),
+            "attn_output": transposed("attn.c_proj"),
+            "ffn_norm": plain("ln_2"),
+            "ffn_up": transposed("mlp.c_fc"),
+            "ffn_down": transposed("mlp.c_proj"),
+        },
+        constants={"activation_function": "gelu_new"},
+        epsilon="attention.layer_norm_epsilon",
+        rename={
+            "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions", "intermediate_size": "n_inner",
+            "rms_norm_eps": "layer_norm_epsilon",
+            **dict.fromkeys(("num_key_value_heads", "head_dim", "rope_theta", "hidden_act")),
+        },
+        layer="transformer.h",
+        tops={
+            "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f",
+            "output": "lm_head",
+        },
+    ),
+    "olmo2": _olmo2,
+    "deepseek2": DEEPSEEK2,
+    "gpt-oss": GPT_OSS,
+    "smollm3": replace(
+        _llama, architecture="SmolLM3ForCausalLM", model_type="smollm3", more=_smollm3
+    ),
+    "granite": replace(
+        _llama,
+        architecture="GraniteForCausalLM",
+        model_type="granite",
+        keys={
+            "attention.scale": "attention_multiplier",
+            "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier",
+            "logit_scale": "logits_scaling",
+        },
+        defaults={
+            "attention_multiplier": None, "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+        more=_granite,
+    ),
+    "glm4": Family(
+        architecture="Glm4ForCausalLM",
+        model_type="glm4",
+        rules=LLAMA
+        | {
+            "post_attention_norm": plain("post_self_attn_layernorm"),
+            "post_ffw_norm": plain("post_mlp_layernorm"),
+            "ffn_up": plain("mlp.gate_up_proj"),
+        },
+        biases={"attention_bias": ("attn_q", ATTENTION[:3])},
+        has_partial_rotary=True,
+    ),
+}  # fmt: skip
+# The same architecture with experts, a window or a correction of the router's choice is another class there.
+WITH_EXPERTS = {"llama": MIXTRAL}
+WITH_WINDOW = {
+    "olmo2": replace(
+        _olmo2,
+        architecture="Olmo3ForCausalLM",
+        model_type="olmo3",
+        keys={"attention.sliding_window": "sliding_window"},
+        more=_olmo3,
+        reads=frozenset({"attention.sliding_window_pattern"}),
+    )
 }
-
-# No leading zeros: blk.0 and blk.00 would be the same layer.
-_BLOCK_TENSOR = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.(\w+)\.(weight|bias)", re.ASCII)
-_TOP_TENSOR = re.compile(r"(\w+)\.(weight|bias)", re.ASCII)
-
-
-def family_of(metadata: Mapping[str, Any]) -> Family:
-    """The family that `general.architecture` names.
-
-    Raises:
-        CheckpointError: It is none of `FAMILIES`, or the file is one part of a split model.
-    """
-    name = metadata.get("general.architecture")
-    if not isinstance(name, str) or name not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise CheckpointError(f"general.architecture={name!r} is not supported as GGUF; expected one of: {known}")
-    if metadata.get("split.count", 0) not in (0, 1):
-        raise CheckpointError("it is one part of a split GGUF; merge the parts (llama-gguf-split --merge)")
-    return FAMILIES[name]
-
-
-def hf_name(family: Family, name: str) -> tuple[str, bool]:
-    """The Hugging Face name of the GGUF tensor `name`, and whether its rows are permuted.
-
-    Raises:
-        CheckpointError: The architecture has no such tensor; leaving it out would change the mathematics.
-    """
-    if match := _BLOCK_TENSOR.fullmatch(name):
-        layer, stem, kind = match.groups()
-        if stem in family.block_names:
-            return f"model.layers.{layer}.{family.block_names[stem]}.{kind}", stem in family.permuted
-    elif (match := _TOP_TENSOR.fullmatch(name)) and match[1] in _TOP_NAMES:
-        return f"{_TOP_NAMES[match[1]]}.{match[2]}", False
-    raise CheckpointError(f"tensor {name!r} has no place in a {family.model_type} model")
+WITH_CORRECTION = {"deepseek2": DEEPSEEK3}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jaxllm.checkpoints.base import PICKLE_SUFFIXES, CheckpointError, refuse_pickle
 from jaxllm.checkpoints.download import pull, unknown_model
+from jaxllm.checkpoints.gguf_names import is_later_part
 from jaxllm.checkpoints.registry import DEFAULT_MODEL, MODELS
 
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -47,7 +48,7 @@ def _local(path: Path) -> Path:
     if path.is_dir():
         if (path / "config.json").is_file():
             return path
-        files = sorted(path.glob("*.gguf"))
+        files = [file for file in sorted(path.glob("*.gguf")) if not _belongs_to_another(file)]
         if len(files) == 1:
             return files[0]
         raise CheckpointError(
@@ -61,6 +62,11 @@ def _local(path: Path) -> Path:
     raise CheckpointError(
         f"{path}: not a checkpoint; pass a .gguf file, or the folder that holds config.json and the .safetensors files"
     )
+
+
+def _belongs_to_another(file: Path) -> bool:
+    """The later parts of a split model, and the vision half that lies beside a language model."""
+    return is_later_part(file) or file.name.lower().startswith("mmproj")
 
 
 def _hugging_face(repo_id: str, *, progress: bool) -> Path:

@@ -120,8 +120,10 @@ def model_identity(config: EngineConfig, hf: dict, path: Path | None, longest: i
     `longest` is `max_model_len` where rotary embeddings depend on it. The sharding does not matter: what one mesh has
     cached, another may read.
     """
-    files = [] if path is None else [path] if path.is_file() else [f for f in path.rglob("*") if f.is_file()]
-    stats = [(str(f.relative_to(path.parent)), (s := f.stat()).st_size, s.st_mtime_ns) for f in sorted(files) if path]
+    from jaxllm.checkpoints import model_files
+
+    files = [] if path is None else model_files(path)
+    stats = [(str(f.relative_to(path.parent)), (s := f.stat()).st_size, s.st_mtime_ns) for f in files if path]
     seed = config.seed if config.load_format == "dummy" else None
     facts = (hf, stats, seed, config.dtype, config.kv_dtype, *([] if longest is None else [longest]))
     name = config.model if path is None else path.name

@@ -214,12 +214,23 @@ def test_llama3_rope_factors_become_rope_scaling(make_gguf: Callable[..., Path])
     assert "rope_freqs.weight" not in checkpoint.tensors
 
 
-def test_other_rope_factors_are_refused_by_name(make_gguf: Callable[..., Path]) -> None:
+def test_other_rope_factors_are_kept_as_they_are(make_gguf: Callable[..., Path]) -> None:
     factors = llama3_factors(32.0)
     factors[3] *= 1.1
     path = make_gguf(metadata={"rope.freq_base": 500000.0}, extra={"rope_freqs.weight": factors})
+    scaling = open_checkpoint(path).config["rope_scaling"]
+    assert scaling["rope_type"] == "longrope"
+    assert scaling["attention_factor"] == 1.0
+    np.testing.assert_array_equal(np.float32(scaling["short_factor"]), factors)
+    np.testing.assert_array_equal(np.float32(scaling["long_factor"]), factors)
+
+
+@pytest.mark.parametrize("factors", [np.ones(3, np.float32), np.zeros(H // 2, np.float32)])
+def test_rope_factors_that_make_no_sense_are_refused_by_name(
+    make_gguf: Callable[..., Path], factors: np.ndarray
+) -> None:
     with pytest.raises(CheckpointError, match=r"rope_freqs\.weight"):
-        open_checkpoint(path)
+        open_checkpoint(make_gguf(extra={"rope_freqs.weight": factors}))
 
 
 def test_rope_scaling_of_the_metadata_is_translated(make_gguf: Callable[..., Path]) -> None:
@@ -235,10 +246,95 @@ def test_rope_scaling_of_the_metadata_is_translated(make_gguf: Callable[..., Pat
     }
 
 
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 64}
+NEUTRAL = {
+    "of the whole file": {"vocab_size": V, "tensor_data_layout": "Meta AI original pth", "pooling_type": 3},
+    "switched off": {
+        "expert_count": 0, "expert_used_count": 0, "attention.causal": True, "attention.clamp_kqv": 0.0,
+        "final_logit_softcapping": 0.0, "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0,
+        "attention.scale": H**-0.5, "attention.sliding_window": 128, "rope.scaling.finetuned": False,
+        "leading_dense_block_count": 0, "use_parallel_residual": False,
+    },
+    "said twice": {"rope.dimension_count": H, "attention.key_length": H, "attention.value_length": H},
+    "for each layer": {"attention.head_count": [N, N], "feed_forward_length": [F, F]},
+    "no scaling": {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
+    "scaling by one": {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0},
+    "not read there": {"rope.freq_base_swa": 5.0, "ssm.conv_kernel": 4, "some.key": "of tomorrow"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("metadata", NEUTRAL.values(), ids=NEUTRAL)
+def test_metadata_that_changes_nothing_is_accepted(make_gguf: Callable[..., Path], metadata: dict) -> None:
+    plain = open_checkpoint(make_gguf()).config
+    assert open_checkpoint(make_gguf(metadata=metadata)).config == plain
+
+
+def test_metadata_without_effect_is_named_in_one_log_line(
+    make_gguf: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "jaxllm"):
+        open_checkpoint(make_gguf(metadata={"some.key": 1, "other": 2.0, "vocab_size": V}))
+    assert [record.message for record in caplog.records] == [
+        "GGUF metadata without effect on a llama model: other, some.key"
+    ]
+
+
+SCALED = {
+    "yarn with its usual borders": (
+        YARN | {"rope.scaling.yarn_beta_fast": 32.0, "rope.scaling.yarn_beta_slow": 1.0},
+        {"beta_fast": 32.0, "beta_slow": 1.0},
+    ),
+    "yarn with neutral factors": (
+        YARN | {"rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_attn_factor": 1.0,
+                "rope.scaling.attn_factor": 1.0},
+        {},
+    ),
+    "yarn with a magnitude": (YARN | {"rope.scaling.yarn_attn_factor": 1.5}, {"attention_factor": 1.5}),
+    "linear, without a type": ({"rope.scaling.factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+    "linear, as in 2023": ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("metadata", "expected"), SCALED.values(), ids=SCALED)
+def test_rope_scaling_in_every_spelling(make_gguf: Callable[..., Path], metadata: dict, expected: dict) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    is_yarn = "rope.scaling.type" in metadata
+    got = open_checkpoint(make_gguf(metadata=metadata)).config["rope_scaling"]
+    assert got == (yarn if is_yarn else {}) | expected
+
+
+def test_blocks_that_predict_further_tokens_are_left_out(make_gguf: Callable[..., Path]) -> None:
+    extra = {"blk.2.attn_norm.weight": np.ones(D, np.float32), "blk.2.nextn.enorm.weight": np.ones(D, np.float32)}
+    path = make_gguf(metadata={"block_count": 3, "nextn_predict_layers": 1}, extra=extra)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config["num_hidden_layers"] == L
+    assert not any("layers.2." in name for name in checkpoint.tensors)
+
+
+def test_biases_that_only_some_projections_have_are_zero_in_the_others(make_gguf: Callable[..., Path]) -> None:
+    extra = {f"blk.{i}.attn_q.bias": np.ones(N * H, np.float32) for i in range(L)}
+    checkpoint = open_checkpoint(make_gguf(extra=extra))
+    assert checkpoint.config["attention_bias"] is True
+    bias = checkpoint.read("model.layers.1.self_attn.o_proj.bias")
+    assert (bias.shape, bias.any()) == ((D,), False)
+
+
 REFUSED = {
     "experts": ({"metadata": {"expert_count": 8}}, "expert_count=8"),
-    "unknown metadata": ({"metadata": {"logit_scale": 2.0}}, "logit_scale=2.0"),
+    "scaled logits": ({"metadata": {"logit_scale": 2.0}}, "logit_scale=2.0"),
+    "clamped projections": ({"metadata": {"attention.clamp_kqv": 8.0}}, "attention.clamp_kqv=8.0"),
+    "no mask": ({"metadata": {"attention.causal": False}}, "attention.causal=False"),
+    "other score scale": ({"metadata": {"attention.scale": 0.5}}, "attention.scale=0.5"),
+    "a window in this family": ({"metadata": {"attention.sliding_window": 16}}, "attention.sliding_window=16"),
     "unknown rope scaling": ({"metadata": {"rope.scaling.type": "longrope"}}, "longrope"),
+    "rope scaling nobody knows": ({"metadata": {"rope.scaling.type": "spiral"}}, "spiral"),
+    "half a yarn": ({"metadata": YARN | {"rope.scaling.yarn_ext_factor": 0.5}}, "yarn_ext_factor=0.5"),
+    "metadata of another type": ({"metadata": {"rope.freq_base": "high"}}, "rope.freq_base='high'"),
+    "experts without a number": ({"metadata": {"expert_count": 4, "expert_used_count": "two"}}, "expert_used_count"),
+    "expert of a dense model": (
+        {"extra": {"blk.0.ffn_gate_exps.weight": np.ones((4, F, D), np.float32)}},
+        "blk.0.ffn_gate_exps.weight",
+    ),
     "partial rotary": ({"metadata": {"rope.dimension_count": 8}}, "rope.dimension_count=8"),
     "other value dimension": ({"metadata": {"attention.value_length": 8}}, "attention.value_length=8"),
     "no layers": ({"metadata": {"block_count": None}}, "no 'block_count'"),
