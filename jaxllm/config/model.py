@@ -39,7 +39,8 @@ class ModelConfig:
         attention_softcap, final_softcap: `cap * tanh(x / cap)` on scores and logits.
         attention_sinks: a learned logit per head that takes weight and gives nothing.
         rotary_dim: dims of a head that rotate, its first ones; 0 = none (`learned_positions` instead), None = all.
-        rope_interleaved: which dims turn together, see `Rope`. unrotated_layers: layers without any position.
+        rope_interleaved: dims 2i and 2i + 1 turn together instead of i and i + dim/2.
+        unrotated_layers: layers without any position.
     """
 
     vocab_size: int
@@ -137,8 +138,8 @@ class ModelConfig:
         if not dim or layer in self.unrotated_layers:
             return None
         if self.window(layer) and self.local and self.local.rope_theta is not None:
-            return Rope(dim=dim, theta=self.local.rope_theta, scaling=None, interleaved=self.rope_interleaved)
-        return Rope(dim=dim, theta=self.rope_theta, scaling=self.rope_scaling, interleaved=self.rope_interleaved)
+            return Rope(dim=dim, theta=self.local.rope_theta, scaling=None)
+        return Rope(dim=dim, theta=self.rope_theta, scaling=self.rope_scaling)
 
     @property
     def position_limit(self) -> int:

@@ -63,12 +63,11 @@ Scaling = RopeScaling | LinearScaling | YarnScaling | LongRopeScaling | DynamicS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rope:
-    """Rotary embedding of one layer: how many dims of a head turn, how fast, and which two turn together."""
+    """Rotary embedding of one layer: how many dims of a head turn, and how fast."""
 
     dim: int
     theta: float
     scaling: Scaling | None
-    interleaved: bool = False  # pairs are (2i, 2i + 1) instead of (i, i + dim/2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 from jaxllm.config import LatentAttention, ModelConfig, RoutedExperts
 from jaxllm.families import llama
 from jaxllm.families import sources as weights
-from jaxllm.families.hf_config import Fields
+from jaxllm.families.hf_config import Fields, positive
 from jaxllm.families.qwen3_moe import experts
 from jaxllm.families.registry import Family
 from jaxllm.families.rope import yarn_magnitude
@@ -18,7 +18,7 @@ from jaxllm.families.sources import Part, Source, WeightMap, whole
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     """Map a Hugging Face DeepSeek configuration; refuses by name what it would compute wrongly."""
     fields = Fields(hf)
-    is_v3 = "DeepseekV3ForCausalLM" in hf["architectures"]
+    is_v3 = fields.architecture == "DeepseekV3ForCausalLM"
     latent = LatentAttention(
         q_rank=None if fields.get("q_lora_rank") is None else fields.size("q_lora_rank"),
         kv_rank=fields.size("kv_lora_rank"),
@@ -27,16 +27,16 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         value_dim=fields.size("v_head_dim"),
     )
     width = latent.nope_dim + latent.rope_dim
-    fields.only("moe_layer_freq", 1)
     fields.only("qk_head_dim", width)
     fields.only("head_dim", latent.rope_dim, width)
-    sizes = fields.sizes()
-    rope = fields.rope()
+    sizes = fields.sizes() | {"head_dim": width}
+    fields.only("num_key_value_heads", sizes["num_heads"])  # all heads share one compressed row
+    sizes["num_kv_heads"] = sizes["num_heads"]
     cfg = ModelConfig(
-        **sizes | {"head_dim": width, "num_kv_heads": sizes["num_heads"]},
-        **rope,
+        **sizes,
+        **fields.rope(),
         activation=fields.activation(),
-        attention_scale=width**-0.5 * _magnitude(hf) ** 2,
+        attention_scale=width**-0.5 * _magnitude(fields) ** 2,
         latent=latent,
         rope_interleaved=fields.flag("rope_interleave", True) if is_v3 else True,
         experts=_experts(fields, sizes, is_v3),
@@ -45,42 +45,33 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     return cfg
 
 
-def _magnitude(hf: Mapping[str, Any]) -> float:
+def _magnitude(fields: Fields) -> float:
     """YaRN grows the scores themselves here, by `mscale_all_dim`, once for queries and once for keys."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    weight = rope.get("mscale_all_dim") or 0
-    return yarn_magnitude(float(rope.get("factor") or 1.0), float(weight)) if weight else 1.0
+    rope = fields.rope_parameters(10000.0, {})
+    if not (weight := rope.get("mscale_all_dim")):
+        return 1.0
+    return yarn_magnitude(positive("factor", rope.get("factor", 1.0)), positive("mscale_all_dim", weight))
 
 
-def _experts(fields: Fields, sizes: Mapping[str, Any], is_v3: bool) -> RoutedExperts | None:
-    dense = fields.number("first_k_dense_replace", 0)
-    size = fields.size("moe_intermediate_size")
-    grouped, renormalize = {}, fields.flag("norm_topk_prob", is_v3)
+def _experts(fields: Fields, sizes: Mapping[str, Any], is_v3: bool) -> RoutedExperts:
+    size, dense = fields.size("moe_intermediate_size"), fields.count("first_k_dense_replace", 0)
+    groups = fields.size("n_group", 1), fields.size("topk_group", 1)
+    kind: dict[str, Any] = {}
     if is_v3:
-        fields.only("scoring_func", "sigmoid")
-        fields.only("topk_method", "noaux_tc")
-        grouped = {"score": "sigmoid", "group_score": "top2", "correction_bias": True}
-    else:
-        fields.only("scoring_func", "softmax")
-        if renormalize:
-            raise ValueError("config.json has norm_topk_prob=True; this family supports only False")
-    method = fields.only("topk_method", "noaux_tc") if is_v3 else fields.only(
-        "topk_method", "greedy", "group_limited_greedy"
-    )  # fmt: skip
-    num_groups, chosen = fields.get("n_group", 1), fields.get("topk_group", 1)
-    if method == "greedy":
-        num_groups, chosen = 1, 1
+        renormalize = fields.flag("norm_topk_prob", True)
+        kind = {"score": "sigmoid", "group_score": "top2", "correction_bias": True, "renormalize": renormalize}
+    elif fields.only("topk_method", "greedy", "group_limited_greedy") == "greedy":
+        groups = 1, 1
     return RoutedExperts(
         num_experts=fields.size("n_routed_experts"),
         per_token=fields.size("num_experts_per_tok"),
         ffn_size=size,
-        renormalize=renormalize,
-        scale=float(fields.number("routed_scaling_factor", 1.0)),
-        num_groups=num_groups,
-        groups_per_token=chosen,
-        shared_size=size * fields.number("n_shared_experts", 0),
-        dense_layers=tuple(range(min(int(dense), sizes["num_layers"]))),
-        **grouped,
+        scale=fields.positive("routed_scaling_factor", 1.0),
+        num_groups=groups[0],
+        groups_per_token=groups[1],
+        shared_size=size * fields.count("n_shared_experts", 0),
+        dense_layers=tuple(range(min(dense, sizes["num_layers"]))),
+        **kind,
     )
 
 

@@ -23,23 +23,23 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def common(fields: Fields) -> dict[str, Any]:
-    """What Gemma 2 and 3 share. Tied embeddings are their default: files often leave the key out."""
-    fields.only("hidden_act", "gelu_pytorch_tanh")
-    sizes = fields.sizes()
+    """What Gemma 2 and 3 share."""
+    sizes, bias = fields.sizes(), fields.flag("attention_bias")
     return {
         **sizes,
-        "tie_word_embeddings": fields.flag("tie_word_embeddings", True),
         "activation": fields.activation("hidden_activation", "gelu_pytorch_tanh"),
         "embedding_scale": sizes["hidden_size"] ** 0.5,
-        "attention_scale": float(fields.number("query_pre_attn_scalar")) ** -0.5,
+        "attention_scale": fields.positive("query_pre_attn_scalar") ** -0.5,
         "attention_softcap": _cap(fields, "attn_logit_softcapping"),
         "final_softcap": _cap(fields, "final_logit_softcapping"),
         "post_norm": True,
+        "qkv_bias": bias,
+        "out_bias": bias,
     }
 
 
 def _cap(fields: Fields, key: str) -> float | None:
-    return None if fields.get(key) is None else float(fields.number(key))
+    return None if fields.get(key) is None else fields.positive(key)
 
 
 def weight_map(cfg: ModelConfig, copies: int = 1) -> WeightMap:

@@ -20,14 +20,14 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     """Map a Hugging Face GLM configuration; refuses by name what it would compute wrongly."""
     fields = Fields(hf)
     sizes = fields.sizes()
-    head_dim = fields.size("head_dim", 128)
+    head_dim = sizes["head_dim"]
     cfg = ModelConfig(
         **sizes | {"head_dim": head_dim},
         rotary_dim=fields.rotary_dim(head_dim, 0.5),
         **fields.rope(),
         rope_interleaved=True,
         activation=fields.activation(),
-        post_norm="Glm4ForCausalLM" in hf["architectures"],
+        post_norm=fields.architecture == "Glm4ForCausalLM",
         qkv_bias=fields.flag("attention_bias", True),
     )
     fields.done()

@@ -17,8 +17,6 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     d, n = fields.size("n_embd"), fields.size("n_head")
     if d % n:
         raise ValueError(f"config.json has n_embd={d}, which does not divide by n_head={n}")
-    fields.only("scale_attn_by_inverse_layer_idx", False)
-    fields.flag("reorder_and_upcast_attn")  # scores are float32 here anyway
     cfg = ModelConfig(
         vocab_size=fields.size("vocab_size"),
         hidden_size=d,
@@ -27,7 +25,7 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         num_heads=n,
         num_kv_heads=n,
         head_dim=d // n,
-        rms_norm_eps=float(fields.number("layer_norm_epsilon", 1e-5)),
+        rms_norm_eps=fields.positive("layer_norm_epsilon", 1e-5),
         rope_theta=1.0,
         rotary_dim=0,
         learned_positions=True,

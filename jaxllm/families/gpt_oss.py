@@ -12,13 +12,22 @@ from jaxllm.families.hf_config import Fields
 from jaxllm.families.registry import Family
 from jaxllm.families.sources import Heads, Part, Source, WeightMap, whole
 
+# transformers' own rope parameters, for a file without any.
+_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
 
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     """Map a Hugging Face gpt-oss configuration; refuses by name what it would compute wrongly."""
     fields = Fields(hf)
     sizes = fields.sizes()
     bias = fields.flag("attention_bias", True)
-    fields.only("hidden_act", "silu")
     experts = RoutedExperts(
         num_experts=fields.size("num_local_experts"),
         per_token=fields.size("num_experts_per_tok"),
@@ -28,13 +37,13 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     )
     cfg = ModelConfig(
         **sizes,
-        **fields.rope(150_000.0),
+        **fields.rope(150_000.0, default=_ROPE),
         local=fields.local(sizes["num_layers"], range(0, sizes["num_layers"], 2)),
         qkv_bias=bias,
         out_bias=bias,
         attention_sinks=True,
         clamped_swiglu=ClampedSwiglu(
-            alpha=float(fields.number("swiglu_alpha", 1.702)), limit=float(fields.number("swiglu_limit", 7.0))
+            alpha=float(fields.number("swiglu_alpha", 1.702)), limit=fields.positive("swiglu_limit", 7.0)
         ),
         experts=experts,
     )

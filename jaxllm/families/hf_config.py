@@ -1,50 +1,48 @@
 """Reading a Hugging Face `config.json` so that nothing in it is overlooked.
 
-`Fields` remembers what a family has read; a key that nobody read and that is not known to change nothing is
-refused by name. Plain Python.
+`Fields` gives a family the values it computes with, and ends by looking at all the others (field_rules.py): what is
+harmless passes, what would change the mathematics is refused by name, and what transformers does not know is named
+in one log line. Plain Python.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxllm.config import LocalAttention, Scaling
+from jaxllm.families.field_rules import HARMLESS, RULES
+from jaxllm.families.notices import say_once
+from jaxllm.families.registry import architecture_of
 from jaxllm.families.rope import rope_scaling
 
-# Keys that do not change what one forward pass of the decoder computes.
-_IGNORED = frozenset(
-    "architectures model_type torch_dtype dtype transformers_version use_cache initializer_range bos_token_id "
-    "eos_token_id pad_token_id unk_token_id attention_dropout hidden_dropout _name_or_path is_llama_config "
-    "transformers.js_config task_specific_params id2label label2id problem_type return_dict output_attentions "
-    "output_hidden_states chunk_size_feed_forward _attn_implementation _attn_implementation_autoset "
-    "is_encoder_decoder cache_implementation keys_to_ignore_at_inference embd_pdrop resid_pdrop attn_pdrop "
-    "summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout n_ctx "
-    "router_aux_loss_coef output_router_logits router_jitter_noise aux_loss_alpha seq_aux ep_size auto_map "
-    "num_nextn_predict_layers num_mtp_layers initial_context_length experts_per_token "
-    "_sliding_window_pattern is_decoder".split()
-)
-# Keys that would change the mathematics, with the only value any family here computes.
-_FIXED: dict[str, Any] = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_interleaved": False,
-    "pretraining_tp": 1,
-    "use_sliding_window": False,
-    "sliding_window": None,
-    "partial_rotary_factor": 1.0,
-    "add_cross_attention": False,
-    "use_bidirectional_attention": False,
+# transformers' names of one function: silu, and both spellings of GELU's approximation by tanh.
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
 }
-_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+_HUGE = 1e30  # no number of a configuration comes near; infinite ones and NaN do not compare below it
+_LARGEST = 2**31 - 1  # of any size: beyond it the file is damaged
+_MOST = {"num_hidden_layers": 4096, "n_layer": 4096}  # each is walked in Python
 
 
 class Fields:
-    """The keys of one configuration and which of them were read."""
+    """The fields of one configuration and which of them were read.
+
+    Null counts as missing, except where transformers itself takes another value for a missing key (`defaults`).
+    """
 
     def __init__(self, hf: Mapping[str, Any]):
-        self._hf = hf
+        self.architecture = architecture_of(hf)
+        self._rules = RULES[self.architecture]
+        self._hf = dict(hf)
+        for other, name in self._rules.spellings.items():
+            if (value := self._hf.pop(other, None)) is not None:
+                self._hf[name] = value
         self._read: set[str] = set()
         self._partial = 1.0
         if quantization := hf.get("quantization_config"):
@@ -57,8 +55,24 @@ class Fields:
     def get(self, key: str, default: Any = None) -> Any:
         """The value, or the default where the key is missing or null."""
         self._read.add(key)
+        if key not in self._hf:
+            default = self._rules.defaults.get(key, default)
         value = self._hf.get(key)
         return default if value is None else value
+
+    def object(self, key: str) -> dict[str, Any]:
+        """A copy of a JSON object; empty where the key is missing or null."""
+        value = self.get(key, {})
+        if not isinstance(value, Mapping):
+            raise ValueError(f"config.json has {key}={_short(value)}; an object is required")
+        return {name: item for name, item in value.items() if item is not None}
+
+    def layers(self, key: str) -> tuple[int, ...]:
+        """A list of layer numbers; empty where the key is missing or null."""
+        value = self.get(key, [])
+        if not isinstance(value, list) or not all(type(item) is int and item >= 0 for item in value):
+            raise ValueError(f"config.json has {key}={_short(value)}; a list of layer numbers is required")
+        return tuple(value)
 
     def skip(self, *keys: str) -> None:
         """Keys that change nothing in this family, or that the caller has dealt with."""
@@ -66,50 +80,69 @@ class Fields:
 
     def number(self, key: str, default: float | None = None) -> Any:
         """A number; required unless there is a default."""
-        value = self.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"config.json has {key}={value!r}; a number is required")
-        return value
+        return _number(key, self.get(key, default))
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """A number above 0; required unless there is a default."""
+        return positive(key, self.get(key, default))
 
     def size(self, key: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
-        value = self.number(key, default)
-        if value != int(value) or value < 1:
-            raise ValueError(f"config.json has {key}={value!r}; a whole number of at least 1 is required")
+        """A whole number of at least 1; required unless there is a default."""
+        return self.count(key, default, least=1)
+
+    def count(self, key: str, default: int | None = None, *, least: int = 0) -> int:
+        """A whole number of at least `least`; required unless there is a default."""
+        value, most = self.number(key, default), _MOST.get(key, _LARGEST)
+        if value != int(value) or value < least:
+            raise ValueError(f"config.json has {key}={value!r}; a whole number of at least {least} is required")
+        if value > most:
+            raise ValueError(f"config.json has {key}={value!r}; at most {most} is possible")
         return int(value)
 
     def flag(self, key: str, default: bool = False) -> bool:
         """A truth value."""
         value = self.get(key, default)
         if not isinstance(value, bool):
-            raise ValueError(f"config.json has {key}={value!r}; true or false is required")
+            raise ValueError(f"config.json has {key}={_short(value)}; true or false is required")
         return value
 
     def only(self, key: str, *values: Any, default: Any = None) -> Any:
         """Refuse every value but these."""
         value = self.get(key, values[0] if default is None else default)
-        if value not in values:
-            raise ValueError(f"config.json has {key}={value!r}; this family supports only {values[0]!r}")
+        if not _is_one_of(value, values):
+            raise ValueError(f"config.json has {key}={_short(value)}; this family supports only {values[0]!r}")
         return value
 
     def activation(self, key: str = "hidden_act", default: str = "silu") -> str:
         """The activation's name here."""
         name = self.get(key, default)
-        if name not in _ACTIVATIONS:
-            raise ValueError(f"config.json has {key}={name!r}; supported are {', '.join(_ACTIVATIONS)}")
+        if not isinstance(name, str) or name not in _ACTIVATIONS:
+            raise ValueError(f"config.json has {key}={_short(name)}; supported are {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[name]
 
     def done(self) -> None:
-        """Refuse whatever was not read."""
+        """Judge whatever was not read: pass, refuse, or name it in the log."""
+        unknown = []
         for key, value in self._hf.items():
-            if key in self._read or key in _IGNORED or value is None:
+            if value is None or key in self._read or key in HARMLESS or key in self._rules.harmless:
                 continue
-            if key in _FIXED:
-                self.only(key, _FIXED[key])
-            elif key != "quantization_config":
-                raise ValueError(
-                    f"config.json has an unknown field {key}={str(value)[:60]} that may change the mathematics; refused"
-                )
+            values = self._rules.allowed(key)
+            if values is None:
+                unknown.append(key)
+            elif not _is_one_of(value, values):
+                raise ValueError(self._refusal(key, value, values))
+        if unknown:
+            say_once(
+                f"config.json has fields that transformers' {self._rules.config_class} does not know; they are "
+                f"ignored: {', '.join(sorted(map(str, unknown)))}"
+            )
+
+    def _refusal(self, key: str, value: Any, values: tuple[Any, ...]) -> str:
+        only = " or ".join(map(repr, values)) or "nothing or null"
+        return (
+            f"config.json has {key}={_short(value)}; {self.architecture} is computed here only with {only} "
+            f"(set that if the weights do not need {key})"
+        )
 
     # What several families share.
 
@@ -124,47 +157,90 @@ class Fields:
             "num_heads": heads,
             "num_kv_heads": self.size("num_key_value_heads", heads),
             "head_dim": self.size("head_dim", max(1, hidden // heads)),
-            "rms_norm_eps": float(self.number("rms_norm_eps")),
+            "rms_norm_eps": self.positive("rms_norm_eps"),
             "max_position_embeddings": self.size("max_position_embeddings"),
             "tie_word_embeddings": self.flag("tie_word_embeddings"),
         }
 
-    def rope(self, default_theta: float = 10000.0) -> dict[str, Any]:
-        """`rope_theta` and `rope_scaling`; transformers 5 writes both as `rope_parameters`."""
-        theta = self.number("rope_theta", default_theta)
-        parameters = dict(self.get("rope_parameters") or self.get("rope_scaling") or {})
-        self.skip("rope_parameters", "rope_scaling")
-        theta = parameters.pop("rope_theta", theta)
-        return {"rope_theta": float(theta), "rope_scaling": self.scaling(parameters)}
+    def rope(self, default_theta: float = 10000.0, default: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """`rope_theta` and `rope_scaling` of the decoder; `default` are the rope parameters of a file without any."""
+        parameters = self.rope_parameters(default_theta, default or {})
+        theta = positive("rope_theta", parameters.pop("rope_theta"))
+        return {"rope_theta": theta, "rope_scaling": self.scaling(parameters)}
 
     def scaling(self, parameters: Mapping[str, Any]) -> Scaling | None:
         """The scaling of rope parameters without their theta; what they leave out stands beside them."""
         if parameters.get("partial_rotary_factor") == self._partial:
             parameters = {key: value for key, value in parameters.items() if key != "partial_rotary_factor"}
-        original = self.get("original_max_position_embeddings")
-        return rope_scaling(parameters, self.get("max_position_embeddings"), original)
+        beside = "original_max_position_embeddings"
+        original = self.size(beside) if beside in self._rules.computed and self.get(beside) is not None else None
+        return rope_scaling(parameters, self.size("max_position_embeddings"), original)
 
     def rotary_dim(self, head_dim: int, default: float = 1.0) -> int:
         """How many dims of a head turn: `partial_rotary_factor`, in the rope parameters or beside them."""
-        nested = self.get("rope_parameters") or self.get("rope_scaling") or {}
-        self._partial = nested.get("partial_rotary_factor") or self.number("partial_rotary_factor", default)
-        self.skip("partial_rotary_factor")
-        return int(head_dim * self._partial)
+        nested = self.object("rope_scaling") or self.object("rope_parameters")
+        factor = nested.get("partial_rotary_factor", self.get("partial_rotary_factor", default))
+        if not 0 < positive("partial_rotary_factor", factor) <= 1:
+            raise ValueError(f"config.json has partial_rotary_factor={factor!r}; a number up to 1 is required")
+        self._partial = factor
+        return int(head_dim * factor)
+
+    def rope_parameters(self, default_theta: float, default: Mapping[str, Any]) -> dict[str, Any]:
+        """One object out of the spellings, put together as transformers 5 does.
+
+        `rope_scaling` (older, and what model cards say to add) replaces `rope_parameters` (newer) whole, its
+        `rope_theta` included; then `rope_theta` beside them fills in, then the class's own.
+        """
+        newer, older = self.object("rope_parameters") or dict(default), self.object("rope_scaling")
+        theta = self.number("rope_theta", default_theta)
+        if older and (lost := newer.get("rope_theta")) and lost != older.get("rope_theta", theta):
+            say_once(
+                f"config.json has rope_scaling beside rope_parameters; as in transformers it replaces them whole, also "
+                f"their rope_theta={lost}: the base is {older.get('rope_theta', theta)} now; write rope_theta={lost} "
+                "into rope_scaling if that is not meant"
+            )
+        return {"rope_theta": theta, **(older or newer)}
 
     def local(self, num_layers: int, default: Sequence[int], theta: float | None = None) -> LocalAttention | None:
         """Which layers slide, from `layer_types` or else `default`, with `sliding_window`."""
-        types = self.get("layer_types")
-        window = self.get("sliding_window")
-        layers = tuple(default)
-        if types is not None:
-            if len(types) != num_layers or not set(types) <= {"sliding_attention", "full_attention"}:
-                raise ValueError(
-                    f"config.json has layer_types={str(types)[:60]}; expected {num_layers} of sliding_attention or "
-                    "full_attention"
-                )
-            layers = tuple(i for i, kind in enumerate(types) if kind == "sliding_attention")
-        if not layers or window is None:
-            if types is not None and layers:
-                raise ValueError("config.json has sliding layers in layer_types but no sliding_window")
+        types = self.layer_types(num_layers)
+        layers = tuple(default) if not types else tuple(i for i, t in enumerate(types) if t == "sliding_attention")
+        if layers and self.get("sliding_window") is None and types:
+            raise ValueError("config.json has sliding layers in layer_types but no sliding_window")
+        if not layers or self.get("sliding_window") is None:
             return None
         return LocalAttention(window=self.size("sliding_window"), layers=layers, rope_theta=theta)
+
+    def layer_types(self, num_layers: int) -> list[str]:
+        """The kind of each layer's attention; empty where the file does not say."""
+        types, known = self.get("layer_types"), ("sliding_attention", "full_attention")
+        if types is None:
+            return []
+        if not isinstance(types, list) or len(types) != num_layers or any(t not in known for t in types):
+            raise ValueError(
+                f"config.json has layer_types={_short(types)}; expected {num_layers} of {' or '.join(known)}"
+            )
+        return types
+
+
+def _short(value: Any) -> str:
+    return repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+
+
+def _is_one_of(value: Any, values: Sequence[Any]) -> bool:
+    """`in`, without taking 1 for true or 0 for false."""
+    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in values)
+
+
+def _number(key: str, value: Any) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not -_HUGE < value < _HUGE:
+        raise ValueError(f"config.json has {key}={_short(value)}; a number is required")
+    return value
+
+
+def positive(key: str, value: Any) -> float:
+    """The value of a field as a number above 0."""
+    if _number(key, value) <= 0:
+        raise ValueError(f"config.json has {key}={value!r}; a number above 0 is required")
+    return float(value)

@@ -15,7 +15,15 @@ from jaxllm.families.sources import Heads, WeightMap, whole
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     """Map a Hugging Face Llama configuration; refuses by name what it would compute wrongly."""
     fields = Fields(hf)
-    cfg = ModelConfig(**fields.sizes(), **fields.rope(), activation=fields.activation())
+    bias = fields.flag("attention_bias")
+    cfg = ModelConfig(
+        **fields.sizes(),
+        **fields.rope(),
+        activation=fields.activation(),
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp_bias=fields.flag("mlp_bias"),
+    )
     fields.done()
     return cfg
 

@@ -23,11 +23,11 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
 
 def local_layers(fields: Fields, num_layers: int) -> LocalAttention | None:
     """`use_sliding_window` switches the windows of the layers from `max_window_layers` on."""
-    first = fields.get("max_window_layers", 28)
+    first = fields.count("max_window_layers", 28)
     if fields.flag("use_sliding_window"):
         return fields.local(num_layers, range(min(first, num_layers), num_layers))
     fields.skip("sliding_window")
-    if "sliding_attention" in fields.get("layer_types", ()):
+    if "sliding_attention" in fields.layer_types(num_layers):
         raise ValueError("config.json has sliding layers in layer_types but use_sliding_window is false")
     return None
 

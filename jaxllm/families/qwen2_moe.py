@@ -18,7 +18,7 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(hf)
     sizes = fields.sizes()
     experts = RoutedExperts(
-        num_experts=fields.size("num_experts", fields.get("num_local_experts")),
+        num_experts=fields.size("num_experts"),
         per_token=fields.size("num_experts_per_tok"),
         ffn_size=fields.size("moe_intermediate_size"),
         renormalize=fields.flag("norm_topk_prob"),
@@ -40,11 +40,11 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
 
 def _local(fields: Fields, num_layers: int) -> LocalAttention | None:
     """With `use_sliding_window` every other layer below `max_window_layers` has the window."""
-    first_full = int(fields.number("max_window_layers", 28))
+    first_full = fields.count("max_window_layers", 28)
     if fields.flag("use_sliding_window"):
         return fields.local(num_layers, range(0, min(first_full, num_layers), 2))
     fields.skip("sliding_window")
-    if "sliding_attention" in fields.get("layer_types", ()):
+    if "sliding_attention" in fields.layer_types(num_layers):
         raise ValueError("config.json has sliding layers in layer_types but use_sliding_window is false")
     return None
 

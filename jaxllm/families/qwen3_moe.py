@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.config import ModelConfig, RoutedExperts
+from jaxllm.config import LocalAttention, ModelConfig, RoutedExperts
 from jaxllm.families import llama
 from jaxllm.families import sources as weights
 from jaxllm.families.hf_config import Fields
-from jaxllm.families.qwen2 import local_layers
 from jaxllm.families.registry import Family
 from jaxllm.families.sources import WeightMap, whole
 
@@ -19,7 +18,7 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(hf)
     sizes = fields.sizes()
     experts = RoutedExperts(
-        num_experts=fields.size("num_experts", fields.get("num_local_experts")),
+        num_experts=fields.size("num_experts"),
         per_token=fields.size("num_experts_per_tok"),
         ffn_size=fields.size("moe_intermediate_size"),
         renormalize=fields.flag("norm_topk_prob"),
@@ -30,7 +29,7 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         **sizes,
         **fields.rope(),
         activation=fields.activation(),
-        local=local_layers(fields, sizes["num_layers"]),
+        local=_local(fields, sizes["num_layers"]),
         qk_norm="head",
         qkv_bias=bias,
         out_bias=bias,
@@ -42,8 +41,16 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
 
 def dense_layers(fields: Fields, num_layers: int) -> tuple[int, ...]:
     """Layers without experts: those listed, and those that `decoder_sparse_step` skips."""
-    step, listed = fields.size("decoder_sparse_step", 1), fields.get("mlp_only_layers", [])
+    step, listed = fields.size("decoder_sparse_step", 1), fields.layers("mlp_only_layers")
     return tuple(i for i in range(num_layers) if i in listed or (i + 1) % step)
+
+
+def _local(fields: Fields, num_layers: int) -> LocalAttention | None:
+    """`use_sliding_window` switches the window on in every layer, unlike in Qwen2 and Qwen3."""
+    if fields.flag("use_sliding_window"):
+        return fields.local(num_layers, range(num_layers))
+    fields.skip("sliding_window")
+    return None
 
 
 def weight_map(cfg: ModelConfig, copies: int = 1) -> WeightMap:

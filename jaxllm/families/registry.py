@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.families.field_rules import RULES
+
 if TYPE_CHECKING:
     from jaxllm.config import ModelConfig
     from jaxllm.families.sources import WeightMap
@@ -61,18 +63,35 @@ class Family:
         return any(re.fullmatch(pattern, tensor) for pattern in self.ignored)
 
 
+# Names that files give to what is supported under another one.
+_SYNONYMS = {"LLaMAForCausalLM": "LlamaForCausalLM"}
+
+
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Read a Hugging Face `config.json`. Raises ValueError for what this engine would compute wrongly."""
     return family_of(hf).config(hf)
 
 
+def architecture_of(hf: Mapping[str, Any]) -> str:
+    """The supported architecture that a configuration names in `architectures` or, without any, in `model_type`.
+
+    Raises:
+        ValueError: it names none that is supported.
+    """
+    names = hf.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"config.json has architectures={names!r}; expected a list of names")
+    for name in names or ():
+        if (known := _SYNONYMS.get(name, name)) in ARCHITECTURES:
+            return known
+    model_type = hf.get("model_type")
+    for name in () if names else ARCHITECTURES:
+        if RULES[name].model_type == model_type:
+            return name
+    got = ", ".join(names or ()) or (f"model_type {model_type!r}" if model_type else "no architecture")
+    raise ValueError(f"the model's configuration names {got}; supported architectures are {', '.join(ARCHITECTURES)}")
+
+
 def family_of(hf: Mapping[str, Any]) -> Family:
     """Return the family of a Hugging Face configuration, or raise ValueError naming what is supported."""
-    architectures = hf.get("architectures") or []
-    if not isinstance(architectures, list):
-        raise ValueError(f"config.json has architectures={architectures!r}; expected a list of names")
-    for name in architectures:
-        if name in ARCHITECTURES:
-            return importlib.import_module(f"jaxllm.families.{ARCHITECTURES[name]}").FAMILY
-    got = ", ".join(map(str, architectures)) or "no architecture"
-    raise ValueError(f"the model's configuration names {got}; supported architectures are {', '.join(ARCHITECTURES)}")
+    return importlib.import_module(f"jaxllm.families.{ARCHITECTURES[architecture_of(hf)]}").FAMILY

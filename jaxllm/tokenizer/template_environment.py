@@ -70,8 +70,9 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def wrap_str_format(self, value: Any) -> Any:
         """Jinja lets `format` through with a wrapper that does not bound its widths: ours does."""
         text = getattr(value, "__self__", None)
-        is_format = getattr(value, "__name__", "") == "format" and isinstance(text, str)
-        return operations.text_format(text) if is_format else None
+        if isinstance(text, str) and getattr(value, "__name__", "") == "format":
+            return operations.text_format(text)
+        return None
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         if not operations.is_allowed_method(obj, attr):

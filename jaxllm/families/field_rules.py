@@ -1,0 +1,342 @@
+"""What becomes of each field of a `config.json`, for every supported architecture. Pure data.
+
+A field that transformers' own configuration class of the architecture declares is *computed* (the family reads it),
+*harmless* (no value changes what a forward pass computes), or *neutral*: refused unless it has one of the values
+listed. A field that the class does not declare cannot change the reference's mathematics and is ignored with a log
+line, but for those that say something else in the code a model was published with: `FOREIGN`, again with the only
+values that are let through. tests/families/test_field_rules.py walks the installed transformers, and
+docs/config_fields.md shows the lists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Values = Mapping[str, tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FieldRules:
+    """The fields of one architecture.
+
+    Attributes:
+        config_class, model_type: of transformers.
+        computed: fields that the family reads.
+        undeclared: computed, though the class does not declare them: transformers' model code asks for them.
+        harmless: fields beyond `HARMLESS` that change nothing here.
+        neutral: field -> the values that are let through; null always is.
+        foreign: as `neutral`, for fields that the class does not declare; stands before `FOREIGN`.
+        defaults: what transformers takes where the file leaves a key out, if null means something else.
+        spellings: another name of a field -> its name; where both are given, the other name wins, as in transformers.
+    """
+
+    config_class: str
+    model_type: str
+    computed: frozenset[str]
+    undeclared: frozenset[str] = frozenset()
+    harmless: frozenset[str] = frozenset()
+    neutral: Values = field(default_factory=dict)
+    foreign: Values = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    spellings: Mapping[str, str] = field(default_factory=dict)
+
+    def reads(self, key: str) -> bool:
+        """Whether the family computes with this field."""
+        return key in self.computed or key in self.undeclared or key in ROPE
+
+    def allowed(self, key: str) -> tuple[Any, ...] | None:
+        """The only values that are let through, or None where the field has no such list."""
+        for values in (self.neutral, self.foreign, FOREIGN):
+            if key in values:
+                return values[key]
+        return None
+
+
+# Older and newer spellings of the rotary embedding, which transformers brings together in its base class.
+ROPE = frozenset("rope_parameters rope_scaling rope_theta partial_rotary_factor".split())
+
+# What no forward pass of a decoder reads: bookkeeping, training, heads of other tasks, defaults of generation (which
+# transformers takes out of the file as well), and switches of one implementation or another.
+HARMLESS = frozenset(
+    # transformers' base class, of this and of earlier major versions
+    "architectures model_type transformers_version dtype torch_dtype output_hidden_states output_attentions "
+    "return_dict use_return_dict chunk_size_feed_forward is_encoder_decoder id2label label2id num_labels problem_type "
+    "name_or_path _name_or_path _commit_hash _attn_implementation _attn_implementation_autoset _experts_implementation "
+    "attn_implementation attn_implementation_internal torchscript use_bfloat16 tf_legacy_loss tie_encoder_decoder "
+    "cross_attention_hidden_size is_decoder finetuning_task task_specific_params tokenizer_class prefix "
+    "sep_token_id decoder_start_token_id bos_token_id eos_token_id pad_token_id unk_token_id auto_map "
+    "keys_to_ignore_at_inference gradient_checkpointing use_cache initializer_range transformers.js_config "
+    "tie_last_hidden_states "
+    # training
+    "attention_dropout hidden_dropout classifier_dropout pretraining_tp router_aux_loss_coef output_router_logits "
+    "router_jitter_noise aux_loss_alpha seq_aux ep_size ep_group neftune_noise_alpha "
+    # generation
+    "max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams num_beam_groups "
+    "diversity_penalty temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff repetition_penalty "
+    "encoder_repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
+    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
+    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens "
+    "cache_implementation "
+    # layers that predict several tokens at once: generation here does not use them
+    "num_nextn_predict_layers num_mtp_layers".split()
+)
+
+_OFF = (False,)
+# Fields that some published code computes with, and the values with which it computes what is computed here.
+FOREIGN: Values = {
+    "attention_bias": _OFF,
+    "attn_bias": _OFF,
+    "qkv_bias": _OFF,
+    "mlp_bias": _OFF,
+    "lm_head_bias": _OFF,
+    "use_qk_norm": _OFF,
+    "qk_norm": _OFF,
+    "qk_layernorm": _OFF,
+    "use_mrope": _OFF,
+    "rope_interleaved": _OFF,
+    "rope_interleave": _OFF,
+    "use_sliding_window": _OFF,
+    "sliding_window": (),
+    "layer_types": (),
+    "attention_chunk_size": (),
+    "partial_rotary_factor": (1.0,),
+    "add_cross_attention": _OFF,
+    "use_bidirectional_attention": _OFF,
+    "is_causal": (True,),
+    "pruned_heads": ({},),
+    "per_layer_config": ({},),
+    "shared_expert_intermediate_size": (0,),
+    "clip_qkv": (),
+    "alibi": _OFF,
+    "use_alibi": _OFF,
+    "parallel_attn": _OFF,
+    "use_parallel_residual": _OFF,
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "logit_scale": (1.0,),
+    "logits_scaling": (1.0,),
+    "embedding_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+    "scale_emb": (1.0,),
+    "scale_depth": (),
+    "no_rope_layers": ([],),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
+    "moe_layer_freq": (1,),
+    "attention_sinks": _OFF,
+    "kv_sharing_modes": ([],),
+    "num_kv_shared_layers": (0,),
+}
+
+
+def _rules(config_class: str, model_type: str, computed: str, **rest: Any) -> FieldRules:
+    """`rest` as FieldRules, the sets as words of one string."""
+    sets = {name: frozenset(rest.pop(name, "").split()) for name in ("undeclared", "harmless")}
+    return FieldRules(
+        config_class=config_class, model_type=model_type, computed=frozenset(computed.split()), **sets, **rest
+    )
+
+
+_SIZES = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads rms_norm_eps "
+    "max_position_embeddings tie_word_embeddings rope_parameters "
+)
+_DENSE = _SIZES + "head_dim hidden_act "
+_WINDOWS = "use_sliding_window sliding_window max_window_layers layer_types "
+_GEMMA = _SIZES + "head_dim hidden_activation attention_bias query_pre_attn_scalar attn_logit_softcapping "
+_GEMMA += "final_logit_softcapping sliding_window layer_types "
+_LATENT = _SIZES + "hidden_act kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
+_LATENT += "first_k_dense_replace n_group n_routed_experts n_shared_experts num_experts_per_tok moe_intermediate_size "
+_LATENT += "routed_scaling_factor topk_group "
+_EXPERTS = "num_experts num_experts_per_tok moe_intermediate_size norm_topk_prob decoder_sparse_step mlp_only_layers "
+_ONE_WAY = {"use_bidirectional_attention": _OFF}
+# Gemma's files say it twice: the class computes `hidden_activation`, and no other than this one was ever published.
+_GELU = {"hidden_act": ("gelu_pytorch_tanh", "gelu")}
+
+_GEMMA_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "tie_word_embeddings": True,
+    "sliding_window": 4096,
+}
+_GLM_DEFAULTS = {"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}
+
+RULES: dict[str, FieldRules] = {
+    "LlamaForCausalLM": _rules("LlamaConfig", "llama", _DENSE + "attention_bias mlp_bias"),
+    "MistralForCausalLM": _rules(
+        "MistralConfig",
+        "mistral",
+        _DENSE + "sliding_window",
+        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+    ),
+    "Qwen2ForCausalLM": _rules(
+        "Qwen2Config",
+        "qwen2",
+        _SIZES + "hidden_act " + _WINDOWS,
+        undeclared="head_dim",
+        foreign={"attention_bias": (True,), "qkv_bias": (True,)},
+        defaults={"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    ),
+    "Qwen3ForCausalLM": _rules(
+        "Qwen3Config",
+        "qwen3",
+        _DENSE + _WINDOWS + "attention_bias",
+        foreign={"use_qk_norm": (True,)},
+        defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    ),
+    "GemmaForCausalLM": _rules(
+        "GemmaConfig",
+        "gemma",
+        _DENSE + "attention_bias",
+        undeclared="hidden_activation",
+        neutral=_ONE_WAY,
+        defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+    ),
+    "Gemma2ForCausalLM": _rules(
+        "Gemma2Config",
+        "gemma2",
+        _GEMMA,
+        neutral=_ONE_WAY,
+        foreign=_GELU,
+        defaults=_GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    ),
+    "Gemma3ForCausalLM": _rules(
+        "Gemma3TextConfig",
+        "gemma3_text",
+        _GEMMA,
+        undeclared="sliding_window_pattern rope_local_base_freq",
+        neutral=_ONE_WAY,
+        foreign=_GELU,
+        defaults=_GEMMA_DEFAULTS,
+    ),
+    "Phi3ForCausalLM": _rules(
+        "Phi3Config",
+        "phi3",
+        _SIZES + "hidden_act sliding_window original_max_position_embeddings",
+        undeclared="head_dim",
+        harmless="resid_pdrop embd_pdrop",
+        defaults={"original_max_position_embeddings": 4096},
+    ),
+    "Olmo2ForCausalLM": _rules("Olmo2Config", "olmo2", _SIZES + "hidden_act attention_bias", undeclared="head_dim"),
+    "Olmo3ForCausalLM": _rules(
+        "Olmo3Config",
+        "olmo3",
+        _SIZES + "hidden_act attention_bias sliding_window layer_types",
+        undeclared="head_dim",
+        defaults={"sliding_window": 4096},
+    ),
+    "GPT2LMHeadModel": _rules(
+        "GPT2Config",
+        "gpt2",
+        "vocab_size n_positions n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "
+        "scale_attn_weights tie_word_embeddings",
+        harmless="resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj summary_activation "
+        "summary_proj_to_labels summary_first_dropout reorder_and_upcast_attn n_ctx n_special "
+        "predict_special_tokens",
+        neutral={"scale_attn_by_inverse_layer_idx": _OFF, "add_cross_attention": _OFF},
+        defaults={"tie_word_embeddings": True, "scale_attn_weights": True},
+        spellings={
+            "hidden_size": "n_embd",
+            "max_position_embeddings": "n_positions",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+        },
+    ),
+    "MixtralForCausalLM": _rules(
+        "MixtralConfig",
+        "mixtral",
+        _DENSE + "sliding_window num_local_experts num_experts_per_tok",
+        defaults={"num_key_value_heads": 8},
+        spellings={"num_experts": "num_local_experts"},
+    ),
+    "Qwen2MoeForCausalLM": _rules(
+        "Qwen2MoeConfig",
+        "qwen2_moe",
+        _SIZES + "hidden_act qkv_bias shared_expert_intermediate_size " + _WINDOWS + _EXPERTS,
+        undeclared="head_dim",
+        defaults={
+            "num_key_value_heads": 16,
+            "sliding_window": 4096,
+            "max_window_layers": 28,
+            "qkv_bias": True,
+            "shared_expert_intermediate_size": 5632,
+        },
+    ),
+    "Qwen3MoeForCausalLM": _rules(
+        "Qwen3MoeConfig",
+        "qwen3_moe",
+        _SIZES + "hidden_act attention_bias use_sliding_window sliding_window " + _EXPERTS,
+        undeclared="head_dim",
+        harmless="max_window_layers",
+        foreign={"use_qk_norm": (True,)},
+        defaults={"num_key_value_heads": 4, "sliding_window": 4096},
+        spellings={"num_local_experts": "num_experts"},
+    ),
+    "DeepseekV2ForCausalLM": _rules(
+        "DeepseekV2Config",
+        "deepseek_v2",
+        _LATENT + "topk_method head_dim",
+        undeclared="qk_head_dim",
+        neutral={"attention_bias": _OFF, "mlp_bias": _OFF, "norm_topk_prob": _OFF},
+        foreign={"scoring_func": ("softmax",)},
+        defaults={"q_lora_rank": 1536, "n_shared_experts": 2},
+        spellings={"num_experts": "n_routed_experts"},
+    ),
+    "DeepseekV3ForCausalLM": _rules(
+        "DeepseekV3Config",
+        "deepseek_v3",
+        _LATENT + "norm_topk_prob rope_interleave",
+        undeclared="head_dim qk_head_dim",
+        neutral={"attention_bias": _OFF},
+        foreign={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+        defaults={
+            "q_lora_rank": 1536,
+            "n_shared_experts": 1,
+            "n_group": 8,
+            "topk_group": 4,
+            "first_k_dense_replace": 3,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 2.5,
+            "rope_interleave": True,
+        },
+        spellings={"num_local_experts": "n_routed_experts", "num_nextn_predict_layers": "num_mtp_layers"},
+    ),
+    "GptOssForCausalLM": _rules(
+        "GptOssConfig",
+        "gpt_oss",
+        _SIZES
+        + "head_dim sliding_window layer_types attention_bias num_local_experts num_experts_per_tok swiglu_alpha "
+        "swiglu_limit",
+        harmless="initial_context_length experts_per_token",
+        neutral={"hidden_act": ("silu",)},
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "sliding_window": 128,
+            "attention_bias": True,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+        },
+        spellings={"num_experts": "num_local_experts"},
+    ),
+    "SmolLM3ForCausalLM": _rules(
+        "SmolLM3Config",
+        "smollm3",
+        _SIZES + "hidden_act use_sliding_window sliding_window layer_types no_rope_layers no_rope_layer_interval "
+        "attention_bias mlp_bias",
+        undeclared="head_dim",
+        harmless="max_window_layers",
+        defaults={"num_key_value_heads": 4, "tie_word_embeddings": True, "no_rope_layer_interval": 4},
+    ),
+    "GraniteForCausalLM": _rules(
+        "GraniteConfig",
+        "granite",
+        _SIZES + "hidden_act attention_bias mlp_bias embedding_multiplier logits_scaling residual_multiplier "
+        "attention_multiplier",
+        undeclared="head_dim",
+    ),
+    "GlmForCausalLM": _rules("GlmConfig", "glm", _DENSE + "attention_bias", defaults=_GLM_DEFAULTS),
+    "Glm4ForCausalLM": _rules("Glm4Config", "glm4", _DENSE + "attention_bias", defaults=_GLM_DEFAULTS),
+}
