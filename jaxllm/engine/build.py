@@ -177,6 +177,7 @@ class _Model:
 def _weights(config: EngineConfig, progress: bool) -> _Model:
     from jaxllm.checkpoints import open_checkpoint, resolve_model
     from jaxllm.families.presets import PRESETS
+    from jaxllm.families.tensor_names import named
 
     if config.model in PRESETS and not os.path.exists(config.model):
         raise ValueError(
@@ -184,7 +185,7 @@ def _weights(config: EngineConfig, progress: bool) -> _Model:
             "or load_format='dummy' (--load-format dummy) for random weights"
         )
     path = resolve_model(config.model, progress=progress)
-    checkpoint = open_checkpoint(path)
+    checkpoint = named(open_checkpoint(path))
     return _Model(checkpoint.config, path, checkpoint)
 
 

@@ -125,5 +125,4 @@ def _by_head(name: str, n: int, width: int, inputs: int) -> Source:
     return Source((part,))
 
 
-# The last released layers predict several tokens at once; generation does not use them.
-FAMILY = Family("deepseek", config, weight_map, ignored=(r".*rotary_emb\.inv_freq", r"model\.layers\.61\..*"))
+FAMILY = Family("deepseek", config, weight_map)

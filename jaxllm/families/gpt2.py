@@ -83,4 +83,4 @@ def _norm(path: tuple[str | int, ...], name: str, d: int) -> WeightMap:
     return {(*path, "scale"): whole(f"{name}.weight", d), (*path, "bias"): whole(f"{name}.bias", d)}
 
 
-FAMILY = Family("gpt2", config, weight_map, ignored=(r".*\.attn\.(bias|masked_bias)",))
+FAMILY = Family("gpt2", config, weight_map, prefix="transformer.", ignored=(r".*\.attn\.(bias|masked_bias)",))

@@ -48,18 +48,18 @@ ARCHITECTURES = {
 class Family:
     """One family: its configuration mapping, its weight-name map, and tensors that carry no weights.
 
-    `weight_map(cfg, copies)` repeats each key/value head `copies` times. `ignored` are regular expressions.
+    `weight_map(cfg, copies)` repeats each key/value head `copies` times. `prefix` stands before the names of all
+    tensors but the head's; files leave it out or not. `ignored` are regular expressions.
     """
 
     name: str
     config: Callable[[Mapping[str, Any]], ModelConfig]
     weight_map: Callable[[ModelConfig, int], WeightMap]
+    prefix: str = "model."
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
 
-    def ignores(self, tensor: str, cfg: ModelConfig) -> bool:
-        """Whether a tensor may be left out: buffers, and a second copy of tied embeddings."""
-        if cfg.tie_word_embeddings and tensor == "lm_head.weight":
-            return True
+    def ignores(self, tensor: str) -> bool:
+        """Whether a tensor may be left out: buffers that can be computed."""
         return any(re.fullmatch(pattern, tensor) for pattern in self.ignored)
 
 

@@ -37,12 +37,13 @@ def convert(
         ValueError: the target exists, or the source cannot be read.
     """
     from jaxllm.checkpoints import open_checkpoint, resolve_model
+    from jaxllm.families.tensor_names import named
 
     if to not in FORMATS:
         raise ValueError(f"cannot convert to {to!r}; use one of {', '.join(FORMATS)}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not empty; name a new folder")
-    checkpoint = open_checkpoint(resolve_model(source))
+    checkpoint = named(open_checkpoint(resolve_model(source)))
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -23,6 +23,7 @@ from jaxllm.checkpoints import Checkpoint
 from jaxllm.config import ModelConfig
 from jaxllm.families.registry import Family, family_of
 from jaxllm.families.sources import Box, Source, WeightMap, checkpoint_tensors
+from jaxllm.families.tensor_names import named
 from jaxllm.models.decoder import Decoder
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import check_divides, kv_copies, vocab_padding
@@ -97,9 +98,10 @@ def load_parameters(model: AbstractModel, checkpoint: Checkpoint) -> Any:
 
     Raises ValueError naming a tensor that is missing, unexpected or misshapen before any is read.
     """
+    checkpoint = named(checkpoint)
     family = family_of(checkpoint.config)
     sources = family.weight_map(model.cfg, model.kv_copies)
-    _check_tensors(sources, checkpoint, family, model.cfg)
+    _check_tensors(sources, checkpoint, family)
     shardings = dict(nnx.to_flat_state(model.shardings()))
 
     def load(item: Any) -> Any:
@@ -136,7 +138,7 @@ def _random(shape: tuple[int, ...], dtype: jnp.dtype, key: jax.Array) -> jax.Arr
     return (jax.random.normal(key, shape, jnp.bfloat16) * 0.02).astype(dtype)
 
 
-def _check_tensors(sources: WeightMap, checkpoint: Checkpoint, family: Family, cfg: ModelConfig) -> None:
+def _check_tensors(sources: WeightMap, checkpoint: Checkpoint, family: Family) -> None:
     expected = dict(checkpoint_tensors(sources))
     for name, shape in expected.items():
         info = checkpoint.tensors.get(name)
@@ -147,7 +149,7 @@ def _check_tensors(sources: WeightMap, checkpoint: Checkpoint, family: Family, c
         if not info.dtype.startswith(("float", "bfloat")) or info.dtype.startswith("float8"):
             raise ValueError(f"tensor {name} has dtype {info.dtype}; expected float32, float16 or bfloat16")
     for name in checkpoint.tensors:
-        if name not in expected and not family.ignores(name, cfg):
+        if name not in expected and not family.ignores(name):
             raise ValueError(f"the checkpoint has an unexpected tensor {name} that family {family.name} would not use")
 
 
