@@ -18,7 +18,6 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     The first release said `hidden_act: gelu` and meant its approximation; `hidden_activation` came later.
     """
     fields = Fields(hf)
-
     fields.only("hidden_act", "gelu_pytorch_tanh", "gelu")
     fields.only("hidden_activation", "gelu_pytorch_tanh")
     sizes, bias = fields.sizes(), fields.flag("attention_bias")

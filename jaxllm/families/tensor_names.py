@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.checkpoints.base import Checkpoint, TensorInfo
-from jaxllm.families.hf_config import say_once
+from jaxllm.families.notices import say_once
 from jaxllm.families.registry import Family, family_of
 from jaxllm.families.sources import checkpoint_tensors
 
