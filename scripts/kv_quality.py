@@ -58,7 +58,7 @@ def last_logits(llm: Any, ids: list[int], count: int) -> np.ndarray:
 def measure(args: argparse.Namespace, dtype: str, ids: list[int]) -> dict[str, Any]:
     """Everything about one cache dtype."""
     from jaxllm import LLM, SamplingParams
-    from jaxllm.kv.memory import token_bytes
+    from jaxllm.kv.layout import token_bytes
 
     length = len(ids) + 128
     llm = LLM(

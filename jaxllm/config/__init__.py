@@ -3,6 +3,7 @@
 from jaxllm.config.engine import ATTENTION_BACKENDS, DTYPES, EngineConfig
 from jaxllm.config.model import ModelConfig
 from jaxllm.config.parts import (
+    CacheRow,
     ClampedSwiglu,
     DynamicScaling,
     LatentAttention,
@@ -19,6 +20,7 @@ from jaxllm.config.parts import (
 __all__ = [
     "ATTENTION_BACKENDS",
     "DTYPES",
+    "CacheRow",
     "ClampedSwiglu",
     "DynamicScaling",
     "EngineConfig",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.config.parts import (
+    CacheRow,
     ClampedSwiglu,
     DynamicScaling,
     LatentAttention,
@@ -176,10 +177,16 @@ class ModelConfig:
         """Elements of the weights that one token meets: of the routed experts only those it is sent to."""
         return self._tables() + sum(self._block(i, active=True) for i in range(self.num_layers))
 
+    @property
+    def cache_row(self) -> CacheRow:
+        """What one token leaves in the cache of each layer."""
+        if self.latent:
+            return CacheRow(halves=1, heads=1, width=self.latent.cache_width, is_cut=False)
+        return CacheRow(halves=2, heads=self.num_kv_heads, width=self.head_dim, is_cut=True)
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of keys and values that one token occupies over all layers (K_tok of the roofline)."""
-        width = self.latent.cache_width if self.latent else 2 * self.num_kv_heads * self.head_dim
-        return self.num_layers * width * itemsize
+        return self.num_layers * self.cache_row.numbers * itemsize
 
     def _tables(self) -> int:
         d = self.hidden_size

@@ -134,3 +134,30 @@ class ClampedSwiglu:
 
     alpha: float
     limit: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheRow:
+    """What one token leaves in the cache of one layer, as the layer's kind of attention has it.
+
+    Attributes:
+        halves: 2: a key and a value; 1: one row that serves as both.
+        heads: key/value heads, each with a row of its own.
+        width: numbers in a row.
+        is_cut: whether devices may share the heads; a row that belongs to every query head lies whole on each.
+    """
+
+    halves: int
+    heads: int
+    width: int
+    is_cut: bool
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of numbers; each has a scale of its own in an 8-bit cache."""
+        return self.halves * self.heads
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of one token in one layer."""
+        return self.num_rows * self.width

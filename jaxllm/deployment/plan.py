@@ -270,7 +270,7 @@ def _report(deployment: Deployment, memory: Memory, seconds: float, context: int
 
 def _page_bytes_of_all(deployment: Deployment) -> int:
     """One page as `kv_cache_memory_bytes` counts it: over all devices that share it."""
-    from jaxllm.kv.memory import token_bytes
+    from jaxllm.kv.layout import token_bytes
 
     model, shapes = deployment.model, deployment.shapes
     return token_bytes(model.cfg, shapes.kv_dtype, model.kv_copies) * shapes.page_size

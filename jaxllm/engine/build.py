@@ -145,8 +145,7 @@ def _tiers(config: EngineConfig, runner: ModelRunner, identity: str) -> tuple[Ti
         raise ValueError("host_kv_bytes is for one process; leave it out where there are several")
     if runner.shapes.num_replicas > 1:
         raise ValueError("host_kv_bytes serves one replica; use a mesh without data parallelism, or leave it at 0")
-    slab, copies = runner.slab(), runner.model.kv_copies
-    interleaved = runner.shapes.page_layout(copies).interleaved
+    slab, layout = runner.slab(), runner.shapes.page_layout(runner.model.cfg.cache_row, runner.model.kv_copies)
     page_bytes = runner.page_bytes
     if config.host_kv_bytes < page_bytes:
         raise ValueError(f"host_kv_bytes={config.host_kv_bytes} is less than one page; use at least {page_bytes}")
@@ -155,11 +154,11 @@ def _tiers(config: EngineConfig, runner: ModelRunner, identity: str) -> tuple[Ti
         disk = DiskStore(
             Path(config.disk_kv_path),
             config.disk_kv_bytes,
-            page_format(slab, identity, copies, interleaved=interleaved),
+            page_format(slab, identity, layout),
         )
     host = HostPool(config.host_kv_bytes // page_bytes)
     tiers = Tiers(host, disk, page_bytes=page_bytes, preemption=config.preemption_mode)
-    mover = Mover(runner, tiers, slab, disk, copies, interleaved=interleaved)
+    mover = Mover(runner, tiers, slab, disk, layout)
     if disk is not None:
         host.on_evict = mover.evict
     return tiers, mover
@@ -255,7 +254,7 @@ def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connec
     """
     import jax.numpy as jnp
 
-    from jaxllm.kv.memory import token_bytes
+    from jaxllm.kv.layout import token_bytes
     from jaxllm.ops.attention import XLA, choose_backend, fit_backend
     from jaxllm.runner.shapes import RunnerShapes
 
@@ -311,8 +310,7 @@ def _cache_bytes(config: EngineConfig, model: AbstractModel) -> int:
     taken = model.parameter_bytes_per_device() + _TEMPORARY_BYTES
     left = (int(stats["bytes_limit"] * config.gpu_memory_utilization) - stats["bytes_in_use"] for stats in known)
     free = min(left) - taken
-    is_cut = model.cfg.latent is None  # a latent row lies whole on every device
-    return max(free, 0) * (model.placement.parts("heads") if is_cut else 1)
+    return max(free, 0) * (model.placement.parts("heads") if model.cfg.cache_row.is_cut else 1)
 
 
 def _tokenizer(config: EngineConfig, path: Path | None) -> Tokenizer | None:

@@ -10,7 +10,6 @@ kind `pinned_host`, or NumPy where the backend has none.
 
 from __future__ import annotations
 
-import functools
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.kv.disk_store import DiskStore, PageFormat
-from jaxllm.kv.page_programs import MOVE_BATCH, from_logical, to_logical
+from jaxllm.kv.layout import PageLayout
+from jaxllm.kv.page_programs import MOVE_BATCH
 from jaxllm.scheduling.tiers import Load, Tiers
 
 _BATCHES_AHEAD = 8  # on the device and not yet in their pages
@@ -61,17 +61,14 @@ class Mover:
         tiers: whose decisions are carried out.
         slab: shapes and shardings of one slab.
         disk: below the host, or None.
-        kv_copies, interleaved: how keys and values lie in a slab (see `to_logical`); the disk has them another way.
+        layout: how keys and values lie in a slab; the disk has them in the logical layout.
     """
 
-    def __init__(
-        self, arrays: PageArrays, tiers: Tiers, slab: Any, disk: DiskStore | None, kv_copies: int, *, interleaved: bool
-    ):
+    def __init__(self, arrays: PageArrays, tiers: Tiers, slab: Any, disk: DiskStore | None, layout: PageLayout):
         self.disk = disk
         self.num_dropped_writes = 0
         self._arrays, self._tiers = arrays, tiers
-        self._to_logical = functools.partial(to_logical, kv_copies=kv_copies, interleaved=interleaved)
-        self._from_logical = functools.partial(from_logical, kv_copies=kv_copies, interleaved=interleaved)
+        self._layout = layout
         self._structure = jax.tree.structure(slab)
         self._on_device = jax.tree.map(lambda leaf: leaf.sharding, slab)
         self._in_host = _in_host(self._on_device)
@@ -205,11 +202,11 @@ class Mover:
         arrays = self.disk.read(key) if self.disk is not None else None
         if arrays is None:
             return None
-        return jax.tree.unflatten(self._structure, [self._from_logical(array) for array in arrays])
+        return jax.tree.unflatten(self._structure, [self._layout.from_logical(array) for array in arrays])
 
     def _write(self, key: bytes, slab: Any) -> None:
         assert self.disk is not None
-        self.disk.write(key, [self._to_logical(np.asarray(leaf)) for leaf in jax.tree.leaves(slab)])
+        self.disk.write(key, [self._layout.to_logical(np.asarray(leaf)) for leaf in jax.tree.leaves(slab)])
 
     def _to_host(self, slab: Any) -> Any:
         return jax.tree.map(np.asarray, slab) if self._in_host is None else jax.device_put(slab, self._in_host)
@@ -225,13 +222,13 @@ class Mover:
         return 2 * MOVE_BATCH * self._tiers.page_bytes / (time.perf_counter() - started)
 
 
-def page_format(slab: Any, model: str, kv_copies: int, *, interleaved: bool) -> PageFormat:
+def page_format(slab: Any, model: str, layout: PageLayout) -> PageFormat:
     """What a slab looks like on disk."""
 
     def array(leaf: Any) -> tuple[tuple[int, ...], str]:
         dtype = jnp.dtype(leaf.dtype)
         one = np.lib.stride_tricks.as_strided(np.zeros(1, dtype), leaf.shape, (0,) * len(leaf.shape))  # takes no memory
-        return to_logical(one, kv_copies, interleaved=interleaved).shape, dtype.name
+        return layout.to_logical(one).shape, dtype.name
 
     return PageFormat(model, tuple(array(leaf) for leaf in jax.tree.leaves(slab)))
 

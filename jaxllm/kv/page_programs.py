@@ -55,23 +55,6 @@ def slab_struct(pages: Sequence[Any]) -> Any:
     return jax.tree.map(struct, pages[0])
 
 
-def to_logical(leaf: np.ndarray, kv_copies: int, *, interleaved: bool) -> np.ndarray:
-    """A slab's array as `[L, 2, C, K, ...]` with each key/value head once, however the mesh and its kernel have it."""
-    if interleaved:  # [L, C, 2K, ...]: each head's key, then its value
-        layers, tokens, rows, *rest = leaf.shape
-        leaf = np.moveaxis(leaf.reshape(layers, tokens, rows // 2, 2, *rest), 3, 1)
-    return leaf[:, :, :, ::kv_copies]
-
-
-def from_logical(array: np.ndarray, kv_copies: int, *, interleaved: bool) -> np.ndarray:
-    """The inverse of `to_logical`."""
-    array = np.repeat(array, kv_copies, axis=3) if kv_copies > 1 else array
-    if not interleaved:
-        return array
-    layers, halves, tokens, heads, *rest = array.shape
-    return np.moveaxis(array, 1, 3).reshape(layers, tokens, heads * halves, *rest)
-
-
 def device_bytes(arrays: Any) -> int:
     """Bytes over all devices of arrays given as shapes with shardings, copies included."""
     return sum(

@@ -38,9 +38,8 @@ class Setting:
     @property
     def kv_copies(self) -> int:
         """How often the chips together store each key and value: a latent row cannot be cut."""
-        if self.config.latent:
-            return self.tp
-        return max(1, self.tp // self.config.num_kv_heads)
+        row = self.config.cache_row
+        return max(1, self.tp // row.heads) if row.is_cut else self.tp
 
     @property
     def kv_token_bytes(self) -> int:

@@ -75,7 +75,7 @@ def needed(model: AbstractModel, shapes: RunnerShapes, devices: int = 1) -> Need
     all_pages = device_bytes(pages)
     tokens = shapes.num_pages * shapes.page_size * shapes.num_replicas
     copies = all_pages // max(1, tokens) * shapes.num_replicas  # bytes of a token of every replica, on all devices
-    cut = model.placement.parts("heads") if model.cfg.latent is None else 1
+    cut = model.placement.parts("heads") if model.cfg.cache_row.is_cut else 1
     rows = shapes.row_buckets[-1]
     return Needed(
         weights=devices * model.parameter_bytes_per_device(),

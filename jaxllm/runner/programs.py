@@ -57,7 +57,7 @@ def abstract_arrays(model: AbstractModel, shapes: RunnerShapes) -> tuple[Any, An
 
 def abstract_pages(model: AbstractModel, shapes: RunnerShapes) -> list[Any]:
     """Per layer the pages of all replicas, as shapes with shardings."""
-    return [shapes.page_layout(model.kv_copies).abstract(model.cfg, model.placement)] * model.cfg.num_layers
+    return [shapes.page_layout(model.cfg.cache_row, model.kv_copies).abstract(model.placement)] * model.cfg.num_layers
 
 
 def zero_state(shapes: RunnerShapes) -> SlotState:

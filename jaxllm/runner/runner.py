@@ -61,7 +61,9 @@ class ModelRunner:
     def _allocate(self) -> None:
         self._pages, self._state, self._hidden = [], None, None  # free the old ones first
         model = self.model
-        self._pages = allocate_pages(model.cfg, self.shapes.page_layout(model.kv_copies), model.placement)
+        self._pages = allocate_pages(
+            model.cfg.num_layers, self.shapes.page_layout(model.cfg.cache_row, model.kv_copies), model.placement
+        )
         empty_state = functools.partial(zero_state, self.shapes)
         self._state = jax.jit(empty_state, out_shardings=model.placement.replicated)()
 

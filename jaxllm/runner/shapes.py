@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from jaxllm.kv.memory import PageLayout
+from jaxllm.config import CacheRow
+from jaxllm.kv.layout import PageLayout
 from jaxllm.ops.attention import XLA, AttentionBackend
 from jaxllm.runner.batch import make_buckets
 
@@ -32,10 +33,10 @@ class RunnerShapes:
     token_multiple: int = 1
     single_row: bool = False  # whether a program for one row pays: XLA's products cost for 1 row what they do for 4
 
-    def page_layout(self, kv_copies: int) -> PageLayout:
+    def page_layout(self, row: CacheRow, kv_copies: int) -> PageLayout:
         """Of one layer's cache, the pages of all replicas."""
         return PageLayout(
-            num_pages=self.num_pages * self.num_replicas, page_size=self.page_size, kv_copies=kv_copies,
+            row=row, num_pages=self.num_pages * self.num_replicas, page_size=self.page_size, kv_copies=kv_copies,
             dtype=self.kv_dtype, interleaved=self.attention.interleaved_pages,
         )  # fmt: skip
 

@@ -25,7 +25,8 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxllm.config import ModelConfig
-from jaxllm.kv.memory import page_size_of, page_specs, query_dims, write_pages
+from jaxllm.kv.layout import page_size_of, page_specs, query_dims
+from jaxllm.kv.memory import write_pages
 from jaxllm.models.decoder import Context, Decoder
 from jaxllm.ops.attention import XLA, AttentionBackend, AttentionSpec, RaggedRows, SingleRows, attention
 from jaxllm.ops.attention.ring import RingBatch, ring_attention, zigzag
@@ -213,11 +214,12 @@ class Programs:
 
         if placement.mesh.size == 1:
             return jax.jit(local)
-        cached, heads = page_specs(self.cfg, pages, placement.spec), placement.spec(query_dims(self.cfg)[1:])
+        row = self.cfg.cache_row
+        cached, heads = page_specs(row, pages, placement.spec), placement.spec(query_dims(row)[1:])
         replica = placement.spec(("pages",)) if placement.parts("pages") > 1 else PartitionSpec()
         tokens = placement.spec(("tokens" if isinstance(rows, RingBatch) else "pages",))
         queries = PartitionSpec(*tokens, *heads)
-        keys = tokens if self.cfg.latent else queries
+        keys = queries if row.is_cut else tokens
         over_heads = jax.shard_map(
             local,
             mesh=placement.mesh,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.kv.memory import token_bytes
+from jaxllm.kv.layout import token_bytes
 from jaxllm.kv.page_programs import device_bytes
 from jaxllm.roofline.chips import Chip, chip_of_device, measure_device
 from jaxllm.roofline.cost_model import ModelCost, model_cost
@@ -23,7 +23,7 @@ from jaxllm.weights.loader import AbstractModel
 def engine_cost(model: AbstractModel, kv_dtype: jnp.dtype) -> ModelCost:
     """The model's cost with the bytes that its shards really have: copies, padding and dtypes as they lie."""
     mesh, placement = model.placement.mesh, model.placement
-    cuts = placement.parts("pages") * (1 if model.cfg.latent else placement.parts("heads"))  # latent rows are whole
+    cuts = placement.parts("pages") * (placement.parts("heads") if model.cfg.cache_row.is_cut else 1)
     cost = model_cost(model.cfg, kv_copies=model.kv_copies)
     kv_bytes = token_bytes(model.cfg, kv_dtype, model.kv_copies) / model.cfg.num_layers
     blocks, tables = _weight_bytes(model)

@@ -132,9 +132,12 @@ def test_killed_at_any_moment_it_comes_back_without_a_wrong_page(tmp_path: Path)
         assert writers.stdin is not None and writers.stdout is not None
         for round_ in range(50):
             folder, first = tmp_path / f"{round_ % 5}", 1000 * (round_ // 5)
+            before = set(folder.glob("*"))
             print(folder, first, file=writers.stdin, flush=True)
             pid = int(writers.stdout.readline())
-            time.sleep(rng.uniform(0.002, 0.03))
+            while set(folder.glob("*")) == before:  # it has begun, however busy this machine is
+                time.sleep(0.001)
+            time.sleep(rng.uniform(0, 0.03))
             os.kill(pid, signal.SIGKILL)
             assert writers.stdout.readline() == "dead\n"
             torn += len(list(folder.glob("*.tmp")))

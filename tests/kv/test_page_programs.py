@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxllm.kv.page_programs import MOVE_BATCH, copy_pages, from_logical, put_pages, take_pages, to_logical
+from jaxllm.config import CacheRow
+from jaxllm.kv.layout import PageLayout
+from jaxllm.kv.page_programs import MOVE_BATCH, copy_pages, put_pages, take_pages
 
 RNG = np.random.default_rng(0)
 
@@ -40,10 +44,14 @@ def test_every_layout_has_one_logical_shape(rest: tuple[int, ...]) -> None:
     logical = RNG.normal(size=(3, 2, 4, 2, *rest))
     for copies in (1, 2):
         for interleaved in (False, True):
-            lying = from_logical(logical, copies, interleaved=interleaved)
+            layout = PageLayout(
+                row=CacheRow(halves=2, heads=2, width=8, is_cut=True), num_pages=1, page_size=4, kv_copies=copies,
+                dtype=jnp.dtype(jnp.float32), interleaved=interleaved,
+            )  # fmt: skip
+            lying = layout.from_logical(logical)
             heads = 2 * copies
             assert lying.shape == ((3, 4, 2 * heads, *rest) if interleaved else (3, 2, 4, heads, *rest))
-            assert np.array_equal(to_logical(lying, copies, interleaved=interleaved), logical)
-    interleaved = from_logical(logical, 1, interleaved=True)
+            assert np.array_equal(layout.to_logical(lying), logical)
+    interleaved = dataclasses.replace(layout, kv_copies=1).from_logical(logical)
     assert np.array_equal(interleaved[:, :, 0], logical[:, 0, :, 0]), "first the key of head 0"
     assert np.array_equal(interleaved[:, :, 1], logical[:, 1, :, 0]), "then its value"

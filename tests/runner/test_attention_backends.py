@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.kv.memory import token_bytes, write_pages
+from jaxllm.kv.layout import token_bytes
+from jaxllm.kv.memory import write_pages
 from jaxllm.ops.attention import AttentionSpec, QuantizedPages, RaggedRows, choose_backend, ragged_paged_attention
 from jaxllm.ops.attention.kv import dequantize, quantize
 from jaxllm.ops.cpu import ffi

@@ -31,7 +31,7 @@ def unsupported(cfg: ModelConfig, dtype: jnp.dtype, num_kv_heads: int) -> str | 
     dtype = jnp.dtype(dtype)
     packed = 4 // dtype.itemsize
     rows = 2 * num_kv_heads // packed
-    if cfg.latent:
+    if not cfg.cache_row.is_cut:
         return "latent attention"
     if cfg.attention_sinks:
         return "attention sinks"
