@@ -33,7 +33,8 @@ class ModelConfig:
         norm: "rms", "layer" (with mean and bias) or "layer_no_bias".
         pre_norm, post_norm: a norm before each half of a block, after it, or both.
         parallel_block: both halves of a block read the same normed input; one norm and one sum.
-        qk_norm: None, "head" (each head by itself) or "full" (over all heads together).
+        qk_norm: None, "head" (each head by itself), "full" (over all heads together) or "head_layer" (each head by
+            itself, a layer norm with weights of its own).
         activation: "silu" or "gelu_tanh"; `gated` says whether it gates a second product.
         embedding_scale: multiplies the embeddings. attention_scale: of the scores; None is `head_dim**-0.5`.
         residual_scale: multiplies what each half of a block adds. logit_scale: multiplies the logits.
@@ -95,7 +96,7 @@ class ModelConfig:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings need an even head width")
         words = {
             "norm": ("rms", "layer", "layer_no_bias"),
-            "qk_norm": (None, "head", "full"),
+            "qk_norm": (None, "head", "full", "head_layer"),
             "activation": ("silu", "gelu_tanh"),
         }
         for name, known in words.items():
@@ -214,7 +215,7 @@ class ModelConfig:
 
     def _attention(self) -> int:
         d, n, k, h = self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim
-        norms = {None: 0, "head": 2 * h, "full": (n + k) * h}[self.qk_norm]
+        norms = {None: 0, "head": 2 * h}.get(self.qk_norm, (n + k) * h)
         biases = (n + 2 * k) * h * self.qkv_bias + d * self.out_bias + n * self.attention_sinks
         return d * h * (n + 2 * k) + n * h * d + norms + biases
 

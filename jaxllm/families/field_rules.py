@@ -145,6 +145,7 @@ _SIZES = (
 )
 _DENSE = _SIZES + "head_dim hidden_act "
 _WINDOWS = "use_sliding_window sliding_window max_window_layers layer_types "
+_COHERE = _SIZES.replace("rms_norm_eps", "layer_norm_eps") + "hidden_act attention_bias logit_scale "
 _GEMMA = _SIZES + "head_dim hidden_activation attention_bias query_pre_attn_scalar attn_logit_softcapping "
 _GEMMA += "final_logit_softcapping sliding_window layer_types "
 _LATENT = _SIZES + "hidden_act kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
@@ -336,6 +337,28 @@ RULES: dict[str, FieldRules] = {
         _SIZES + "hidden_act attention_bias mlp_bias embedding_multiplier logits_scaling residual_multiplier "
         "attention_multiplier",
         undeclared="head_dim",
+    ),
+    "GraniteMoeForCausalLM": _rules(
+        "GraniteMoeConfig",
+        "granitemoe",
+        _SIZES + "hidden_act attention_bias embedding_multiplier logits_scaling residual_multiplier "
+        "attention_multiplier num_local_experts num_experts_per_tok",
+        undeclared="head_dim",
+        defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "CohereForCausalLM": _rules(
+        "CohereConfig",
+        "cohere",
+        _COHERE + "use_qk_norm",
+        undeclared="head_dim",
+        defaults={"logit_scale": 0.0625, "layer_norm_eps": 1e-5, "tie_word_embeddings": True},
+    ),
+    "Cohere2ForCausalLM": _rules(
+        "Cohere2Config",
+        "cohere2",
+        _COHERE + "sliding_window layer_types",
+        undeclared="head_dim sliding_window_pattern",
+        defaults={"logit_scale": 0.0625, "layer_norm_eps": 1e-5, "tie_word_embeddings": True, "sliding_window": 4096},
     ),
     "GlmForCausalLM": _rules("GlmConfig", "glm", _DENSE + "attention_bias", defaults=_GLM_DEFAULTS),
     "Glm4ForCausalLM": _rules("Glm4Config", "glm4", _DENSE + "attention_bias", defaults=_GLM_DEFAULTS),

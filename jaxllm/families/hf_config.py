@@ -146,8 +146,8 @@ class Fields:
 
     # What several families share.
 
-    def sizes(self) -> dict[str, Any]:
-        """The sizes that every family but GPT-2 calls by the same names."""
+    def sizes(self, norm_eps: str = "rms_norm_eps") -> dict[str, Any]:
+        """The sizes that every family but GPT-2 calls by the same names; `norm_eps` names the norms' epsilon."""
         hidden, heads = self.size("hidden_size"), self.size("num_attention_heads")
         return {
             "vocab_size": self.size("vocab_size"),
@@ -157,7 +157,7 @@ class Fields:
             "num_heads": heads,
             "num_kv_heads": self.size("num_key_value_heads", heads),
             "head_dim": self.size("head_dim", max(1, hidden // heads)),
-            "rms_norm_eps": self.positive("rms_norm_eps"),
+            "rms_norm_eps": self.positive(norm_eps),
             "max_position_embeddings": self.size("max_position_embeddings"),
             "tie_word_embeddings": self.flag("tie_word_embeddings"),
         }

@@ -70,7 +70,7 @@ def attention(cfg: ModelConfig, layer: int, copies: int, norm_offset: float = 0.
     if cfg.qk_norm == "head":
         result[*path, "q_norm"] = whole(f"{name}.q_norm.weight", cfg.head_dim, offset=norm_offset)
         result[*path, "k_norm"] = whole(f"{name}.k_norm.weight", cfg.head_dim, offset=norm_offset)
-    elif cfg.qk_norm == "full":
+    elif cfg.qk_norm:
         result[*path, "q_norm"] = weights.per_head(f"{name}.q_norm.weight", heads)
         result[*path, "k_norm"] = weights.per_head(f"{name}.k_norm.weight", heads, keys=True)
     return result

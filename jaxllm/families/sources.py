@@ -230,11 +230,12 @@ def out_projection(name: str, heads: Heads) -> Source:
     return Source((part,))
 
 
-def per_head(name: str, heads: Heads, *, keys: bool = False) -> Source:
-    """`[K, G, H]` (or `[K, 1, H]` for keys) from a vector over all heads."""
+def per_head(name: str, heads: Heads, *, keys: bool = False, is_matrix: bool = False) -> Source:
+    """`[K, G, H]` (or `[K, 1, H]` for keys) from a vector over all heads, or from a matrix with a row for each."""
     k, g = heads.grouped
     view, repeat = ((heads.k, 1, heads.h), heads.copies) if keys else ((k, g, heads.h), 1)
-    part = Part(name=name, shape=(math.prod(view),), view=view, order=(0, 1, 2), start=(0, 0, 0),
+    shape = (view[0] * view[1], view[2]) if is_matrix else (math.prod(view),)
+    part = Part(name=name, shape=shape, view=view, order=(0, 1, 2), start=(0, 0, 0),
                 repeat=(0, repeat) if repeat > 1 else None)  # fmt: skip
     return Source((part,))
 

@@ -15,7 +15,7 @@ from flax import nnx
 from jaxllm.config import LatentAttention, ModelConfig
 from jaxllm.models.primitives import Context, contract, param
 from jaxllm.ops.attention import AttentionSpec
-from jaxllm.ops.norm import rms_norm
+from jaxllm.ops.norm import layer_norm, rms_norm
 from jaxllm.ops.rope import Tables, apply_rope
 
 _LATENT_EPS = 1e-6  # of the norms on compressed rows, whatever the configuration says of the others
@@ -37,7 +37,7 @@ class Attention(nnx.Module):
         self.out_bias = param((d,), ("model_out",)) if cfg.out_bias else None
         if cfg.qk_norm == "head":
             self.q_norm, self.k_norm = param((h,), ("head_dim",)), param((h,), ("head_dim",))
-        elif cfg.qk_norm == "full":
+        elif cfg.qk_norm:
             self.q_norm = param((k, g, h), ("heads", "group", "head_dim"))
             self.k_norm = param((k, 1, h), ("heads", "group", "head_dim"))
         self.sinks = param((k, g), ("heads", "group")) if cfg.attention_sinks else None
@@ -61,6 +61,9 @@ class Attention(nnx.Module):
         """Norm over each head, or over all heads of a token (repeated key heads leave their mean as it is)."""
         if self.qk_norm is None:
             return qk
+        if self.qk_norm == "head_layer":
+            q = layer_norm(qk[:, :, :-1], self.q_norm[...], None, self.eps)
+            return jnp.concatenate([q, layer_norm(qk[:, :, -1:], self.k_norm[...], None, self.eps)], axis=2)
         axes = -1 if self.qk_norm == "head" else (1, 2, 3)
         q = rms_norm(qk[:, :, :-1], self.q_norm[...], self.eps, axes)
         return jnp.concatenate([q, rms_norm(qk[:, :, -1:], self.k_norm[...], self.eps, axes)], axis=2)

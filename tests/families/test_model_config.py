@@ -101,7 +101,7 @@ FIELDS: dict[str, tuple[Any, ModelConfig]] = {
     "experts": (EXPERTS, PLAIN),
 }
 # Words of a field beside the one above.
-MORE = {"norm": "layer", "qk_norm": "full"}
+MORE = [("norm", "layer"), ("qk_norm", "full"), ("qk_norm", "head_layer")]
 # A part with the field of `ModelConfig` that holds it, and each of its fields changed.
 PARTS: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "RopeScaling": (
@@ -146,10 +146,10 @@ def test_a_field_of_the_model_changes_its_output(field: str) -> None:
     check_changed(base, dataclasses.replace(base, **{field: value}))
 
 
-@pytest.mark.parametrize("field", MORE)
-def test_each_further_word_of_a_field_changes_the_output(field: str) -> None:
+@pytest.mark.parametrize(("field", "word"), MORE)
+def test_each_further_word_of_a_field_changes_the_output(field: str, word: str) -> None:
     value, base = FIELDS[field]
-    check_changed(dataclasses.replace(base, **{field: value}), dataclasses.replace(base, **{field: MORE[field]}))
+    check_changed(dataclasses.replace(base, **{field: value}), dataclasses.replace(base, **{field: word}))
 
 
 @pytest.mark.parametrize(("name", "field"), [(name, field) for name in PARTS for field in PARTS[name][1]])

@@ -126,6 +126,19 @@ FAMILIES: dict[str, Tiny] = {
         {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.5,
              "attention_bias": True, "mlp_bias": True},
     ),
+    "granite_moe": Tiny(
+        "GraniteMoeConfig",
+        {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.5,
+             "num_local_experts": 4, "num_experts_per_tok": 2},
+        mesh="ep=2,tp=2",
+    ),
+    "cohere": Tiny("CohereConfig", {"use_qk_norm": True, "logit_scale": 0.5, "tie_word_embeddings": True}),
+    "cohere2": Tiny(
+        "Cohere2Config",
+        {"sliding_window": 9, "num_hidden_layers": 4, "logit_scale": 0.5, "tie_word_embeddings": True,
+             "attention_bias": True},
+        mesh="tp=2",
+    ),
     "glm": Tiny("GlmConfig", {"head_dim": 16}, mesh="tp=2"),
     "glm4": Tiny("Glm4Config", {"head_dim": 16}),
     "gpt2": Tiny(
