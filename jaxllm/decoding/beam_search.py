@@ -1,20 +1,22 @@
 """Beam search on the engine: prompts in, the likeliest sequences out. Names and scores as in vLLM.
 
-Every beam is a request in lockstep: the engine samples one token with the best alternatives, the search picks, a beam
-that goes on in several directions is forked (its pages shared until one of them is written), one that does not is
-dropped. Knows tokens and log-probabilities; nothing of text, pages or schedules.
+Every beam is a stepwise request: the engine samples one token with the best alternatives and waits; the search picks,
+puts the chosen token in place of the sampled one, forks a beam that goes on in several directions (its pages are shared
+until one of them is written) and drops one that does not go on. Knows tokens and log-probabilities; nothing of pages
+or schedules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 from jaxllm.config.sampling import MAX_LOGPROBS, SamplingParams
-from jaxllm.engine.engine import Engine, NewTokens
-from jaxllm.engine.outputs import Logprob, logprob_entry
-from jaxllm.scheduling.request import Request
+from jaxllm.engine.completions import Jobs
+from jaxllm.engine.errors import EngineError
+from jaxllm.engine.outputs import CompletionDelta, Logprob, logprob_entry
+from jaxllm.scheduling.request import Ending, Request
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,11 @@ class BeamSearchParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("beam_width", "max_tokens"):
+            if type(value := getattr(self, name)) is not int:
+                raise ValueError(f"{name}={value!r}; it must be a whole number")
+        if not isinstance(self.length_penalty, int | float):
+            raise ValueError(f"length_penalty={self.length_penalty!r}; it must be a number")
         if not 1 <= self.beam_width <= MAX_LOGPROBS // 2:
             raise ValueError(f"beam_width={self.beam_width}; it must be between 1 and {MAX_LOGPROBS // 2}")
         if self.max_tokens < 1:
@@ -70,102 +77,181 @@ class BeamSearchOutput:
 class _Step:
     """A beam and one way to go on."""
 
-    beam: Request
+    beam: _Beam
     token: int
     sequence: BeamSearchSequence
 
 
 @dataclass(slots=True, eq=False)
-class BeamSearch:
-    """One prompt's search: feed it the engine's news until `finished`.
+class _Beam:
+    """One of the sequences under way, and its request's listener.
 
-    Raises ValueError, when made, where the engine cannot take the prompt.
+    Attributes:
+        entry: the likeliest next tokens, once they are known for this step.
     """
 
-    engine: Engine
-    prompt: Sequence[int]
+    search: BeamSearch
+    sequence: BeamSearchSequence
+    request: Request | None = None
+    entry: dict[int, Logprob] | None = None
+
+    def take(self, request: Request, tokens: Sequence[int], sampled: Any, ending: Ending | None) -> Ending | None:
+        if ending is not None and ending.error is not None:
+            return ending
+        search = self.search
+        count = 2 * search.params.beam_width
+        self.entry = logprob_entry(tokens[-1], sampled, len(tokens) - 1, count, search.jobs.token_text)
+        search.choose()
+        return ending
+
+    def end(self, request: Request) -> None:
+        if request.finish_reason != "length":  # else it has said how it goes on
+            self.search.lost(self, request.error)
+
+    def rewind(self, request: Request) -> bool:
+        if len(request.token_ids) == len(self.sequence.tokens):
+            self.entry = None
+        return not self.search.is_choosing
+
+
+@final
+@dataclass(slots=True, eq=False)
+class BeamSearch:
+    """One prompt's search: a `Work` (see `jaxllm.engine.work`).
+
+    Attributes:
+        prompt: checked token ids.
+        limit: length at which every sequence ends.
+        complete: sequences that have ended.
+        is_choosing: beams are being forked and dropped; where that is cut off the search cannot go on.
+    """
+
+    jobs: Jobs
+    prompt: list[int]
     params: BeamSearchParams
-    token_text: Any = None
+    sampling: SamplingParams
+    limit: int
     complete: list[BeamSearchSequence] = field(default_factory=list)
+    notify: Callable[[Any, CompletionDelta | None], None] | None = None
+    error: Exception | None = None
     finished: bool = False
-    _num_steps: int = 0
-    _beams: dict[str, tuple[Request, BeamSearchSequence]] = field(default_factory=dict)
-    _news: dict[str, NewTokens] = field(default_factory=dict)
+    _beams: list[_Beam] = field(default_factory=list)
+    is_choosing: bool = False
 
-    def __post_init__(self) -> None:
-        width = self.params.beam_width
+    @classmethod
+    def of(cls, jobs: Jobs, prompt: Any, params: BeamSearchParams) -> BeamSearch:
+        """A search for one prompt; touches nothing of the engine. Raises ValueError where that cannot take it."""
         sampling = SamplingParams(
-            temperature=0.0, max_tokens=self.params.max_tokens, ignore_eos=True, logprobs=2 * width, detokenize=False
-        )
-        request = self.engine.add_request(self.prompt, sampling, lockstep=True)
-        self._num_steps = request.limit - request.num_prompt
-        self._beams[request.request_id] = (request, BeamSearchSequence(list(self.prompt), []))
+            temperature=0.0, max_tokens=params.max_tokens, ignore_eos=True, logprobs=2 * params.beam_width,
+            detokenize=False,
+        )  # fmt: skip
+        ids, limit = jobs.engine.check_request(jobs.token_ids(prompt), sampling)
+        return cls(jobs, ids, params, sampling, limit)
 
-    def feed(self, news: NewTokens) -> None:
-        """Take one request's tokens; when every beam has its own, choose how to go on."""
-        if news.request.request_id not in self._beams:
-            return
-        self._news[news.request.request_id] = news
-        if len(self._news) == len(self._beams):
-            self._choose()
+    @property
+    def on_device(self) -> bool:
+        """Whether the device holds anything of it."""
+        return any(beam.request is not None and beam.request.on_device for beam in self._beams)
+
+    def start(self) -> None:
+        """Queue the prompt as the first beam."""
+        beam = _Beam(self, BeamSearchSequence(list(self.prompt), []))
+        beam.request = self.jobs.engine.make_request(
+            self.prompt, self.sampling, self.limit, stepwise=True, listener=beam
+        )
+        self._beams = [beam]
+        self.jobs.engine.add(beam.request)
 
     def abort(self) -> None:
         """End what is under way."""
-        for request, _ in self._beams.values():
-            self.engine.abort(request.request_id)
-        self._beams.clear()
-        self.finished = True
+        self._stop(EngineError("the search was aborted"))
 
-    def best(self) -> list[BeamSearchSequence]:
-        """The `beam_width` best sequences."""
-        return sorted(self.complete, key=self._score, reverse=True)[: self.params.beam_width]
+    def result(self) -> BeamSearchOutput:
+        """The `beam_width` best sequences. Raises what ended the search without one."""
+        if self.error is not None:
+            raise self.error
+        best = sorted(self.complete, key=self._score, reverse=True)[: self.params.beam_width]
+        return BeamSearchOutput([self._with_text(sequence) for sequence in best])
+
+    def choose(self) -> None:
+        """When every beam knows how it could go on, go on."""
+        if all(beam.entry is not None for beam in self._beams):
+            self.is_choosing = True
+            self._choose()
+            self.is_choosing = False
+
+    def lost(self, beam: _Beam, error: Exception | None) -> None:
+        """A beam's request has ended; where the search did not want that, it ends too."""
+        if beam in self._beams and not self.finished:
+            self._stop(error or EngineError("the engine failed while it worked on this search"))
+
+    def _stop(self, error: Exception | None) -> None:
+        if self.finished:
+            return
+        beams, self._beams = self._beams, []
+        self.error, self.finished = error, True
+        for beam in beams:
+            self._drop(beam)
+        if self.notify is not None:
+            self.notify(self, None)
+
+    def _drop(self, beam: _Beam) -> None:
+        if beam.request is not None:
+            self.jobs.engine.finish(beam.request, Ending("abort"))
 
     def _score(self, sequence: BeamSearchSequence) -> float:
-        length = len(sequence.tokens) - (sequence.tokens[-1] in self.engine.eos_token_ids)
+        length = len(sequence.tokens) - (sequence.tokens[-1] in self.jobs.engine.eos_token_ids)
         return sequence.cum_logprob / length**self.params.length_penalty
 
     def _choose(self) -> None:
-        steps = []
-        for request_id, (request, sequence) in self._beams.items():
-            steps += self._steps(request, sequence, self._news[request_id])
-        self._news.clear()
+        steps = [step for beam in self._beams for step in self._steps(beam)]
         steps.sort(key=lambda step: self._score(step.sequence), reverse=True)
         chosen = steps[: self.params.beam_width]
-        if not chosen or len(chosen[0].sequence.logprobs) >= self._num_steps:
-            for step in chosen:
-                step.sequence.finish_reason = "length"
-                self.complete.append(step.sequence)
-            self.abort()
-        else:
+        if chosen and len(chosen[0].sequence.tokens) < self.limit:
             self._go_on(chosen)
+            return
+        for step in chosen:
+            step.sequence.finish_reason = "length"
+            self.complete.append(step.sequence)
+        self._stop(None)
 
-    def _steps(self, request: Request, sequence: BeamSearchSequence, news: NewTokens) -> list[_Step]:
+    def _steps(self, beam: _Beam) -> list[_Step]:
         """A beam's likeliest continuations; those that end the sequence are complete."""
-        count = 2 * self.params.beam_width
-        entry = logprob_entry(news.tokens[-1], news.sampled, len(news.tokens) - 1, count, self.token_text)
-        steps = []
-        for token, logprob in entry.items():
+        assert beam.entry is not None
+        steps, before = [], beam.sequence
+        for token, logprob in beam.entry.items():
             longer = BeamSearchSequence(
-                [*sequence.tokens, token], [*sequence.logprobs, entry], sequence.cum_logprob + logprob.logprob
+                [*before.tokens, token], [*before.logprobs, beam.entry], before.cum_logprob + logprob.logprob
             )
-            if token in self.engine.eos_token_ids and not self.params.ignore_eos:
+            if token in self.jobs.engine.eos_token_ids and not self.params.ignore_eos:
                 longer.finish_reason, longer.stop_reason = "stop", token
                 self.complete.append(longer)
             else:
-                steps.append(_Step(request, token, longer))
+                steps.append(_Step(beam, token, longer))
         return steps
 
     def _go_on(self, chosen: Sequence[_Step]) -> None:
         """Drop beams nobody chose, fork those chosen more than once; the best step of a beam keeps its request."""
-        kept = {step.beam.request_id for step in chosen}
-        for request_id, (request, _) in self._beams.items():
-            if request_id not in kept:
-                self.engine.finish(request, "abort")
-        going = []
+        engine, before = self.jobs.engine, self._beams
+        self._beams = [beam for beam in before if any(step.beam is beam for step in chosen)]
+        for beam in before:
+            if beam not in self._beams:
+                self._drop(beam)
+        going: list[_Beam] = []
         for i, step in reversed(list(enumerate(chosen))):
-            if any(other.beam is step.beam for other in chosen[:i]):
-                going.append((self.engine.fork(step.beam, step.token), step.sequence))
-            else:
-                self.engine.replace_last(step.beam, step.token)
-                going.append((step.beam, step.sequence))
-        self._beams = {request.request_id: (request, sequence) for request, sequence in reversed(going)}
+            beam, request = step.beam, step.beam.request
+            assert request is not None, "a beam without a request knows no next tokens"
+            if any(other.beam is beam for other in chosen[:i]):
+                beam = _Beam(self, step.sequence)
+                request = beam.request = engine.fork(request, listener=beam)
+            going.append(beam)
+            engine.truncate(request, len(step.sequence.tokens) - 1)
+            engine.extend(request, [step.token])
+            beam.sequence, beam.entry = step.sequence, None
+        self._beams = going[::-1]
+
+    def _with_text(self, sequence: BeamSearchSequence) -> BeamSearchSequence:
+        if self.jobs.token_text is not None:
+            ended = sequence.finish_reason == "stop" and not self.params.include_stop_str_in_output
+            sequence.text = self.jobs.tokenizer.decode(sequence.tokens[:-1] if ended else sequence.tokens)
+        return sequence

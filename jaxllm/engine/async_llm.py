@@ -8,33 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import itertools
-from collections.abc import AsyncIterator, Callable, Sequence
+import functools
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from jaxllm.config import EngineConfig
 from jaxllm.config.sampling import SamplingParams
-from jaxllm.engine.build import build_engine
-from jaxllm.engine.completions import Job, Jobs, Prompt, sampling_defaults
-from jaxllm.engine.engine_thread import CompletionDelta, EngineError, EngineThread, Update
-from jaxllm.engine.outputs import CompletionOutput, RequestOutput
+from jaxllm.engine.completions import Job
+from jaxllm.engine.engine_thread import EngineThread, Update
+from jaxllm.engine.errors import EngineError, Unavailable
+from jaxllm.engine.frontend import Frontend
+from jaxllm.engine.outputs import CompletionDelta, CompletionOutput, RequestOutput, as_of
+from jaxllm.engine.prompts import Prompt
 from jaxllm.engine.scoring import ScoringPass
+from jaxllm.engine.work import Work
+
+if TYPE_CHECKING:
+    from jaxllm.decoding.beam_search import BeamSearchOutput, BeamSearchParams
 
 T = TypeVar("T")
 _INLINE_CHARS = 2000  # shorter prompts are tokenized where they are: a thread would cost more
 _PREPARE_SECONDS = 20.0
 _EMBEDDING_WINDOW = 8  # passes of one call that are queued at once
-
-
-class Unavailable(RuntimeError):
-    """The engine takes no more requests now: full, draining, stuck or dead. `retry_after` is in seconds."""
-
-    def __init__(self, message: str, retry_after: int = 1):
-        super().__init__(message)
-        self.retry_after = retry_after
 
 
 class Stream:
@@ -103,7 +100,7 @@ class _Listener:
     index: int
 
 
-class AsyncLLM:
+class AsyncLLM(Frontend):
     """A model ready to generate, for async code.
 
     Args:
@@ -124,13 +121,7 @@ class AsyncLLM:
         use_tqdm: bool = True,
         **kwargs: Any,
     ):
-        if model is not None:
-            kwargs["model"] = model
-        self.config = EngineConfig.from_kwargs(kwargs)
-        built = build_engine(self.config, progress=use_tqdm)
-        self.engine, self.model_config = built.engine, built.model_config
-        self._jobs = Jobs(built.engine, built.tokenizer)
-        self._generation_config = built.generation_config
+        super().__init__(model, use_tqdm=use_tqdm, **kwargs)
         self._capacity = self.engine.runner.shapes.spare_slot + max_num_queued_requests  # slots of all replicas
         self._stuck_seconds = stuck_seconds
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="prepare")
@@ -138,16 +129,7 @@ class AsyncLLM:
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self._names = itertools.count()
-        self.thread = EngineThread(self.engine, self._jobs, self._publish, before_step)
-
-    def get_tokenizer(self) -> Any:
-        """The tokenizer. Raises ValueError under `skip_tokenizer_init`."""
-        return self._jobs.tokenizer
-
-    def generation_defaults(self) -> dict[str, Any]:
-        """Sampling values that the model's own generation config asks for."""
-        return sampling_defaults(self._generation_config)
+        self.thread = EngineThread(self._jobs, self._publish, before_step)
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
@@ -159,16 +141,16 @@ class AsyncLLM:
             Unavailable: no room.
             EngineError: the engine failed.
         """
-        params = sampling_params or SamplingParams(**self.generation_defaults())
+        params = sampling_params or self.get_default_sampling_params()
         stream = await self.open([prompt], params, request_id)
+        output = stream.outputs[0]
         try:
-            whole = {index: CompletionOutput(index) for index in range(params.n)}
+            parts = [CompletionOutput(index) for index in range(params.n)]
             async for news in stream:
                 for _, delta in news:
-                    _grow(whole[delta.index], delta)
-                parts = [dataclasses.replace(part, token_ids=list(part.token_ids)) for part in whole.values()]
+                    parts[delta.index] = as_of(output.outputs[delta.index], delta)
                 done = all(part.finish_reason for part in parts)
-                yield dataclasses.replace(stream.outputs[0], outputs=parts, finished=done)
+                yield dataclasses.replace(output, outputs=list(parts), finished=done)
         finally:
             stream.cancel()
 
@@ -179,15 +161,21 @@ class AsyncLLM:
 
         With `streamed=False` nobody minds when tokens come several at a time, which spares the host work.
         """
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params is a {type(params).__name__}; it must be SamplingParams")
+        if not isinstance(request_id, str | None):
+            raise ValueError(f"request_id={request_id!r}; it must be text")
         self._check_room(len(prompts) * params.n)
-        jobs = [await self._prepare(prompt, params) for prompt in prompts]
-        for job in jobs:
-            job.extra["streamed"] = streamed
-        self._check_room(len(prompts) * params.n)  # others came in the meantime
-        stream = self._opened(Stream(self, [job.output for job in jobs], len(jobs), len(prompts) * params.n))
-        name = request_id or f"request-{next(self._names)}"
-        for listener, job in zip(stream.listeners, jobs, strict=True):
-            self.thread.submit(job, listener, name if len(jobs) == 1 else f"{name}-{listener.index}")
+        jobs = [await self._prepare(prompt, params, streamed) for prompt in prompts]
+        for index, job in enumerate(jobs):
+            job.request_id = request_id if request_id is None or len(jobs) == 1 else f"{request_id}-{index}"
+        return self._start(jobs, len(prompts) * params.n, [job.output for job in jobs])
+
+    def _start(self, works: Sequence[Work], num_requests: int, outputs: list[RequestOutput]) -> Stream:
+        self._check_room(num_requests)  # others came in the meantime
+        stream = self._opened(Stream(self, outputs, len(works), num_requests))
+        for listener, work in zip(stream.listeners, works, strict=True):
+            self.thread.submit(work, listener)
         return stream
 
     def _opened(self, stream: Stream) -> Stream:
@@ -195,21 +183,31 @@ class AsyncLLM:
         self._idle.clear()
         return stream
 
-    async def embed(self, prompts: Sequence[list[int]], pooling: str = "mean") -> list[np.ndarray]:
+    async def beam_search(self, prompt: Prompt, params: BeamSearchParams) -> BeamSearchOutput:
+        """The likeliest continuations of a prompt; see `LLM.beam_search`. Raises as `generate` does."""
+        from jaxllm.decoding.beam_search import BeamSearch
+
+        search = await self.in_thread(BeamSearch.of, self._jobs, prompt, params)
+        await self._finish([search], params.beam_width)
+        return search.result()
+
+    async def embed(self, prompts: Sequence[Sequence[int]], pooling: str = "mean") -> list[np.ndarray]:
         """One vector of unit length per prompt of token ids, from the final norm's output."""
-        passes = [ScoringPass(list(ids), pooling) for ids in prompts]
+        scorer = self._jobs.scorer
+        passes = [ScoringPass(scorer, scorer.check(ids), pooling) for ids in prompts]
         for start in range(0, len(passes), _EMBEDDING_WINDOW):
             window = passes[start : start + _EMBEDDING_WINDOW]
-            self._check_room(len(window))
-            stream = self._opened(Stream(self, [], len(window), len(window)))
-            try:
-                for listener, work in zip(stream.listeners, window, strict=True):
-                    self.thread.score(work, listener)
-                async for _ in stream:
-                    pass
-            finally:
-                stream.cancel()
+            await self._finish(window, len(window))
         return [_unit(work.vector) for work in passes]
+
+    async def _finish(self, works: Sequence[Work], num_requests: int) -> None:
+        """Run work that has no news but its end."""
+        stream = self._start(works, num_requests, [])
+        try:
+            async for _ in stream:
+                pass
+        finally:
+            stream.cancel()
 
     async def in_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Run what may take long (a template, a tokenizer) beside the event loop, for a bounded time."""
@@ -219,13 +217,14 @@ class AsyncLLM:
         except TimeoutError:
             raise ValueError(f"preparing the prompt took more than {_PREPARE_SECONDS:g} s; simplify it") from None
 
-    async def _prepare(self, prompt: Prompt, params: SamplingParams) -> Job:
-        text = prompt if isinstance(prompt, str) else prompt.get("prompt") or ""
-        ready = not isinstance(prompt, str) and prompt.get("prompt_token_ids") is not None
-        short = ready or (isinstance(text, str) and len(text) < _INLINE_CHARS)
+    async def _prepare(self, prompt: Prompt, params: SamplingParams, streamed: bool) -> Job:
+        text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
+        ready = isinstance(prompt, Mapping) and prompt.get("prompt_token_ids") is not None
+        short = ready or not isinstance(text, str) or len(text) < _INLINE_CHARS
+        prepare = functools.partial(self._jobs.prepare, prompt, params, streamed=streamed)
         if short and params.structured_outputs is None:
-            return self._jobs.prepare(prompt, params)
-        return await self.in_thread(self._jobs.prepare, prompt, params)
+            return prepare()
+        return await self.in_thread(prepare)
 
     def _check_room(self, num_requests: int) -> None:
         if num_requests > self._capacity:
@@ -301,16 +300,6 @@ class AsyncLLM:
 def _hand_over(updates: list[Update]) -> None:
     for update in updates:
         update.listener.stream.take(update.listener.index, update)
-
-
-def _grow(whole: CompletionOutput, delta: CompletionDelta) -> None:
-    whole.text += delta.text
-    whole.token_ids += delta.token_ids
-    if delta.logprobs is not None:
-        whole.logprobs = [*(whole.logprobs or []), *delta.logprobs]
-        own = sum(e[t].logprob for e, t in zip(delta.logprobs, delta.token_ids, strict=True))
-        whole.cumulative_logprob = (whole.cumulative_logprob or 0.0) + own
-    whole.finish_reason, whole.stop_reason = delta.finish_reason, delta.stop_reason
 
 
 def _unit(vector: np.ndarray | None) -> np.ndarray:

@@ -1,53 +1,152 @@
-"""Prompts into engine requests, engine tokens into outputs: what `LLM` and `AsyncLLM` share.
+"""A prompt and its completions: engine requests on one side, text, logprobs and ends on the other.
 
 Joins engine (tokens) and tokenizer (text). Knows nothing of threads, event loops or protocols.
 """
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.constraints import GrammarCompiler
-from jaxllm.engine.outputs import CompletionBuilder, RequestOutput, logprob_entry
-from jaxllm.engine.scoring import ScoringPass
+from jaxllm.engine.engine import Engine, as_token_ids
+from jaxllm.engine.outputs import CompletionBuilder, CompletionDelta, RequestOutput, logprob_entry
+from jaxllm.engine.prompts import Asked, read_prompt
+from jaxllm.engine.scoring import Scorer, ScoringPass
 from jaxllm.engine.token_rules import CopiedConstraint, all_of, token_rules
-from jaxllm.scheduling.request import Request
+from jaxllm.scheduling.request import Ending, Request
 
 if TYPE_CHECKING:
-    from jaxllm.engine.engine import Engine, NewTokens
     from jaxllm.tokenizer import Tokenizer
-
-Prompt = str | Mapping[str, Any]
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One prompt on its way: its requests (one per completion) and what has come of them."""
+    """One prompt on its way, from arrival to the last token of its last completion: a `Work`.
 
+    Attributes:
+        limit: length at which its requests end, from the one check of the prompt.
+        scores: the pass for prompt logprobs, which runs first.
+    """
+
+    owner: Jobs
     output: RequestOutput
     params: SamplingParams
-    extra: dict[str, Any] = field(default_factory=dict)
+    limit: int = 0
+    asked: Asked | None = None
     constraint: CopiedConstraint | None = None
+    streamed: bool = False
+    request_id: str | None = None
     requests: list[Request] = field(default_factory=list)
-    builders: dict[str, CompletionBuilder] = field(default_factory=dict)
+    scores: ScoringPass | None = None
+    notify: Callable[[Any, CompletionDelta | None], None] | None = None
+    error: Exception | None = None
     created: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
 
+    @property
+    def finished(self) -> bool:
+        """Whether every completion has ended."""
+        return self.output.finished
+
+    @property
+    def on_device(self) -> bool:
+        """Whether the device holds anything of it."""
+        scored = self.scores is not None and self.scores.on_device
+        return scored or any(request.on_device for request in self.requests)
+
+    def start(self) -> None:
+        """Queue it, its scoring pass first. Raises ValueError, and then nothing stays behind."""
+        if self.params.prompt_logprobs is None:
+            self.owner.queue(self)
+            return
+        self.scores = ScoringPass(self.owner.scorer, self.output.prompt_token_ids)
+        self.scores.notify = self._scored
+        self.scores.start()
+
+    def _scored(self, scores: ScoringPass, _: CompletionDelta | None) -> None:
+        if scores.error is not None:
+            self._end(scores.error)
+            return
+        self.owner.attach_scores(self, scores)
+        try:
+            self.owner.queue(self)
+        except ValueError as error:
+            self._end(error)
+
+    def heard(self, delta: CompletionDelta) -> None:
+        """One of its completions has grown, or ended."""
+        if self.notify is not None and (delta.token_ids or delta.text or delta.finish_reason):
+            self.notify(self, delta)
+
+    def ended(self) -> None:
+        """One of its requests has ended: the last one ends it."""
+        if not any(completion.finish_reason is None for completion in self.output.outputs):
+            self._end(next((request.error for request in self.requests if request.error), None))
+
+    def _end(self, error: Exception | None) -> None:
+        if self.output.finished:
+            return
+        now = time.perf_counter()
+        self.error, self.output.error = error, None if error is None else str(error)
+        self.output.metrics = {
+            "ttft_s": (self.first_token or now) - self.created,
+            "latency_s": now - self.created,
+            "num_preemptions": float(sum(request.num_preemptions for request in self.requests)),
+        }
+        self.output.finished = True
+        if self.notify is not None:
+            self.notify(self, None)
+
+    def abort(self) -> None:
+        """End it now; what is finished is left alone."""
+        if self.scores is not None:
+            self.scores.abort()
+        for request in self.requests:
+            self.owner.engine.finish(request, Ending("abort"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Completion:
+    """Listens to one request of a job."""
+
+    job: Job
+    builder: CompletionBuilder
+
+    def take(self, request: Request, tokens: Sequence[int], sampled: Any, ending: Ending | None) -> Ending | None:
+        job = self.job
+        if job.first_token is None:
+            job.first_token = time.perf_counter()
+            job.output.num_cached_tokens = request.num_cached or 0
+        delta = self.builder.append(tokens, sampled, ending)
+        job.heard(delta)
+        if delta.finish_reason is None:
+            return None
+        return Ending(delta.finish_reason, delta.stop_reason, ending.error if ending else None)
+
+    def end(self, request: Request) -> None:
+        if self.builder.output.finish_reason is None:
+            self.job.heard(self.builder.finish(Ending(request.finish_reason or "abort", request.stop_reason)))
+        self.job.ended()
+
+    def rewind(self, request: Request) -> bool:
+        self.builder.rewind(len(request.output_ids))
+        return True
+
 
 class Jobs:
-    """Starts, feeds and ends jobs on one engine.
+    """Makes jobs for one engine.
 
-    `prepare` may run on any thread; everything else belongs to the thread that steps the engine.
+    `prepare` may run on any thread; everything else belongs to whoever steps the engine.
     """
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None):
-        self._engine = engine
+        self.engine, self.scorer = engine, Scorer(engine)
         self._tokenizer = tokenizer
-        self._owners: dict[str, Job] = {}
         vocab_size = engine.runner.model.cfg.vocab_size
         self._grammars = GrammarCompiler(tokenizer, vocab_size, engine.eos_token_ids) if tokenizer else None
 
@@ -58,24 +157,51 @@ class Jobs:
             raise ValueError("this engine has no tokenizer (skip_tokenizer_init=True); give prompt_token_ids")
         return self._tokenizer
 
-    def prepare(self, prompt: Prompt, params: SamplingParams) -> Job:
-        """Tokenize and compile, without touching the engine. Raises ValueError."""
-        fields = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-        text, ids = self._tokenize(fields)
-        ids = self._truncated(ids, params)
-        self._engine.check_request(ids, params)
-        extra = {k: fields[k] for k in ("cache_salt", "priority") if k in fields}
-        constraint = all_of([self._form(params), self._rules(params)])
-        warnings = constraint.warnings if constraint is not None else ()
-        return Job(RequestOutput("", text, ids, warnings=warnings), params, extra, constraint)
+    @property
+    def token_text(self) -> Any:
+        """How one token reads, where there is a tokenizer."""
+        return self._tokenizer.token_text if self._tokenizer else None
 
-    def _truncated(self, ids: list[int], params: SamplingParams) -> list[int]:
+    @property
+    def has_work(self) -> bool:
+        """Whether anything is unfinished."""
+        return self.engine.has_work or self.scorer.has_work
+
+    def step(self) -> None:
+        """One iteration of the engine, and one chunk of a scoring pass."""
+        self.engine.step()
+        self.scorer.step()
+
+    def recover(self) -> None:
+        """Set right what an exception cut off; see `Engine.recover`."""
+        self.engine.is_sound = False
+        self.scorer.restart()
+        self.engine.recover()
+
+    def prepare(self, prompt: Any, params: SamplingParams, *, streamed: bool = False) -> Job:
+        """Check, tokenize and compile, without touching the engine. Raises ValueError.
+
+        A `streamed` job, and whatever runs beside it, gets its tokens one by one.
+        """
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params is a {type(params).__name__}; it must be SamplingParams")
+        asked = read_prompt(prompt)
+        given = self._truncated(self._token_ids(asked), params)
+        ids, limit = self.engine.check_request(given, params)
+        constraint = all_of([self._form(params), self._rules(params)])
+        if params.prompt_logprobs is not None:
+            self.scorer.check(ids)
+        warnings = constraint.warnings if constraint is not None else ()
+        output = RequestOutput("", asked.text, ids, warnings=warnings)
+        return Job(self, output, params, limit, asked, constraint, streamed)
+
+    def _truncated(self, ids: Any, params: SamplingParams) -> Any:
         """The prompt's end, as much as `truncate_prompt_tokens` leaves of it."""
         if (most := params.truncate_prompt_tokens) is None:
             return ids
         if most < 0:
-            most = max(1, self._engine.runner.shapes.max_model_len - (params.max_tokens or 1))
-        return ids[-most:]
+            most = max(1, self.engine.runner.shapes.max_model_len - (params.max_tokens or 1))
+        return as_token_ids(ids)[-most:]
 
     def _form(self, params: SamplingParams) -> CopiedConstraint | None:
         if params.structured_outputs is None:
@@ -87,7 +213,7 @@ class Jobs:
     def _rules(self, params: SamplingParams) -> CopiedConstraint | None:
         if not params.bad_words and not params.allowed_token_ids:
             return None
-        vocab_size = self._engine.runner.model.cfg.vocab_size
+        vocab_size = self.engine.runner.model.cfg.vocab_size
         return token_rules(vocab_size, allowed=params.allowed_token_ids or (), banned=self._banned(params))
 
     def _banned(self, params: SamplingParams) -> list[list[int]]:
@@ -98,116 +224,67 @@ class Jobs:
         encoded = [self.tokenizer.encode(word, add_special_tokens=False) for word in words]
         return [ids for ids in encoded if ids]
 
-    def _tokenize(self, fields: Mapping[str, Any]) -> tuple[str | None, list[int]]:
-        text, ids = fields.get("prompt"), fields.get("prompt_token_ids")
-        if ids is None:
-            if not isinstance(text, str):
-                raise ValueError("a prompt must be text or {'prompt_token_ids': [...]}")
-            if not text:
-                raise ValueError("the prompt is empty; give at least one character")
-            ids = self.tokenizer.encode(text)
-        return text, list(ids)
+    def token_ids(self, prompt: Any) -> list[int]:
+        """A prompt's token ids, checked. Raises ValueError."""
+        return self.engine.check_prompt(self._token_ids(read_prompt(prompt)))
 
-    def token_ids(self, prompt: Prompt) -> list[int]:
-        """A prompt's token ids. Raises ValueError where it has none."""
-        return self._tokenize({"prompt": prompt} if isinstance(prompt, str) else prompt)[1]
+    def _token_ids(self, asked: Asked) -> Any:
+        if asked.token_ids is not None:
+            return asked.token_ids
+        assert asked.text is not None
+        return self.tokenizer.encode(asked.text)
 
-    @property
-    def token_text(self) -> Any:
-        """How one token reads, where there is a tokenizer."""
-        return self._tokenizer.token_text if self._tokenizer else None
-
-    def scoring_pass(self, job: Job) -> ScoringPass | None:
-        """The pass that must run before `start`, for a job that asks for prompt logprobs."""
-        if job.params.prompt_logprobs is None:
-            return None
-        return ScoringPass(job.output.prompt_token_ids)
+    def refused(self, text: str | None, params: SamplingParams, error: ValueError) -> Job:
+        """A job that ended before it began."""
+        return Job(self, RequestOutput("", text, [], finished=True, error=str(error)), params, error=error)
 
     def attach_scores(self, job: Job, scores: ScoringPass) -> None:
         """Put a finished pass into the output; the first token has no probability."""
-        ids, text = job.output.prompt_token_ids, self._tokenizer.token_text if self._tokenizer else None
-        count, entries = job.params.prompt_logprobs or 0, []
+        ids, count = job.output.prompt_token_ids, job.params.prompt_logprobs or 0
+        entries: list[Any] = []
         for sampled in scores.scored:
             known = len(sampled.tokens)
             targets = ids[len(entries) + 1 : len(entries) + 1 + known]
-            entries += [logprob_entry(token, sampled, i, count, text) for i, token in enumerate(targets)]
+            entries += [logprob_entry(token, sampled, i, count, self.token_text) for i, token in enumerate(targets)]
         job.output.prompt_logprobs = [None, *entries]
 
-    def start(self, job: Job, request_id: str | None = None) -> None:
-        """Queue a prepared job's requests. Raises ValueError, and then nothing stays behind."""
-        try:
-            for index in range(job.params.n):
-                self._add(job, index, request_id)
-        except ValueError:
-            self.abort(job)
-            raise
-
-    def _add(self, job: Job, index: int, request_id: str | None) -> None:
-        params = job.params
-        name = request_id if index == 0 or request_id is None else f"{request_id}-{index}"
-        constraint = job.constraint.copy() if job.constraint is not None else None
-        ids = job.output.prompt_token_ids
-        parent = job.requests[0] if index else None
-        request = self._engine.add_request(
-            ids, params, request_id=name, constraint=constraint, parent=parent, **job.extra
-        )
-        if index and params.seed is not None:
-            request.seed = params.seed + index
-        job.requests.append(request)
-        job.output.request_id = job.output.request_id or request.request_id
-        tokenizer = self._tokenizer if params.detokenize else None
-        skip, kept = params.skip_special_tokens, params.kept_special_tokens
-        stream = tokenizer.detokenizer(skip_special_tokens=skip, kept=kept) if tokenizer else None
-        builder = CompletionBuilder(index, params, stream, tokenizer.token_text if tokenizer else None)
-        job.builders[request.request_id] = builder
-        job.output.outputs.append(builder.output)
-        self._owners[request.request_id] = job
-
-    def deliver(self, news: NewTokens) -> tuple[Job, CompletionBuilder] | None:
-        """Hand new tokens to their completion; None when nobody waits for them any more."""
-        request = news.request
-        if (job := self._owners.get(request.request_id)) is None:
-            return None
-        now = time.perf_counter()
-        if job.first_token is None:
-            job.first_token = now
-            job.output.num_cached_tokens = request.num_cached or 0
-        builder = job.builders[request.request_id]
-        stop = builder.append(news.tokens, news.sampled)
-        if stop is not None:
-            self._engine.finish(request, "stop", stop)
-        if request.finished:
-            builder.finish(request.finish_reason or "abort", request.stop_reason)
-            del self._owners[request.request_id]
-            self._finish_if_done(job, now)
-        return job, builder
-
-    def _finish_if_done(self, job: Job, now: float) -> None:
-        # By what was delivered: another of its requests may have ended in this step and still be on its way here.
-        if any(completion.finish_reason is None for completion in job.output.outputs):
-            return
-        job.output.finished = True
-        job.output.error = next((r.error for r in job.requests if r.error), None)
-        job.output.metrics = {
-            "ttft_s": (job.first_token or now) - job.created,
-            "latency_s": now - job.created,
-            "num_preemptions": float(sum(r.num_preemptions for r in job.requests)),
-        }
-
-    def abort(self, job: Job) -> None:
-        """End a job now; one that is finished is left alone."""
+    def queue(self, job: Job) -> None:
+        """Make a job's requests, one for each completion, and queue them. Raises ValueError where a name is taken."""
+        if not job.requests:  # else this was cut off half-way
+            builders = [self._builder(job, index) for index in range(job.params.n)]
+            requests = [self._request(job, builder) for builder in builders]
+            for request in requests[1:]:
+                request.parent = requests[0]
+            job.output.outputs = [builder.output for builder in builders]
+            job.output.request_id = requests[0].request_id
+            job.requests = requests  # known before the engine has them: whatever happens, they can be taken back
         for request in job.requests:
-            self._owners.pop(request.request_id, None)
-            self._engine.abort(request.request_id)
+            self.engine.add(request)
 
-    def owner(self, request: Request) -> Job | None:
-        """The unfinished job that a request belongs to."""
-        return self._owners.get(request.request_id)
+    def _builder(self, job: Job, index: int) -> CompletionBuilder:
+        params, tokenizer = job.params, self._tokenizer if job.params.detokenize else None
+        if tokenizer is None:
+            return CompletionBuilder(index, params, None)
+        skip, kept = params.skip_special_tokens, params.kept_special_tokens
+        make_stream = functools.partial(tokenizer.detokenizer, skip_special_tokens=skip, kept=kept)
+        return CompletionBuilder(index, params, make_stream, tokenizer.token_text)
 
-    @property
-    def unfinished(self) -> list[Job]:
-        """Every job that is under way."""
-        return list(dict.fromkeys(self._owners.values()))
+    def _request(self, job: Job, builder: CompletionBuilder) -> Request:
+        params, asked, name = job.params, job.asked, job.request_id
+        assert asked is not None
+        index = builder.output.index
+        return self.engine.make_request(
+            job.output.prompt_token_ids,
+            params,
+            job.limit,
+            request_id=name if index == 0 or name is None else f"{name}-{index}",
+            seed=None if params.seed is None else params.seed + index,
+            priority=asked.priority,
+            cache_salt=asked.cache_salt,
+            constraint=job.constraint.copy() if job.constraint is not None else None,
+            streamed=job.streamed,
+            listener=_Completion(job, builder),
+        )
 
 
 def sampling_defaults(generation_config: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from jaxllm.config.sampling import StructuredOutputs
@@ -90,6 +91,13 @@ class GrammarConstraint:
         self._matcher.consume_token(token)
         self._check()
         self.finished = self._matcher.is_stopped()
+
+    def rewind(self, tokens: Sequence[int]) -> None:
+        """Go back to where exactly these tokens were accepted."""
+        self._matcher.reset()
+        self.finished, self.error = False, None
+        for token in tokens:
+            self.accept(token)
 
     def fill_mask(self, words: Any) -> None:
         """Write the allowed tokens as bits into int32 `words`; all of them once the grammar has failed."""

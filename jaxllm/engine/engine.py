@@ -6,27 +6,33 @@ The host is never waited for: iteration `t + 1` is planned and dispatched before
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
+import operator
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
 
 from jaxllm.config.sampling import SamplingParams
+from jaxllm.engine.errors import EngineError, NotFinite
 from jaxllm.kv.mover import Mover
 from jaxllm.runner.in_flight import InFlight
 from jaxllm.runner.runner import ModelRunner
-from jaxllm.runner.sampler import Sampled
+from jaxllm.runner.sampler import NOT_FINITE, Sampled
 from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.scheduling.replicas import Replicas
-from jaxllm.scheduling.request import Constraint, Request, Status, next_arrival
+from jaxllm.scheduling.request import Ending, Held, Listener, Request, Status, next_arrival
 from jaxllm.scheduling.scheduler import Chunk, Scheduler
 from jaxllm.scheduling.tiers import Tiers
 from jaxllm.telemetry.accounting import Accounting, IterationRecord
 from jaxllm.telemetry.device_peaks import engine_cost, known_ceilings
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
 _MOVING_SECONDS = 0.0005
 _PIPELINE_DEPTH = 2  # iterations on the device queue before the oldest is read
 
@@ -38,6 +44,23 @@ class NewTokens:
     request: Request
     tokens: list[int]
     sampled: Sampled
+
+
+def _whole(method: Callable[P, T]) -> Callable[P, T]:
+    """While it runs the engine is not sound; where an exception cuts it off, it stays so until `recover`.
+
+    Plain statements instead of `finally`: an interrupt may come between any two.
+    """
+
+    @functools.wraps(method)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        engine: Any = args[0]
+        before, engine.is_sound = engine.is_sound, False
+        result = method(*args, **kwargs)
+        engine.is_sound = before
+        return result
+
+    return run
 
 
 class Engine:
@@ -95,6 +118,8 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self.progress = 0  # grows with every iteration dispatched or read
         self.num_completed = 0  # iterations read without an error
+        self.num_not_finite = 0  # requests that ended because the model's numbers were no numbers
+        self.is_sound = True  # False: something was cut off half-way; nothing but `recover` makes sense
 
     @property
     def has_work(self) -> bool:
@@ -107,83 +132,134 @@ class Engine:
         return list(self._requests.values())
 
     def add_request(
-        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, request_id: str | None = None,
-        priority: int = 0, cache_salt: str = "", constraint: Constraint | None = None,
-        parent: Request | None = None, lockstep: bool = False, streamed: bool = False,
-    ) -> Request:  # fmt: skip
-        """Queue one prompt (`params.n` is the caller's business). Raises ValueError that says what to change.
+        self, prompt_token_ids: Sequence[int], params: SamplingParams, *, parent: Request | None = None, **asked: Any
+    ) -> Request:
+        """Check, make and queue one prompt's request (`params.n` is the caller's business).
 
-        With a `parent` of the same prompt it waits until that prompt is computed, and starts on its pages. Under
-        `lockstep` it stops after every token until the caller has said which one to go on with (`replace_last`). A
-        `streamed` one, and whatever runs beside it, gets its tokens one by one.
+        Args:
+            prompt_token_ids: integers of any kind.
+            params: how to sample.
+            parent: a request with the same prompt: this one waits until that is computed, and starts on its pages.
+            **asked: see `make_request`.
+
+        Raises:
+            ValueError: in one line, what to change.
         """
-        number = next(self._counter)
-        request_id = request_id or f"request-{number}"
+        ids, limit = self.check_request(prompt_token_ids, params)
+        request = self.make_request(ids, params, limit, parent=parent, **asked)
+        self.add(request)
+        return request
+
+    def make_request(
+        self, token_ids: list[int], params: SamplingParams, limit: int, *, request_id: str | None = None,
+        seed: int | None = None, **asked: Any,
+    ) -> Request:  # fmt: skip
+        """A request that `check_request` accepted, not queued yet; `asked` are fields of `Request`.
+
+        Raises ValueError where the name is in use.
+        """
         if request_id in self._requests:
             raise ValueError(f"request_id={request_id!r} is already in use; give every request its own")
-        limit = self.check_request(prompt_token_ids, params)
+        number = next(self._counter)
         stops = (*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.eos_token_ids))
-        request = Request(
-            request_id=request_id,
-            token_ids=list(prompt_token_ids),
+        return Request(
+            request_id=self._free_name(number) if request_id is None else request_id,
+            token_ids=list(token_ids),
             params=params,
             limit=limit,
             stop_ids=frozenset(stops),
-            seed=hash((self._seed, number)) if params.seed is None else params.seed,
-            priority=priority,
-            cache_salt=cache_salt,
-            constraint=constraint,
-            parent=parent,
-            streamed=streamed,
-            num_confirmed=len(prompt_token_ids) if lockstep else None,
+            seed=hash((self._seed, number)) if seed is None else seed,
+            **asked,
         )
-        self.scheduler.add(request)
-        self._requests[request_id] = request
-        return request
 
-    def fork(self, parent: Request, token: int) -> Request:
-        """Another request in lockstep, equal to `parent` but for its last token, on the same pages."""
-        number = next(self._counter)
+    def _free_name(self, number: int) -> str:
+        while (name := f"request-{number}") in self._requests:
+            number = next(self._counter)
+        return name
+
+    @_whole
+    def change(self, function: Callable[..., T], *args: Any) -> T:
+        """Call something that changes the engine; where it is cut off, the engine is not sound any more."""
+        return function(*args)
+
+    @_whole
+    def add(self, request: Request) -> None:
+        """Queue a request; one that is queued or has ended stays as it is."""
+        if request.finished or self._requests.get(request.request_id) is request:
+            return
+        self._requests[request.request_id] = request
+        self.scheduler.add(request)
+
+    # What callers build on that choose tokens themselves: beam search, speculation, forced tokens.
+
+    def extend(self, request: Request, tokens: Sequence[int]) -> None:
+        """Append tokens to a request and let it go on: they run as one chunk, with a sample after the last.
+
+        The request is `stepwise` and `on_hold`: nothing of it is on its way. Without tokens its last one runs again.
+
+        Raises:
+            ValueError: they exceed its limit.
+        """
+        if len(request.token_ids) + len(tokens) >= request.limit:
+            raise ValueError(f"{len(tokens)} tokens more leave none of the request's {request.limit} to sample")
+        self.change(self.scheduler.extend, request, list(tokens))
+
+    def truncate(self, request: Request, length: int) -> None:
+        """Drop a request's tokens from `length` on; it is on hold until it is extended. `length` keeps the prompt."""
+        assert request.num_prompt <= length <= len(request.token_ids), (request.num_prompt, length)
+        self.change(self.scheduler.truncate, request, length)
+
+    @_whole
+    def fork(self, parent: Request, listener: Listener | None = None) -> Request:
+        """Another request with the tokens of `parent`, on its pages until one of them writes there; it is on hold."""
+        assert parent.constraint is None, "a constraint follows one sequence"
         child = dataclasses.replace(
-            parent, request_id=f"request-{number}", token_ids=[*parent.token_ids[:-1], token], pages=[], slot=-1,
-            status=Status.WAITING, page_hashes=[], num_computed=0, num_settled=0, num_published=0, num_dropped=0,
-            num_preemptions=0, num_confirmed=len(parent.token_ids), load=None, swapped=None, arrival=next_arrival(),
+            parent, request_id=self._free_name(next(self._counter)), token_ids=list(parent.token_ids), page_hashes=[],
+            held=Held(), num_pending=0, num_delivered=len(parent.token_ids), num_preemptions=0, parent=None,
+            listener=listener, stepwise=True, on_hold=True, status=Status.WAITING, arrival=next_arrival(),
         )  # fmt: skip
-        child.num_prompt = parent.num_prompt
-        self.scheduler.fork(parent, child)
         self._requests[child.request_id] = child
+        self.scheduler.fork(parent, child)
         return child
 
-    def replace_last(self, request: Request, token: int) -> None:
-        """Let a request in lockstep go on, with this token in place of the one it sampled."""
-        self.scheduler.replace_last(request, token)
+    def check_request(self, ids: Sequence[int], params: SamplingParams) -> tuple[list[int], int]:
+        """The prompt's token ids and the length at which such a request ends; safe on any thread.
 
-    def check_request(self, ids: Sequence[int], params: SamplingParams) -> int:
-        """The length at which such a request ends. Raises ValueError if it cannot run; safe on any thread."""
-        self.check_prompt(ids, params)
-        max_len = self.runner.shapes.max_model_len
-        limit = max_len if params.max_tokens is None else min(max_len, len(ids) + params.max_tokens)
-        self.scheduler.check_fits(limit)
-        return limit
-
-    def check_prompt(self, ids: Sequence[int], params: SamplingParams) -> None:
-        """Raise ValueError where these ids are no prompt for this engine."""
-        max_len, vocab = self.runner.shapes.max_model_len, self.runner.model.cfg.vocab_size
-        if not len(ids):
-            raise ValueError("the prompt is empty; give at least one token")
-        if len(ids) >= max_len:
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens and max_model_len is {max_len}, which leaves no room for an answer; "
-                "shorten the prompt or raise max_model_len"
-            )
-        bad = [i for i in ids if not isinstance(i, int) or not 0 <= i < vocab]
+        Raises:
+            ValueError: it cannot run.
+        """
+        known = self.check_prompt(ids)
+        vocab, max_len = self.runner.model.cfg.vocab_size, self.runner.shapes.max_model_len
         named = (params.stop_token_ids, params.logit_bias, params.allowed_token_ids)
-        bad += [i for ids in named for i in ids or () if i >= vocab]
-        if bad:
-            raise ValueError(f"token id {bad[0]!r} is outside the vocabulary; ids must be in 0..{vocab - 1}")
+        beyond = [i for ids in named for i in ids or () if i >= vocab]
+        if beyond:
+            raise ValueError(f"token id {beyond[0]!r} is outside the vocabulary; ids must be in 0..{vocab - 1}")
+        limit = max_len if params.max_tokens is None else min(max_len, len(known) + params.max_tokens)
+        self.scheduler.check_fits(limit)
+        return known, limit
 
+    def check_prompt(self, ids: Sequence[int]) -> list[int]:
+        """These ids as plain integers. Raises ValueError where they are no prompt for this engine."""
+        known = as_token_ids(ids)
+        max_len, vocab = self.runner.shapes.max_model_len, self.runner.model.cfg.vocab_size
+        if not known:
+            raise ValueError("the prompt is empty; give at least one token")
+        if len(known) >= max_len:
+            raise ValueError(
+                f"the prompt has {len(known)} tokens and max_model_len is {max_len}, which leaves no room for an "
+                "answer; shorten the prompt or raise max_model_len"
+            )
+        if not 0 <= min(known) <= max(known) < vocab:
+            bad = next(i for i in known if not 0 <= i < vocab)
+            raise ValueError(f"token id {bad!r} is outside the vocabulary; ids must be in 0..{vocab - 1}")
+        return known
+
+    @_whole
     def step(self) -> list[NewTokens]:
-        """Dispatch the next iteration, if any, and read the oldest one that is due."""
+        """Dispatch the next iteration, if any, and read the oldest one that is due.
+
+        Its tokens go to the requests' listeners; what is returned is for those who have none.
+        """
         if self.mover is not None:
             self.progress += self.mover.finish(self.scheduler.loaded)
         plan = self.scheduler.schedule()
@@ -213,61 +289,77 @@ class Engine:
         read = work.read()
         self._record(work, read)
         for chunk, sampled in read:
-            request = chunk.request
-            if request.finished:
-                continue  # it ended while this iteration was in flight
-            tokens = sampled.tokens.tolist()
-            self.scheduler.append_tokens(request, tokens, chunk.num_samples)
-            self._finish_if_done(request)
-            if request.constraint is not None and not request.finished:
-                self._advance(request, request.constraint, tokens)
-            results.append(NewTokens(request, tokens, sampled))
+            if not chunk.request.finished:  # else it ended while this iteration was in flight
+                results.append(self._deliver(chunk, sampled))
         self.num_completed += 1
         return results
 
-    def _finish_if_done(self, request: Request) -> None:
-        last = request.token_ids[-1]
-        if last in request.stop_ids and len(request.token_ids) > request.num_prompt:
-            user_stop = last in (request.params.stop_token_ids or ())
-            self.finish(request, "stop", last if user_stop else None)
-        elif len(request.token_ids) >= request.limit:
-            self.finish(request, "length")
+    def _deliver(self, chunk: Chunk, sampled: Sampled) -> NewTokens:
+        """Hand a request its new tokens and end it where they do: the one place where that is decided."""
+        request, tokens = chunk.request, sampled.tokens.tolist()
+        is_finite = not tokens or tokens[-1] != NOT_FINITE
+        if not is_finite:
+            tokens.pop()
+            self.num_not_finite += 1
+        self.scheduler.append_tokens(request, tokens, chunk.num_samples)
+        ending = _ending(request, tokens) if is_finite else Ending("abort", error=NotFinite())
+        if request.listener is not None:
+            try:
+                ending = request.listener.take(request, tokens, sampled, ending)
+            except Exception as error:  # costs nobody else anything
+                log.error("the listener of %s failed", request.request_id, exc_info=error)
+                ending = Ending("abort", error=EngineError(f"the output cannot be made: {error}"))
+        if ending is None:
+            request.num_delivered = len(request.token_ids)
+        else:
+            self.finish(request, ending, publish=is_finite)
+        return NewTokens(request, tokens, sampled)
 
-    def _advance(self, request: Request, constraint: Constraint, tokens: Sequence[int]) -> None:
-        for token in tokens:
-            constraint.accept(token)
-        if constraint.error is not None:
-            request.error = constraint.error
-            self.finish(request, "abort")
-        elif constraint.finished:
-            self.finish(request, "stop")
+    def recover(self) -> None:
+        """Start anew after anything was cut off by an exception, from what is sure: requests and their known tokens.
 
-    def recover(self) -> list[Request]:
-        """After a step that raised: end every request that has state on the device, and start that state anew.
-
-        Waiting requests stay queued. Returns the requests that were ended.
+        What is on the device, what is cached and what was decided is forgotten; every unfinished request waits again,
+        and goes on where its listener stands. May be interrupted and run again.
         """
+        self.is_sound = False
         self._in_flight.clear()
-        lost = [request for request in self.unfinished if request.on_device]
-        for request in lost:
-            self.finish(request, "abort")
+        for request in self.unfinished:
+            if request.finished:  # cut off between its end and the news of it
+                self._end(request)
         if self.tiers is not None and self.mover is not None:
             self.tiers.reset()
             self.mover.reset()
-        self.pool.reset_prefix_cache()
-        self.pool.check([])
+        self.scheduler.restart(self.unfinished)
         self.runner.reset()
-        return lost
+        for request in self.unfinished:
+            if not _rewound(request):
+                self.finish(request, Ending("abort", error=EngineError("an interrupt came at a bad moment; try again")))
+        self.is_sound = True
 
-    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
-        """End a request now; tokens of it that are still on the device are dropped."""
-        self.scheduler.finish(request, reason, stop_reason)
+    @_whole
+    def finish(self, request: Request, ending: Ending, *, publish: bool = True) -> None:
+        """End a request now, and tell its listener; tokens of it that are still on the device are dropped.
+
+        Without `publish` its pages cannot be found as a prefix.
+        """
+        if self._requests.get(request.request_id) is not request:
+            return
+        request.error = ending.error
+        self.scheduler.finish(request, ending.reason, ending.stop_reason, publish=publish)
+        self._end(request)
+
+    def _end(self, request: Request) -> None:
+        try:
+            if request.listener is not None:
+                request.listener.end(request)
+        except Exception as error:
+            log.error("the listener of %s failed", request.request_id, exc_info=error)
         self._requests.pop(request.request_id, None)
 
     def abort(self, request_id: str) -> None:
         """End a request by name; unknown names (it may just have finished) are ignored."""
         if (request := self._requests.get(request_id)) is not None:
-            self.finish(request, "abort")
+            self.finish(request, Ending("abort"))
 
     def _record(self, work: InFlight, read: Sequence[tuple[Chunk, Sampled]]) -> None:
         now, compilations = time.perf_counter(), self.runner.num_compilations
@@ -277,3 +369,51 @@ class Engine:
         self.records.append(record)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", record.line())
+
+
+def as_token_ids(ids: Any) -> list[int]:
+    """Token ids of any kind (lists, NumPy, torch or JAX arrays, one row of a batch) as a list of `int`.
+
+    Raises ValueError for what is none.
+    """
+    plain = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(plain, str | bytes | Mapping) or not isinstance(plain, Iterable):
+        raise ValueError(f"token ids are a list of whole numbers, not {type(ids).__name__}")
+    known = list(plain)
+    if len(known) == 1 and isinstance(known[0], list) and plain is not ids:
+        known = known[0]  # an array of one row, as tokenizers return it
+    if all(type(i) is int for i in known):
+        return known
+    for i, token in enumerate(known):
+        try:
+            known[i] = operator.index(token)
+        except TypeError:
+            raise ValueError(f"token id {str(token)[:50]!r} is not a whole number") from None
+    return known
+
+
+def _rewound(request: Request) -> bool:
+    """Set a request's listener and constraint back to its known tokens, where that is possible."""
+    try:
+        if request.constraint is not None:
+            request.constraint.rewind(request.output_ids)
+        return request.listener is None or request.listener.rewind(request)
+    except Exception as error:
+        log.error("%s cannot be set back", request.request_id, exc_info=error)
+        return False
+
+
+def _ending(request: Request, tokens: Sequence[int]) -> Ending | None:
+    """How a request ends with its last tokens, as far as tokens say: a stop token, its limit, or its constraint."""
+    last = request.token_ids[-1]
+    if last in request.stop_ids and len(request.token_ids) > request.num_prompt:
+        return Ending("stop", last if last in (request.params.stop_token_ids or ()) else None)
+    if len(request.token_ids) >= request.limit:
+        return Ending("length")
+    if (constraint := request.constraint) is None:
+        return None
+    for token in tokens:
+        constraint.accept(token)
+    if constraint.error is not None:
+        return Ending("abort", error=ValueError(constraint.error))
+    return Ending("stop") if constraint.finished else None

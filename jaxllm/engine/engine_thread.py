@@ -1,4 +1,4 @@
-"""The engine's own thread: commands in, updates out, and what happens when an iteration fails.
+"""The engine's own thread: work in, updates out, and what happens when an iteration fails.
 
 Policy for errors (docs/serving.md): a step that raises ends every request that had state on the device, with an
 error; pages, slots and prefix cache start anew and waiting requests go on. A second failure before any iteration
@@ -16,20 +16,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from jaxllm.engine.completions import Job, Jobs
-from jaxllm.engine.engine import Engine
-from jaxllm.engine.outputs import CompletionBuilder, Logprob
-from jaxllm.engine.scoring import Scorer, ScoringPass
+from jaxllm.engine.completions import Jobs
+from jaxllm.engine.errors import EngineError
+from jaxllm.engine.outputs import CompletionDelta
+from jaxllm.engine.work import Work
 from jaxllm.telemetry.accounting import percent
 from jaxllm.telemetry.device_peaks import measured_ceilings
 
 log = logging.getLogger(__name__)
 _IDLE_SECONDS = 0.5  # how often an idle thread shows that it lives
 _REPORT_SECONDS = 10.0
-
-
-class EngineError(RuntimeError):
-    """The engine failed while it worked on this request; the cause is in the log."""
+_STOPPED = "the engine failed and stops"
 
 
 class _WorkArrived(Exception):
@@ -37,20 +34,8 @@ class _WorkArrived(Exception):
 
 
 @dataclass(slots=True)
-class CompletionDelta:
-    """What is new of one completion; `finish_reason` is set on its last one."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-
-
-@dataclass(slots=True)
 class Update:
-    """News for one listener: a delta of its job, its finished pass, or the error that ended it."""
+    """News for one listener: a delta of its work, its end, or the error that ended it."""
 
     listener: Any
     delta: CompletionDelta | None = None
@@ -58,15 +43,12 @@ class Update:
     error: Exception | None = None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Task:
-    """A job or a scoring pass with whoever waits for it, and how much of each completion was passed on."""
+    """Work, and whoever waits for it."""
 
+    work: Work
     listener: Any
-    job: Job | None = None
-    scores: ScoringPass | None = None
-    request_id: str | None = None
-    sent: dict[int, tuple[int, int]] | None = None
 
 
 class EngineThread:
@@ -79,7 +61,6 @@ class EngineThread:
 
     def __init__(
         self,
-        engine: Engine,
         jobs: Jobs,
         publish: Callable[[list[Update]], None],
         before_step: Callable[[], None] | None = None,
@@ -87,11 +68,9 @@ class EngineThread:
         self.death: BaseException | None = None
         self.last_progress = self._last_report = time.monotonic()
         self.num_failures = 0
-        self._engine, self._jobs, self._publish, self._before_step = engine, jobs, publish, before_step
-        self._scorer = Scorer(engine)
-        self._commands: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
+        self._engine, self._jobs, self._publish, self._before_step = jobs.engine, jobs, publish, before_step
+        self._commands: queue.SimpleQueue[_Task | Callable[[], None] | None] = queue.SimpleQueue()
         self._tasks: dict[Any, _Task] = {}  # by listener
-        self._by_job: dict[Job, _Task] = {}
         self._failed_at = -1
         self._wants_ceilings = False
         self._updates: list[Update] = []
@@ -100,13 +79,11 @@ class EngineThread:
 
     # Called from any thread.
 
-    def submit(self, job: Job, listener: Any, request_id: str | None = None) -> None:
-        """Start a prepared job; `listener` identifies it in updates."""
-        self._commands.put(lambda: self._start(_Task(listener, job=job, request_id=request_id, sent={})))
-
-    def score(self, scores: ScoringPass, listener: Any) -> None:
-        """Start a scoring pass; one update says when it is done."""
-        self._commands.put(lambda: self._start(_Task(listener, scores=scores)))
+    def submit(self, work: Work, listener: Any) -> None:
+        """Start work that is prepared; `listener` identifies it in updates."""
+        self._commands.put(_Task(work, listener))
+        if self.death is not None:
+            self._refuse_all()
 
     def cancel(self, listener: Any) -> None:
         """End what was started for a listener; there will be no more updates."""
@@ -128,7 +105,7 @@ class EngineThread:
     @property
     def num_queued(self) -> int:
         """Requests that are accepted and do not run yet."""
-        return self._engine.scheduler.num_waiting + self._commands.qsize() + len(self._scorer)
+        return self._engine.scheduler.num_waiting + self._commands.qsize() + len(self._jobs.scorer)
 
     @property
     def is_alive(self) -> bool:
@@ -138,7 +115,7 @@ class EngineThread:
     @property
     def stalled_seconds(self) -> float:
         """How long there has been work and no progress."""
-        busy = not self._commands.empty() or self._engine.has_work or self._scorer.has_work
+        busy = not self._commands.empty() or self._jobs.has_work
         return time.monotonic() - self.last_progress if busy else 0.0
 
     # The thread.
@@ -155,12 +132,23 @@ class EngineThread:
         finally:
             self.death = self.death or EngineError("the engine's thread ended")
             for task in list(self._tasks.values()):
-                self._fail(task, EngineError("the engine failed and stops"))
+                self._updates.append(Update(task.listener, finished=True, error=EngineError(_STOPPED)))
             self._flush()
+            self._refuse_all()
+
+    def _refuse_all(self) -> None:
+        """The thread has ended: nobody who comes after that shall wait. Called there, and by whoever comes."""
+        while True:
+            try:
+                command = self._commands.get_nowait()
+            except queue.Empty:
+                return
+            if isinstance(command, _Task):
+                self._publish([Update(command.listener, finished=True, error=EngineError(_STOPPED))])
 
     def _obey(self) -> bool:
         """Carry out commands, waiting for one when there is nothing else to do. False: stop."""
-        busy = self._engine.has_work or self._scorer.has_work
+        busy = self._jobs.has_work
         while True:
             try:
                 command = self._commands.get_nowait() if busy else self._commands.get(timeout=_IDLE_SECONDS)
@@ -174,7 +162,10 @@ class EngineThread:
             if not busy:
                 self.last_progress = time.monotonic()
                 busy = True
-            command()
+            if isinstance(command, _Task):
+                self._start(command)
+            else:
+                command()
 
     def _want_ceilings(self) -> None:
         self._wants_ceilings = self._engine.accounting.ceilings is None
@@ -202,20 +193,16 @@ class EngineThread:
     def _step(self) -> None:
         before = self._engine.progress
         try:
-            if self._before_step is not None and (self._engine.has_work or self._scorer.has_work):
+            if self._before_step is not None and self._jobs.has_work:
                 self._before_step()
-            for news in self._engine.step():
-                delivered = self._jobs.deliver(news)
-                if delivered is not None:
-                    self._pass_on(*delivered)
-            self._collect_scores()
+            self._jobs.step()
         except Exception as error:
             self._recover(error)
         self._flush()
         if self._engine.progress != before:
             self.last_progress = time.monotonic()
             self._report()
-        elif self._engine.has_work or self._scorer.has_work:
+        elif self._jobs.has_work:
             time.sleep(0.001)  # nothing can run until something else ends
 
     def _report(self) -> None:
@@ -238,70 +225,41 @@ class EngineThread:
             self._publish(updates)
 
     def _start(self, task: _Task) -> None:
+        self._tasks[task.listener] = task
+        task.work.notify = self._heard(task)
         try:
-            scores = task.scores or (self._jobs.scoring_pass(task.job) if task.job else None)
-            if scores is not None:
-                self._scorer.check(scores.token_ids)
-                task.scores = scores
-                self._scorer.add(scores)
-            else:
-                self._start_job(task)
-            self._tasks[task.listener] = task
-        except ValueError as error:
-            self._updates.append(Update(task.listener, finished=True, error=error))
-
-    def _start_job(self, task: _Task) -> None:
-        assert task.job is not None
-        self._jobs.start(task.job, task.request_id)
-        self._by_job[task.job] = task
-
-    def _cancel(self, listener: Any) -> None:
-        if (task := self._tasks.get(listener)) is not None:
-            self._forget(task)
-
-    def _forget(self, task: _Task) -> None:
-        self._tasks.pop(task.listener, None)
-        if task.scores is not None:
-            task.scores.cancelled = True
-        if task.job is not None:
-            self._by_job.pop(task.job, None)
-            self._jobs.abort(task.job)
-
-    def _fail(self, task: _Task, error: Exception) -> None:
-        self._forget(task)
-        self._updates.append(Update(task.listener, finished=True, error=error))
-
-    def _pass_on(self, job: Job, builder: CompletionBuilder) -> None:
-        task = self._by_job[job]
-        assert task.sent is not None
-        out, text = builder.output, builder.stable_text
-        num_chars, num_tokens = task.sent.get(out.index, (0, 0))
-        logprobs = out.logprobs[num_tokens:] if out.logprobs is not None else None
-        delta = CompletionDelta(
-            out.index, text[num_chars:], out.token_ids[num_tokens:], logprobs, out.finish_reason, out.stop_reason
-        )
-        task.sent[out.index] = (len(text), len(out.token_ids))
-        finished = job.output.finished
-        error = ValueError(job.output.error) if job.output.error else None
-        self._updates.append(Update(task.listener, delta, finished, error))
-        if finished:
-            self._forget(task)
-
-    def _collect_scores(self) -> None:
-        if (scores := self._scorer.step()) is None:
-            return
-        task = next((t for t in self._tasks.values() if t.scores is scores), None)
-        if task is None:
-            return
-        if task.job is None:
-            del self._tasks[task.listener]
-            self._updates.append(Update(task.listener, finished=True))
-            return
-        try:
-            self._jobs.attach_scores(task.job, scores)
-            self._start_job(task)
+            task.work.start()
         except ValueError as error:
             self._fail(task, error)
+        except Exception as error:  # a fault of ours, which costs nobody else more than it has to
+            self._fail(task, EngineError(f"the request could not be started: {type(error).__name__}"))
+            self._recover(error)
+
+    def _heard(self, task: _Task) -> Callable[[Work, CompletionDelta | None], None]:
+        def hear(work: Work, delta: CompletionDelta | None) -> None:
+            finished = delta is None
+            self._updates.append(Update(task.listener, delta, finished, work.error if finished else None))
+            if finished:
+                self._tasks.pop(task.listener, None)
+
+        return hear
+
+    def _cancel(self, listener: Any) -> None:
+        if (task := self._tasks.pop(listener, None)) is not None:
+            self._end(task)
+
+    def _fail(self, task: _Task, error: Exception) -> None:
+        self._tasks.pop(task.listener, None)
+        self._end(task)
+        self._updates.append(Update(task.listener, finished=True, error=error))
+
+    def _end(self, task: _Task) -> None:
+        task.work.notify = None
+        try:
+            task.work.abort()
+        except Exception as error:
+            self._recover(error)
+            task.work.abort()
 
     def _recover(self, error: Exception) -> None:
         """Carry on after a failed step, or raise when that has not helped before."""
@@ -310,10 +268,8 @@ class EngineThread:
         if self._failed_at == self._engine.num_completed:
             raise EngineError("two iterations failed in a row") from error
         self._failed_at = self._engine.num_completed
-        lost = {self._jobs.owner(request) for request in self._engine.unfinished if request.on_device}
-        passes = self._scorer.reset()
+        lost = [task for task in self._tasks.values() if task.work.on_device]
+        self._jobs.recover()
         failure = EngineError("the engine failed while it worked on this request; it may be sent again")
-        for task in list(self._tasks.values()):
-            if (task.job is not None and task.job in lost) or task.scores in passes:
-                self._fail(task, failure)
-        self._engine.recover()
+        for task in lost:
+            self._fail(task, failure)

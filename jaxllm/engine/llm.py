@@ -1,60 +1,45 @@
-"""`LLM`: the offline face. Prompts in, `RequestOutput`s out, in input order.
+"""`LLM`: the offline API. Prompts in, `RequestOutput`s out, in input order.
 
-Steps the engine on the caller's thread. Knows nothing of devices, pages or schedules.
+Steps the engine on the caller's thread. Calls may come from several threads, streams may be open beside other calls,
+and any call may be interrupted: what others have started goes on. Knows nothing of devices, pages or schedules.
 """
 
 from __future__ import annotations
 
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from jaxllm.config import EngineConfig
 from jaxllm.config.sampling import SamplingParams
-from jaxllm.decoding.beam_search import BeamSearch, BeamSearchOutput, BeamSearchParams, BeamSearchSequence
-from jaxllm.engine.build import build_engine
-from jaxllm.engine.completions import Job, Jobs, Prompt, sampling_defaults
+from jaxllm.engine.completions import Job
+from jaxllm.engine.errors import EngineError
+from jaxllm.engine.exclusive import Call, Exclusive
+from jaxllm.engine.frontend import Frontend
 from jaxllm.engine.outputs import RequestOutput
-from jaxllm.engine.scoring import Scorer
+from jaxllm.engine.prompts import Prompt, as_prompts, text_of
+from jaxllm.engine.work import Work
 from jaxllm.telemetry import figures
 from jaxllm.telemetry.device_peaks import measured_ceilings
 
+if TYPE_CHECKING:
+    from jaxllm.decoding.beam_search import BeamSearchOutput, BeamSearchParams
 
-class LLM:
-    """A model ready to generate.
+_TURN_SECONDS = 0.0001  # between steps while other calls are open: their thread may want the lock
 
-    Args:
-        model: a short name, a folder, a `.gguf` file or a Hugging Face id; the default is a small real model.
-        use_tqdm: progress bars on a terminal.
-        **kwargs: the fields of `EngineConfig`.
 
-    Raises:
-        ValueError: in one line, what cannot be done and what to do instead.
+class LLM(Frontend):
+    """A model ready to generate; see `Frontend` for the arguments.
+
+    A call that raises in the middle of its work ends itself alone. Where the engine cannot be brought back to a
+    sound state every call raises `EngineError`.
     """
 
     def __init__(self, model: str | None = None, *, use_tqdm: bool = True, **kwargs: Any):
-        if model is not None:
-            kwargs["model"] = model
-        self.config = EngineConfig.from_kwargs(kwargs)
-        built = build_engine(self.config, progress=use_tqdm)
-        self.engine, self.model_config = built.engine, built.model_config
-        self._jobs = Jobs(built.engine, built.tokenizer)
-        self._scorer = Scorer(built.engine)
-        self._generation_config = built.generation_config
+        super().__init__(model, use_tqdm=use_tqdm, **kwargs)
+        self._exclusive = Exclusive(self._jobs)
         self.after_step: Callable[[], None] | None = None  # what it raises ends the call that is running
-
-    def get_tokenizer(self) -> Any:
-        """The tokenizer. Raises ValueError under `skip_tokenizer_init`."""
-        return self._jobs.tokenizer
-
-    def generation_defaults(self) -> dict[str, Any]:
-        """Sampling values that the model's own generation config asks for."""
-        return sampling_defaults(self._generation_config)
-
-    def get_default_sampling_params(self) -> SamplingParams:
-        """What `generate` uses when it is given none."""
-        return SamplingParams(**self.generation_defaults())
 
     def get_metrics(self) -> dict[str, Any]:
         """Queues, cache, totals and recent rates; see `jaxllm.telemetry.figures`.
@@ -78,31 +63,32 @@ class LLM:
         """Complete every prompt.
 
         Args:
-            prompts: text, or `{"prompt_token_ids": [...]}`; each may carry `cache_salt` and `priority`.
+            prompts: text, token ids (a list or an array), or `{"prompt_token_ids": [...]}`, which may carry
+                `cache_salt` and `priority`; or several of them.
             sampling_params: one for all, or one per prompt; the model's own defaults when None.
             use_tqdm: a progress bar when standard error is a terminal.
             return_errors: report a bad prompt in its output's `error` and run the others, instead of raising
                 before anything runs.
 
         Returns:
-            One `RequestOutput` per prompt, in input order.
+            One `RequestOutput` per prompt, in input order. `error` says why one has no answer, or only half of it.
         """
-        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        params = self._params_for(prompts, sampling_params)
-        jobs: list[Job] = []
+        given = as_prompts(prompts)
+        params = self._params_for(given, sampling_params)
+        jobs = [self._prepare(prompt, p, return_errors) for prompt, p in zip(given, params, strict=True)]
+        for text in dict.fromkeys(text for job in jobs for text in job.output.warnings):
+            warnings.warn(text, stacklevel=2)
+        call = self._exclusive.open()
         try:
-            for prompt, p in zip(prompts, params, strict=True):
-                jobs.append(self._submit(prompt, p, return_errors=return_errors))
-            for _ in self._run(jobs, use_tqdm):
-                pass
-        finally:  # Ctrl-C or a refused prompt: nothing may stay behind in the engine
-            for job in jobs:
-                self._jobs.abort(job)
+            call.works += [job for job in jobs if not job.finished]
+            self._run(call, use_tqdm)
+        finally:  # Ctrl-C, say: nothing may stay behind in the engine
+            self._exclusive.close(call)
         return [job.output for job in jobs]
 
     def chat(
         self,
-        messages: list[dict[str, Any]] | list[list[dict[str, Any]]],
+        messages: Sequence[Any],
         sampling_params: SamplingParams | None = None,
         *,
         use_tqdm: bool = True,
@@ -128,22 +114,29 @@ class LLM:
         prompts = [self.chat_prompt(conversation, **given) for conversation in conversations]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def chat_prompt(self, messages: Any, **kwargs: Any) -> dict[str, Any]:
-        """A conversation as a prompt; see `Tokenizer.chat_prompt`."""
-        return self.get_tokenizer().chat_prompt(messages, **kwargs)
-
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
-        """Yield the first completion's text as it grows. Leaving the loop aborts the request."""
+        """Yield the first completion's text as it grows. Leaving the loop aborts the request.
+
+        Other calls may run between two pieces; they carry this request on.
+
+        Raises:
+            ValueError: the prompt is refused, or (in the end) the request has no proper answer.
+        """
         (params,) = self._params_for([prompt], sampling_params)
-        job = self._submit(prompt, params, streamed=True)
-        builder, sent = next(iter(job.builders.values())), 0
+        call = self._exclusive.open()
         try:
-            for _ in self._run([job], use_tqdm=False):
-                if len(text := builder.stable_text) > sent:
-                    yield text[sent:]
-                    sent = len(text)
+            job = self._jobs.prepare(prompt, params, streamed=True)
+            call.works.append(job)
+            sent = 0
+            for _ in self._steps(call):
+                text = job.output.outputs[0].text if job.output.outputs else ""
+                if len(text) > sent:
+                    piece, sent = text[sent:], len(text)
+                    yield piece
+            if job.error is not None:
+                raise job.error
         finally:
-            self._jobs.abort(job)
+            self._exclusive.close(call)
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
@@ -151,7 +144,7 @@ class LLM:
         """The likeliest continuations of every prompt.
 
         Args:
-            prompts: text, or `{"prompt_token_ids": [...]}`.
+            prompts: as for `generate`.
             params: width, length and how to score.
             use_tqdm: a progress bar when standard error is a terminal.
 
@@ -159,77 +152,63 @@ class LLM:
             One `BeamSearchOutput` per prompt, in input order: `sequences`, best first, whose `tokens` and `text`
             begin with the prompt.
         """
-        prompts = [prompts] if isinstance(prompts, str | Mapping) else list(prompts)
-        searches: list[BeamSearch] = []
+        from jaxllm.decoding.beam_search import BeamSearch
+
+        searches = [BeamSearch.of(self._jobs, prompt, params) for prompt in as_prompts(prompts)]
+        call = self._exclusive.open()
         try:
-            for ids in [self._jobs.token_ids(prompt) for prompt in prompts]:
-                searches.append(BeamSearch(self.engine, ids, params, self._jobs.token_text))
-            with _progress(len(searches), use_tqdm) as bar:
-                while any(not search.finished for search in searches):
-                    for news in self.engine.step():
-                        for search in searches:
-                            search.feed(news)
-                    bar.update(sum(search.finished for search in searches) - bar.n)
-                    if self.after_step is not None:
-                        self.after_step()
+            call.works += searches
+            self._run(call, use_tqdm)
         finally:
-            for search in searches:
-                search.abort()
-        return [BeamSearchOutput([self._with_text(s, params) for s in search.best()]) for search in searches]
+            self._exclusive.close(call)
+        return [search.result() for search in searches]
 
-    def _with_text(self, sequence: BeamSearchSequence, params: BeamSearchParams) -> BeamSearchSequence:
-        if not self.config.skip_tokenizer_init:
-            ended = sequence.finish_reason == "stop" and not params.include_stop_str_in_output
-            sequence.text = self.get_tokenizer().decode(sequence.tokens[:-1] if ended else sequence.tokens)
-        return sequence
-
-    def _params_for(self, prompts: Sequence[Prompt], params: Any) -> list[SamplingParams]:
+    def _params_for(self, prompts: Sequence[Any], params: Any) -> list[SamplingParams]:
         if params is None:
             params = self.get_default_sampling_params()
-        if isinstance(params, SamplingParams):
+        if not isinstance(params, Sequence):
             return [params] * len(prompts)
         if len(params) != len(prompts):
             raise ValueError(f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each")
         return list(params)
 
-    def _submit(
-        self, prompt: Prompt, params: SamplingParams, *, return_errors: bool = False, streamed: bool = False
-    ) -> Job:
+    def _prepare(self, prompt: Any, params: SamplingParams, return_errors: bool) -> Job:
         try:
-            job = self._jobs.prepare(prompt, params)
-            job.extra["streamed"] = streamed
-            for text in job.output.warnings:
-                warnings.warn(text, stacklevel=4)
-            self._score_prompt(job)
-            self._jobs.start(job)
+            return self._jobs.prepare(prompt, params)
         except ValueError as error:
             if not return_errors:
                 raise
-            text = prompt if isinstance(prompt, str) else prompt.get("prompt")
-            job = Job(RequestOutput("", text, [], finished=True, error=str(error)), params)
-        return job
+            return self._jobs.refused(text_of(prompt), params, error)
 
-    def _score_prompt(self, job: Job) -> None:
-        if (scores := self._jobs.scoring_pass(job)) is None:
-            return
-        self._scorer.check(scores.token_ids)
-        self._scorer.add(scores)
-        while not scores.done:
-            self._scorer.step()
-        self._jobs.attach_scores(job, scores)
+    def _run(self, call: Call, use_tqdm: bool) -> None:
+        with _progress(len(call.works), use_tqdm) as bar:
+            for num_finished in self._steps(call):
+                bar.update(num_finished - bar.n)
 
-    def _run(self, jobs: Sequence[Job], use_tqdm: bool) -> Iterator[None]:
-        """Step the engine until these jobs are finished, yielding after each step."""
-        with _progress(len(jobs), use_tqdm) as bar:
-            bar.update(sum(job.output.finished for job in jobs))
-            while any(not job.output.finished for job in jobs):
-                for news in self.engine.step():
-                    delivered = self._jobs.deliver(news)
-                    if delivered is not None and delivered[0].output.finished:
-                        bar.update(1)
-                if self.after_step is not None:
-                    self.after_step()
-                yield
+    def _steps(self, call: Call) -> Iterator[int]:
+        """Start a call's work and step the engine until all of it is finished; yields how many are, each time."""
+        works: list[Work] = list(call.works)
+        self._exclusive.run(lambda: [work.start() for work in works])
+        total, works = len(works), works[::-1]
+        while True:
+            while works and works[-1].finished:
+                works.pop()
+            if not works:
+                yield total
+                return
+            yield total - len(works)
+            self._exclusive.run(lambda: self._step(works[-1]))
+            if self.after_step is not None:
+                self.after_step()
+            if self._exclusive.is_shared:
+                time.sleep(_TURN_SECONDS)
+
+    def _step(self, work: Work) -> None:
+        if work.finished:
+            return  # another call's step has finished it
+        if not self._jobs.has_work:
+            raise EngineError("the engine has lost a request: please report this")
+        self._jobs.step()
 
 
 def _progress(total: int, enabled: bool) -> Any:

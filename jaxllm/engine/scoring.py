@@ -9,6 +9,7 @@ Dimension letters: T tokens of one chunk, D model width.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +17,10 @@ import numpy as np
 
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.engine import Engine
+from jaxllm.engine.errors import NotFinite
+from jaxllm.engine.outputs import CompletionDelta
 from jaxllm.runner.sampler import Sampled
-from jaxllm.scheduling.request import Request
+from jaxllm.scheduling.request import Held, Request
 from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 
 POOLINGS = ("mean", "last")
@@ -25,25 +28,40 @@ POOLINGS = ("mean", "last")
 
 @dataclass(slots=True, eq=False)
 class ScoringPass:
-    """One prompt on its way. `pooling` None asks for logprobs, `mean` or `last` for a vector.
+    """One prompt on its way: a `Work`. `pooling` None asks for logprobs, `mean` or `last` for a vector.
 
     Attributes:
-        vector: float32 `[D]`, unnormalised, when done.
+        vector: float32 `[D]`, unnormalised, when finished.
         scored: per chunk, the logprobs of tokens 1, 2, ... given those before.
     """
 
+    scorer: Scorer
     token_ids: list[int]
     pooling: str | None = None
-    start: int = 0
+    position: int = 0
     pages: list[int] = field(default_factory=list)
     vector: np.ndarray | None = None
     scored: list[Sampled] = field(default_factory=list)
-    cancelled: bool = False
+    notify: Callable[[Any, CompletionDelta | None], None] | None = None
+    error: Exception | None = None
+    finished: bool = False
 
     @property
-    def done(self) -> bool:
-        """Whether every token went through."""
-        return self.start >= len(self.token_ids)
+    def on_device(self) -> bool:
+        """Whether the device holds anything of it."""
+        return bool(self.pages)
+
+    def start(self) -> None:
+        """Queue it. Raises ValueError where it cannot run."""
+        self.scorer.add(self)
+
+    def abort(self) -> None:
+        """End it now."""
+        self.scorer.drop(self)
+
+    def restart(self) -> None:
+        """Begin again: the device has lost what was computed."""
+        self.position, self.pages, self.vector, self.scored = 0, [], None, []
 
 
 class Scorer:
@@ -61,68 +79,83 @@ class Scorer:
     def __len__(self) -> int:
         return len(self._queue)
 
-    def check(self, token_ids: list[int]) -> None:
-        """Raise ValueError where a pass could not run."""
-        self._engine.check_prompt(token_ids, SamplingParams(max_tokens=1))
-        pool = self._engine.pool
-        if pool.pages_for(len(token_ids)) > pool.num_usable:
-            raise ValueError(f"the input has {len(token_ids)} tokens, more than the KV cache holds; shorten it")
+    def check(self, token_ids: Sequence[int]) -> list[int]:
+        """These ids as plain integers. Raises ValueError where a pass could not run."""
+        known, pool = self._engine.check_prompt(token_ids), self._engine.pool
+        if pool.pages_for(len(known)) > pool.num_usable:
+            raise ValueError(f"the input has {len(known)} tokens, more than the KV cache holds; shorten it")
+        return known
 
     def add(self, work: ScoringPass) -> None:
         """Queue a pass that `check` accepted."""
         self._queue.append(work)
 
-    def step(self) -> ScoringPass | None:
-        """Run one chunk; returns the pass it completed, if it did."""
-        while self._queue and self._queue[0].cancelled:
-            self._release(self._queue.popleft())
-        if not self._queue or not self._get_pages(self._queue[0]):
-            return None
-        work = self._queue[0]
+    def drop(self, work: ScoringPass) -> None:
+        """Take a pass out; one that is finished is not there any more."""
+        if work in self._queue:
+            self._engine.change(self._remove, work)
+
+    def step(self) -> None:
+        """Run one chunk of the oldest pass, if there is one."""
+        if self._queue:
+            self._engine.change(self._step, self._queue[0])
+
+    def restart(self) -> None:
+        """Begin every pass anew, after `Engine.recover`."""
+        for work in self._queue:
+            work.restart()
+
+    def _step(self, work: ScoringPass) -> None:
+        if not self._has_pages(work):
+            return
         self._run_chunk(work)
         self._engine.progress += 1
         self._engine.num_completed += 1
-        if not work.done:
-            return None
-        self._release(self._queue.popleft())
-        return work
+        if not self._is_finite(work):
+            work.error = NotFinite("numbers")
+            self._engine.num_not_finite += 1
+        elif work.position < len(work.token_ids):
+            return
+        if work.notify is not None:
+            work.notify(work, None)
+        self._remove(work)
+        work.finished = True
 
-    def reset(self) -> list[ScoringPass]:
-        """Forget everything, after a failed step; returns what was lost."""
-        lost = list(self._queue)
-        for work in lost:
-            self._release(work)
-        self._queue.clear()
-        return lost
-
-    def _get_pages(self, work: ScoringPass) -> bool:
+    def _has_pages(self, work: ScoringPass) -> bool:
         if not work.pages:
             pages = self._engine.pool.allocate(self._engine.pool.pages_for(len(work.token_ids)))
             work.pages = pages or []
             self._engine.start_moves()
         return bool(work.pages)
 
-    def _release(self, work: ScoringPass) -> None:
+    def _remove(self, work: ScoringPass) -> None:
         self._engine.pool.free(work.pages)
         work.pages = []
+        self._queue.remove(work)
+
+    def _is_finite(self, work: ScoringPass) -> bool:
+        if work.pooling is None:
+            scored = work.scored[-1].logprobs
+            return scored is None or bool(np.isfinite(scored).all())
+        return work.vector is not None and bool(np.isfinite(work.vector).all())
 
     def _run_chunk(self, work: ScoringPass) -> None:
         runner = self._engine.runner
-        count = min(runner.shapes.scoring_buckets[-1], len(work.token_ids) - work.start)
+        count = min(runner.shapes.scoring_buckets[-1], len(work.token_ids) - work.position)
         request = Request("scoring", work.token_ids, SamplingParams(), limit=len(work.token_ids))
-        request.slot, request.pages = runner.shapes.spare_slot, work.pages
-        hidden_TD = runner.hidden_states(IterationPlan([Chunk(request, work.start, count, 0)]))
+        request.held = Held(slot=runner.shapes.spare_slot, pages=work.pages)
+        hidden_TD = runner.hidden_states(IterationPlan([Chunk(request, work.position, count, 0)]))
         if work.pooling is None:
             work.scored.append(self._score(work, hidden_TD, count))
         else:
             weights_T = _weights(work, count, hidden_TD.shape[0])
             vector = np.asarray(runner.pool(hidden_TD, weights_T))
             work.vector = vector if work.vector is None else work.vector + vector
-        work.start += count
+        work.position += count
 
     def _score(self, work: ScoringPass, hidden_TD: Any, count: int) -> Sampled:
         targets_T = np.zeros(hidden_TD.shape[0], np.int32)
-        known = work.token_ids[work.start + 1 : work.start + count + 1]
+        known = work.token_ids[work.position + 1 : work.position + count + 1]
         targets_T[: len(known)] = known
         scored = self._engine.runner.score(hidden_TD, targets_T)
         assert scored.logprobs is not None and scored.top_ids is not None and scored.top_logprobs is not None
@@ -134,6 +167,6 @@ def _weights(work: ScoringPass, count: int, size: int) -> np.ndarray:
     weights = np.zeros(size, np.float32)
     if work.pooling == "mean":
         weights[:count] = 1.0 / len(work.token_ids)
-    elif work.start + count == len(work.token_ids):
+    elif work.position + count == len(work.token_ids):
         weights[count - 1] = 1.0
     return weights

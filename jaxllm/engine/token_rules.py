@@ -25,6 +25,8 @@ class CopiedConstraint(Protocol):
 
     def accept(self, token: int) -> None: ...
 
+    def rewind(self, tokens: Sequence[int]) -> None: ...
+
     def fill_mask(self, words: Any) -> None: ...
 
 
@@ -49,6 +51,9 @@ class TokenMask:
         return self
 
     def accept(self, token: int) -> None:
+        """Nothing changes."""
+
+    def rewind(self, tokens: Sequence[int]) -> None:
         """Nothing changes."""
 
     def fill_mask(self, words: Any) -> None:
@@ -82,6 +87,10 @@ class BannedSequences:
         """Remember it."""
         self._recent = [*self._recent, token][-self._longest :]
 
+    def rewind(self, tokens: Sequence[int]) -> None:
+        """Remember the last of these."""
+        self._recent = list(tokens)[-self._longest :]
+
     def fill_mask(self, words: Any) -> None:
         """Write what may come after the tokens so far."""
         words[:] = -1
@@ -112,6 +121,12 @@ class AllOf:
         """Tell all of them."""
         for part in self._parts:
             part.accept(token)
+        self._look()
+
+    def rewind(self, tokens: Sequence[int]) -> None:
+        """Set all of them back."""
+        for part in self._parts:
+            part.rewind(tokens)
         self._look()
 
     def fill_mask(self, words: Any) -> None:

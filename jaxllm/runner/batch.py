@@ -214,7 +214,7 @@ def sampling_rows(requests: Sequence[Request], num_rows: int, vocab_size: int) -
         frequency=floats("frequency_penalty", 0.0),
         repetition=floats("repetition_penalty", 1.0),
         top_k=_pad([min(p.top_k, vocab_size) for p in params], num_rows),
-        seed=_pad([request.seed & 0xFFFFFFFF for request in requests], num_rows, 0, np.uint32),
+        seed=_seeds(requests, num_rows),
         prompt_len=_pad([request.num_prompt for request in requests], num_rows),
         min_len=_pad([r.num_prompt + r.params.min_tokens for r in requests], num_rows),
         num_logprobs=_pad([-1 if p.logprobs is None else p.logprobs for p in params], num_rows, -1),
@@ -223,6 +223,14 @@ def sampling_rows(requests: Sequence[Request], num_rows: int, vocab_size: int) -
         masked=_pad(masked, num_rows, False, np.bool_),
         allowed=allowed,
     )
+
+
+def _seeds(requests: Sequence[Request], num_rows: int) -> np.ndarray:
+    """Upper and lower half of each seed modulo 2^64."""
+    seeds = np.zeros((num_rows, 2), np.uint32)
+    for row, request in enumerate(requests):
+        seeds[row] = request.seed >> 32 & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
+    return seeds
 
 
 def _pad(values: Sequence | np.ndarray, size: int, fill: float = 0, dtype: type = np.int32) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from jaxllm.runner.sampler import Sampled
+from jaxllm.runner.sampler import IDLE, Sampled
 from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 
 
@@ -37,7 +37,7 @@ class InFlight:
         arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(self.result)]
         if not self.plan.is_decode_loop:
             arrays = [a[None] for a in arrays]
-        taken = np.cumsum(arrays[0] >= 0, axis=0).tolist()  # tokens of each row after each step
+        taken = np.cumsum(arrays[0] != IDLE, axis=0).tolist()  # tokens of each row after each step
         counts = (taken[c.num_samples - 1][row] for c, row in zip(self.sampling, self.rows, strict=True))
         rows = zip(self.sampling, self.rows, counts, strict=True)
         return [(chunk, Sampled(*(a[:count, row] for a in arrays))) for chunk, row, count in rows]

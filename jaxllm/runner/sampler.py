@@ -19,13 +19,14 @@ import jax.numpy as jnp
 from jaxllm.config.sampling import MAX_LOGPROBS
 
 _NEVER = -jnp.inf
+IDLE, NOT_FINITE = -1, -2  # in place of a token: the row was idle; its logits are no finite numbers
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
-    """What each row asks for: int32, uint32 or float32 `[R]`, except the bias lists `[R, 300]` and
-    the bit masks `allowed`, int32 `[R, W]`, which count only where `masked`.
+    """What each row asks for: int32 or float32 `[R]`, except the bias lists `[R, 300]`, the upper and lower half of
+    each `seed`, uint32 `[R, 2]`, and the bit masks `allowed`, int32 `[R, W]`, which count only where `masked`.
 
     `prompt_len` is where output begins in the row's history, `min_len` the length before which no stop token may
     be sampled. Unused bias entries have an id beyond the vocabulary.
@@ -60,14 +61,15 @@ class Sampled:
 
 
 def sample_greedy(logits_RV: jax.Array) -> Sampled:
-    """The most likely token of every row."""
-    return Sampled(_argmax(logits_RV).astype(jnp.int32))
+    """The most likely token of every row, `NOT_FINITE` where there is none."""
+    best, tops = _argmax(logits_RV)
+    return Sampled(_or_not_finite(best, tops))
 
 
 def sample(
     logits_RV: jax.Array, rows: SamplingRows, history_RL: jax.Array, length_R: jax.Array, stop_ids: jax.Array
 ) -> Sampled:
-    """Sample one token per row.
+    """Sample one token per row, `NOT_FINITE` where its logits are no finite numbers.
 
     Args:
         logits_RV: float32.
@@ -80,10 +82,10 @@ def sample(
     x = _when(jnp.any(rows.bias_ids < x.shape[1]), _apply_bias, x, rows)
     x = _when(jnp.any(length_R < rows.min_len), _forbid_stops, x, stop_ids, length_R < rows.min_len)
     x = _when(jnp.any(rows.masked), _forbid_masked, x, rows)
-    best = _argmax(x)
+    best, _ = _argmax(x)
     greedy = rows.temperature == 0.0
     drawn = jax.lax.cond(jnp.all(greedy), lambda *_: best, _draw, x, rows, length_R)
-    tokens = jnp.where(greedy, best, drawn).astype(jnp.int32)
+    tokens = _or_not_finite(jnp.where(greedy, best, drawn), _tops(_blocks(logits_RV)))
     return jax.lax.cond(jnp.any(rows.num_logprobs >= 0), with_logprobs, _without_logprobs, logits_RV, tokens)
 
 
@@ -133,18 +135,37 @@ def _draw(x: jax.Array, rows: SamplingRows, position: jax.Array) -> jax.Array:
     x = _when(jnp.any(rows.top_p < 1), _top_p, x, rows.top_p)
 
     def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), x.shape[1:])
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")  # of a small seed: the same as `jax.random.key`'s
+        return jax.random.gumbel(jax.random.fold_in(key, position), x.shape[1:])
 
-    return _argmax(x + jax.vmap(noise)(rows.seed, position))
+    return _argmax(x + jax.vmap(noise)(rows.seed, position))[0]
 
 
-def _argmax(x_RV: jax.Array) -> jax.Array:
-    """First index of the maximum, in two levels: 30 times as fast as one `argmax` over a vocabulary on a CPU."""
-    rows, width = x_RV.shape
-    blocks = jnp.pad(x_RV, ((0, 0), (0, -width % 128)), constant_values=_NEVER).reshape(rows, -1, 128)
-    block = jnp.argmax(jnp.max(blocks, axis=-1), axis=-1)
+def _argmax(x_RV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """First index of the maximum, and `_tops`.
+
+    In two levels: 30 times as fast as one `argmax` over a vocabulary on a CPU.
+    """
+    blocks = _blocks(x_RV)
+    tops = _tops(blocks)
+    block = jnp.argmax(tops, axis=-1)
     within = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
-    return block * 128 + within
+    return block * 128 + within, tops
+
+
+def _blocks(x_RV: jax.Array) -> jax.Array:
+    rows, width = x_RV.shape
+    return jnp.pad(x_RV, ((0, 0), (0, -width % 128)), constant_values=_NEVER).reshape(rows, -1, 128)
+
+
+def _tops(blocks: jax.Array) -> jax.Array:
+    """The maximum of each block, infinity where one of its values is NaN: XLA's own maximum may lose a NaN."""
+    return jnp.max(jnp.where(blocks < jnp.inf, blocks, jnp.inf), axis=-1)
+
+
+def _or_not_finite(tokens: jax.Array, tops: jax.Array) -> jax.Array:
+    """The tokens, except where a logit is NaN or infinite, or all are minus infinity."""
+    return jnp.where(jnp.isfinite(jnp.max(tops, axis=-1)), tokens, NOT_FINITE).astype(jnp.int32)
 
 
 def _min_p(x: jax.Array, min_p: jax.Array) -> jax.Array:
@@ -191,7 +212,7 @@ def _largest_threshold(x: jax.Array, enough) -> jax.Array:
 def with_logprobs(logits: jax.Array, tokens: jax.Array) -> Sampled:
     """Log-probabilities of the raw logits, before penalties and temperature."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
-    own = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)[:, 0]
+    own = jnp.take_along_axis(logprobs, jnp.maximum(tokens, 0)[:, None], axis=-1)[:, 0]
     top, ids = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[1]))
     missing = MAX_LOGPROBS - ids.shape[1]
     pad = ((0, 0), (0, missing))

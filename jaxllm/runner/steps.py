@@ -162,10 +162,11 @@ class Programs:
         else:
             sampled = sampling.sample(logits_RV, batch.sampling, state.history[batch.slot], length, batch.stop_ids)
         tokens = self.placement.shard(sampled.tokens, None)
-        stopped = active & jnp.any(tokens[:, None] == batch.stop_ids, axis=1)
+        stopped = active & (jnp.any(tokens[:, None] == batch.stop_ids, axis=1) | (tokens == sampling.NOT_FINITE))
         slot = jnp.where(active, batch.slot, state.done.shape[0] - 1)
-        state = SlotState(state.history.at[slot, length].set(tokens), state.done.at[slot].max(stopped))
-        return dataclasses.replace(sampled, tokens=jnp.where(active, tokens, -1)), state
+        history = state.history.at[slot, length].set(jnp.maximum(tokens, 0))
+        state = SlotState(history, state.done.at[slot].max(stopped))
+        return dataclasses.replace(sampled, tokens=jnp.where(active, tokens, sampling.IDLE)), state
 
     def _model(self, params: Any) -> Decoder:
         return nnx.merge(self.graph, jax.tree.unflatten(self.params_tree, params))
@@ -243,7 +244,7 @@ def _cache_slots(table: jax.Array, row, position, valid: jax.Array, page_size: i
 
 
 def _empty_samples(steps: int, rows: int, *, with_logprobs: bool) -> sampling.Sampled:
-    tokens = jnp.full((steps, rows), -1, jnp.int32)
+    tokens = jnp.full((steps, rows), sampling.IDLE, jnp.int32)
     if not with_logprobs:
         return sampling.Sampled(tokens)
     top = (steps, rows, sampling.MAX_LOGPROBS)

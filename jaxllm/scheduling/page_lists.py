@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxllm.scheduling.page_pool import PagePool
-from jaxllm.scheduling.request import Request
+from jaxllm.scheduling.request import Held, Request
 from jaxllm.scheduling.reuse import Found, find_reusable
 from jaxllm.scheduling.tiers import Load, Tiers
 
 
-class Residency:
+class PageLists:
     """Requests' pages in one pool, and in the tiers below it, where there are any."""
 
     def __init__(self, pool: PagePool, tiers: Tiers | None = None):
@@ -31,10 +31,10 @@ class Residency:
         self.num_copies += len(copies)
         return copies
 
-    def place(self, request: Request, spare: int) -> bool:
+    def reserve(self, request: Request, spare: int) -> bool:
         """Give a request pages for all it has, reusing what is cached; `spare` pages are left free.
 
-        True: its pages are there, though what is in them may be on its way up (`request.load`).
+        True: its pages are there, though what is in them may be on its way up (`held.load`).
         """
         pool, found = self.pool, find_reusable(request, self.pool, self.tiers)
         total = pool.pages_for(request.num_tokens)
@@ -54,41 +54,42 @@ class Residency:
         new = iter(fresh)
         pages = [next(new) if page is None else page for page in found.pages]
         extent = self.pool.pages_for(request.num_tokens) - len(pages)
-        request.pages = pages + [next(new) for _ in range(extent)]
-        request.num_computed = found.num_tokens
-        request.num_published = next((i for i in found.keys), found.num_tokens // self.pool.page_size)
-        request.num_settled = request.num_dropped = 0
+        held = request.held = Held(pages=pages + [next(new) for _ in range(extent)], swapped=request.held.swapped)
+        held.num_published = next((i for i in found.keys), found.num_tokens // self.pool.page_size)
         if found.keys:
             assert self.tiers is not None, "only a lower tier has keys"
-            targets = [request.pages[i] for i in found.keys]
-            request.load = self.tiers.begin(request, list(found.keys.values()), targets, found.num_tokens)
-            request.num_computed = 0
+            targets = [held.pages[i] for i in found.keys]
+            held.load = self.tiers.begin(request, list(found.keys.values()), targets, found.num_tokens)
+        else:
+            held.num_computed = found.num_tokens
         if request.num_cached is None:
-            request.num_cached = request.num_computed
-            self.pool.count_query(request.num_tokens, request.num_computed)
+            request.num_cached = held.num_computed
+            self.pool.count_query(request.num_tokens, held.num_computed)
 
     def share(self, parent: Request, child: Request) -> None:
-        """Put `child`, equal to `parent` but for the last token, on its pages."""
-        full = parent.num_computed // self.pool.page_size
-        child.pages = self.pool.share(parent.pages[: self.pool.pages_for(parent.num_computed)])
+        """Put `child`, whose tokens are the parent's, on the parent's pages."""
+        above, held = parent.held, child.held
+        held.num_computed = child.num_cached = min(above.num_computed, child.num_tokens - 1)
+        full = held.num_computed // self.pool.page_size
+        held.pages = self.pool.share(above.pages[: self.pool.pages_for(held.num_computed)])
+        held.num_published, held.num_dropped = min(above.num_published, full), above.num_dropped
         child.page_hashes = parent.page_hashes[:full]
-        child.num_published, child.num_dropped = min(parent.num_published, full), parent.num_dropped
-        child.num_computed = child.num_cached = parent.num_computed
 
     def loaded(self, load: Load, arrived: Sequence[bool]) -> bool:
         """The device has what a load brought. False: not all of it, and its request must start again."""
         assert self.tiers is not None
         request: Request = load.owner
-        self.tiers.arrived(load, arrived, request.swapped)
-        request.load = None
-        if request.swapped is None:
+        held = request.held
+        self.tiers.arrived(load, arrived, held.swapped)
+        held.load = None
+        if held.swapped is None:
             for page, digest, is_here in zip(load.pages, load.keys, arrived, strict=True):
                 if is_here:
                     self.pool.publish(page, digest)
-        request.swapped = None
+        held.swapped = None
         if not all(arrived):
             return False
-        request.num_computed = load.num_tokens
+        held.num_computed = min(load.num_tokens, request.num_tokens - 1)
         if request.num_cached == 0 and not request.num_preemptions:
             request.num_cached = load.num_tokens
             self.pool.num_hit_tokens += load.num_tokens
@@ -96,7 +97,7 @@ class Residency:
 
     def is_loading_for(self, request: Request) -> bool:
         """Whether the first page that a request lacks is on its way up for another."""
-        if self.tiers is None or request.swapped is not None or not self.pool.enable_prefix_caching:
+        if self.tiers is None or request.held.swapped is not None or not self.pool.enable_prefix_caching:
             return False
         digests = request.page_hashes = self.pool.hashes(request.token_ids, request.cache_salt, request.page_hashes)
         missing = next((digest for digest in digests if not self.pool.has(digest)), None)
@@ -104,78 +105,95 @@ class Residency:
 
     def missing(self, request: Request, num_tokens: int) -> int:
         """Pages that a request lacks to grow to `num_tokens`."""
-        return max(0, self.pool.pages_for(num_tokens) - len(request.pages))
+        return max(0, self.pool.pages_for(num_tokens) - len(request.held.pages))
 
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Get pages up to `num_tokens`, and a page of its own to write into; False where there are too few."""
-        tail = int(self.pool.shares_tail(request.pages, request.num_computed))
+        tail = int(self.pool.shares_tail(request.held.pages, request.held.num_computed))
         fresh = self.pool.allocate(self.missing(request, num_tokens) + tail)
         if fresh is None:
             return False
         if tail:
             self._own_tail(request, fresh.pop())
-        request.pages += fresh
+        request.held.pages += fresh
         return True
 
     def _own_tail(self, request: Request, page: int) -> None:
         """Copy on write: the next token goes into a page that others read, so it gets one of its own."""
-        i, offset = divmod(request.num_computed, self.pool.page_size)
+        held = request.held
+        i, offset = divmod(held.num_computed, self.pool.page_size)
         if offset:
-            self._copies.append((request.pages[i], page))
-        self.pool.free(request.pages[i : i + 1])
-        request.pages[i] = page
+            self._copies.append((held.pages[i], page))
+        self.pool.free(held.pages[i : i + 1])
+        held.pages[i] = page
 
-    def settle(self, request: Request) -> None:
+    def truncate(self, request: Request, length: int) -> bool:
+        """Give up what was computed beyond `length` tokens. False: pages that are needed again are gone."""
+        held, kept = request.held, self.pool.pages_for(length)
+        held.num_computed = min(held.num_computed, length)
+        held.num_published = min(held.num_published, length // self.pool.page_size)
+        self.pool.free(held.pages[kept:])
+        del held.pages[kept:]
+        return held.num_dropped <= self.pool.first_visible(max(0, held.num_computed - 1))
+
+    def begin_plan(self, request: Request) -> None:
         """Between plans: free the pages out of every window.
 
         Iterations in flight that read them come before any new owner's.
         """
-        request.num_settled = request.num_computed
-        if self.pool.window is None or request.load is not None:
+        held = request.held
+        held.num_planned = held.num_computed
+        if self.pool.window is None or held.load is not None:
             return
-        seen = self.pool.first_visible(request.num_computed)
-        for i in range(request.num_dropped, seen):
-            self.pool.free(request.pages[i : i + 1])
-            request.pages[i] = 0
-        request.num_dropped = max(request.num_dropped, seen)
+        seen = self.pool.first_visible(held.num_computed)
+        for i in range(held.num_dropped, seen):
+            self.pool.free(held.pages[i : i + 1])
+            held.pages[i] = 0
+        held.num_dropped = max(held.num_dropped, seen)
 
     def publish(self, request: Request, num_known: int) -> None:
         """Make full pages findable whose tokens are known and computed (or about to be, in the order of iterations)."""
-        full = min(request.num_computed, num_known) // self.pool.page_size
-        if not self.pool.enable_prefix_caching or full <= request.num_published:
+        held = request.held
+        full = min(held.num_computed, num_known) // self.pool.page_size
+        if not self.pool.enable_prefix_caching or full <= held.num_published:
             return
         if full > len(request.page_hashes):
             known = request.token_ids[: full * self.pool.page_size]
             request.page_hashes = self.pool.hashes(known, request.cache_salt, request.page_hashes)
-        for i in range(request.num_published, full):
-            self.pool.publish(request.pages[i], request.page_hashes[i])
-        request.num_published = full
+        for i in range(held.num_published, full):
+            self.pool.publish(held.pages[i], request.page_hashes[i])
+        held.num_published = full
 
     def swap_out(self, request: Request) -> None:
         """Keep the cache of a request that is being preempted in the host, where the tiers say so."""
-        if self.tiers is not None and request.load is None:
-            held = request.pages[: self.pool.pages_for(request.num_computed)]
-            request.swapped = self.tiers.swap_out(held, request.num_computed)
+        held = request.held
+        if self.tiers is not None and held.load is None:
+            filled = held.pages[: self.pool.pages_for(held.num_computed)]
+            held.swapped = self.tiers.swap_out(filled, held.num_computed)
 
     def release(self, request: Request) -> None:
-        """Take a request's pages away; a load for them is not wanted any more."""
-        if request.load is not None and self.tiers is not None:
-            self.tiers.end(request.load)
-            request.load = None
-        self.pool.free(request.pages)
-        request.pages = []
+        """Take a request's pages away, all but what is swapped out; a load for them is not wanted any more."""
+        held = request.held
+        if held.load is not None and self.tiers is not None:
+            self.tiers.end(held.load)
+        self.pool.free(held.pages)
+        request.held = Held(swapped=held.swapped)
 
     def forget(self, request: Request) -> None:
-        """A request has ended: what the host kept for it may go."""
-        if request.swapped is not None and self.tiers is not None:
-            self.tiers.forget(request.swapped)
-            request.swapped = None
+        """What the host kept for a request may go: it has ended, or its tokens have changed."""
+        if request.held.swapped is not None and self.tiers is not None:
+            self.tiers.forget(request.held.swapped)
+            request.held.swapped = None
+
+    def reset(self) -> None:
+        """Forget the copies that were to be made."""
+        self._copies = []
 
 
 def utilization(running: Sequence[Request], page_size: int) -> float:
     """Share of the token slots in requests' pages that tokens fill; 1 where nothing runs."""
     tokens = slots = 0
     for request in running:
-        tokens += request.num_tokens - request.num_dropped * page_size
-        slots += (len(request.pages) - request.num_dropped) * page_size
+        tokens += request.num_tokens - request.held.num_dropped * page_size
+        slots += (len(request.held.pages) - request.held.num_dropped) * page_size
     return min(1.0, tokens / slots) if slots else 1.0

@@ -96,10 +96,10 @@ class PagePool:
         return list(pages)
 
     def shares_tail(self, pages: Sequence[int | None], num_tokens: int) -> bool:
-        """Whether the token after the first `num_tokens` goes into a page that others hold as well."""
+        """Whether the token after the first `num_tokens` goes into a page that others hold, or may find, as well."""
         i = num_tokens // self.page_size
         page = pages[i] if i < len(pages) else None
-        return page is not None and self._refs[page] > 1
+        return page is not None and (self._refs[page] > 1 or self._hash_of[page] is not None)
 
     def has(self, digest: bytes) -> bool:
         """Whether a page with this content is on the device."""
@@ -186,6 +186,16 @@ class PagePool:
             self._hash_of[page] = digest
             self._page_of[digest] = page
 
+    def unpublish(self, pages: Sequence[int]) -> None:
+        """Let nobody find these pages any more: what they hold is wrong."""
+        for page in pages:
+            if (digest := self._hash_of[page]) is not None:
+                self._hash_of[page] = None
+                del self._page_of[digest]
+                if page in self._idle:
+                    del self._idle[page]
+                    self._blank.append(page)
+
     def evict_idle(self) -> None:
         """Give up every cached page that nobody references."""
         while self._idle:
@@ -194,11 +204,19 @@ class PagePool:
             self._blank.append(page)
 
     def reset_prefix_cache(self) -> None:
-        """Forget all content (after a failed iteration, say); references stay."""
+        """Forget all content; references stay."""
         self._blank.extend(self._idle)
         self._idle.clear()
         self._page_of.clear()
         self._hash_of = [None] * self.num_pages
+
+    def reset(self) -> None:
+        """Forget all content and all owners (after a failed iteration, say)."""
+        self._refs = [0] * self.num_pages
+        self._hash_of = [None] * self.num_pages
+        self._page_of.clear()
+        self._idle.clear()
+        self._blank = list(range(self.num_pages - 1, 0, -1))
 
     def check(self, holders: Sequence[Sequence[int]]) -> None:
         """Assert that the books balance, given the page lists of everyone who holds references."""

@@ -106,9 +106,18 @@ class Replicas:
         """See `Scheduler.fork`."""
         self.parts[parent.replica].fork(parent, child)
 
-    def replace_last(self, request: Request, token: int) -> None:
-        """See `Scheduler.replace_last`."""
-        self.parts[request.replica].replace_last(request, token)
+    def extend(self, request: Request, tokens: Sequence[int]) -> None:
+        """See `Scheduler.extend`."""
+        self.parts[request.replica].extend(request, tokens)
+
+    def truncate(self, request: Request, length: int) -> None:
+        """See `Scheduler.truncate`."""
+        self.parts[request.replica].truncate(request, length)
+
+    def restart(self, requests: Sequence[Request]) -> None:
+        """See `Scheduler.restart`."""
+        for z, part in enumerate(self.parts):
+            part.restart([request for request in requests if request.replica == z])
 
     def loaded(self, load: Load, arrived: Sequence[bool]) -> None:
         """See `Scheduler.loaded`."""
@@ -118,9 +127,11 @@ class Replicas:
         """See `Scheduler.append_tokens`."""
         self.parts[request.replica].append_tokens(request, tokens, num_samples)
 
-    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
+    def finish(
+        self, request: Request, reason: str, stop_reason: int | str | None = None, *, publish: bool = True
+    ) -> None:
         """See `Scheduler.finish`."""
-        self.parts[request.replica].finish(request, reason, stop_reason)
+        self.parts[request.replica].finish(request, reason, stop_reason, publish=publish)
 
 
 class ReplicaPools:

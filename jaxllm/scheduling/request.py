@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
@@ -48,32 +48,89 @@ class Constraint(Protocol):
         """Write the allowed tokens as bits into int32 `words`, lowest bit first."""
         ...
 
+    def rewind(self, tokens: Sequence[int]) -> None:
+        """Go back to where exactly these tokens were accepted."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a request ends: `stop`, `length` or `abort`, with the stop token or string, or the error behind it."""
+
+    reason: str
+    stop_reason: int | str | None = None
+    error: Exception | None = None
+
+
+class Listener(Protocol):
+    """Who hears of a request, from its first token to its end. One per request.
+
+    Whoever steps the engine, a request's tokens go to its own listener. After a failure or an interrupt the engine
+    may say things again: `rewind` first, then the tokens that follow; `end` more than once.
+    """
+
+    def take(self, request: Request, tokens: Sequence[int], sampled: Any, ending: Ending | None) -> Ending | None:
+        """New tokens, what the sampler reported of them, and how they end the request, if they do.
+
+        Returns how the request ends, where that is now: a listener may end it earlier (a stop string).
+        """
+        ...
+
+    def end(self, request: Request) -> None:
+        """The request has ended; see its `finish_reason` and `error`."""
+        ...
+
+    def rewind(self, request: Request) -> bool:
+        """Forget tokens beyond the request's `output_ids`: they come again. False: it cannot go on from there."""
+        ...
+
+
+@dataclass(slots=True)
+class Held:
+    """What a request holds of the device and of the cache: made new when it starts (again), and for a fork.
+
+    `num_computed` counts tokens whose keys and values are in the cache or will be when the iterations in flight end.
+
+    Attributes:
+        slot: row of the device's per-request state while running, else -1.
+        pages: where its keys and values are; 0 stands for a page that nothing to come can see.
+        num_planned: what `num_computed` was before the plan that is being made.
+        num_published, num_dropped: how many of its first pages were made findable; were found to be out of sight.
+        load: pages on their way up from a lower tier; the request runs (has slot and pages) but nothing is planned.
+        swapped: its cache while it is preempted, where that was kept.
+    """
+
+    slot: int = -1
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_planned: int = 0
+    num_published: int = 0
+    num_dropped: int = 0
+    load: Load | None = None
+    swapped: Swapped | None = None
+
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A prompt on its way to tokens.
+    """A prompt on its way to tokens: what was asked, the tokens, what it holds of the cache, and how it ended.
 
     `token_ids` holds what is known: the prompt and the sampled tokens that have been read back. `num_pending`
-    counts sampled tokens that are still on the device, so `num_tokens` is the length the sequence has there.
-    `num_computed` counts tokens whose keys and values are in the cache or will be when the iterations in flight
-    end; what lies between it and `num_tokens` is the work left.
+    counts sampled tokens that are still on the device, so `num_tokens` is the length the sequence has there. What
+    lies between `held.num_computed` and it is the work left.
 
     Attributes:
         limit: length at which generation ends: prompt + max_tokens, capped by the engine's max_model_len.
         priority: smaller runs first; equal ones run in order of arrival.
-        replica: which data-parallel replica it runs on; its pages are numbers of that replica's cache.
-        pages: where its keys and values are; 0 stands for a page that nothing to come can see.
-        num_published, num_dropped: how many of its first pages were made findable; were found to be out of sight.
-        num_settled: what `num_computed` was before the plan that is being made.
-        parent: a request with the same prompt; once that has been computed, this one starts on its pages.
-        load: pages on their way up from a lower tier; the request runs (has slot and pages) but nothing is planned.
-        swapped: its cache while it is preempted, where that was kept.
-        num_confirmed: tokens that may be built on, where somebody chooses each one from what was sampled (beam
-            search); None: all.
         streamed: somebody reads its tokens one by one as they come.
-        slot: row of the device's per-request state while running, else -1.
         constraint: limits the next token by those before it, so none may be sampled ahead of reading them.
-        error: why the engine ended it with `abort`, where it knows.
+        listener: who hears of its tokens and its end.
+        stepwise: after every token it samples it is `on_hold` until its caller extends it (`Engine.extend`).
+        num_delivered: length up to which its listener has the tokens.
+        page_hashes: of its full pages, as far as known: a function of the tokens.
+        num_cached: prompt tokens that were found in a cache when it first ran.
+        replica: which data-parallel replica it runs on; its pages are numbers of that replica's cache.
+        parent: a request with the same prompt; once that has been computed, this one starts on its pages.
+        error: why it ended with `abort`, where somebody should know.
     """
 
     request_id: str
@@ -84,33 +141,42 @@ class Request:
     seed: int = 0
     priority: int = 0
     cache_salt: str = ""
+    streamed: bool = False
+    constraint: Constraint | None = None
+    listener: Listener | None = None
     arrival: int = field(default_factory=next_arrival)
-    arrival_time: float = field(default_factory=time.monotonic)
-    status: Status = Status.WAITING
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
+
     num_prompt: int = 0
-    num_computed: int = 0
-    num_settled: int = 0
     num_pending: int = 0
+    stepwise: bool = False
+    on_hold: bool = False
+    num_delivered: int = 0
+    page_hashes: list[bytes] = field(default_factory=list)
+
+    held: Held = field(default_factory=Held)
     num_cached: int | None = None
     num_preemptions: int = 0
     replica: int = 0
-    streamed: bool = False
-    slot: int = -1
-    pages: list[int] = field(default_factory=list)
-    page_hashes: list[bytes] = field(default_factory=list)
-    num_published: int = 0
-    num_dropped: int = 0
-    constraint: Constraint | None = None
     parent: Request | None = None
-    num_confirmed: int | None = None
-    load: Load | None = None
-    swapped: Swapped | None = None
-    error: str | None = None
+
+    status: Status = Status.WAITING
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    error: Exception | None = None
 
     def __post_init__(self) -> None:
-        self.num_prompt = len(self.token_ids)
+        self.num_prompt = self.num_prompt or len(self.token_ids)
+        self.num_delivered = self.num_delivered or self.num_prompt
+
+    @property
+    def slot(self) -> int:
+        """See `Held`."""
+        return self.held.slot
+
+    @property
+    def pages(self) -> list[int]:
+        """See `Held`."""
+        return self.held.pages
 
     @property
     def num_tokens(self) -> int:
@@ -120,7 +186,7 @@ class Request:
     @property
     def num_left(self) -> int:
         """Tokens whose keys and values still have to be computed: 1 means it decodes, 0 that it waits for a load."""
-        return self.num_tokens - self.num_computed if self.load is None else 0
+        return self.num_tokens - self.held.num_computed if self.held.load is None else 0
 
     @property
     def exhausted(self) -> bool:
@@ -138,19 +204,14 @@ class Request:
         return self.on_hold or (self.one_at_a_time and self.num_pending > 0)
 
     @property
-    def on_hold(self) -> bool:
-        """Whether its last token is not confirmed yet."""
-        return self.num_confirmed is not None and len(self.token_ids) > self.num_confirmed
-
-    @property
     def one_at_a_time(self) -> bool:
         """Whether every token must be read before the next is sampled."""
-        return (self.constraint is not None and not self.constraint.is_fixed) or self.num_confirmed is not None
+        return (self.constraint is not None and not self.constraint.is_fixed) or self.stepwise
 
     @property
     def prompt_is_computed(self) -> bool:
         """Whether plans already made hold the whole prompt, so that others may build on its pages."""
-        return self.status is Status.RUNNING and self.num_settled >= self.num_prompt
+        return self.status is Status.RUNNING and self.held.num_planned >= self.num_prompt
 
     @property
     def on_device(self) -> bool:

@@ -30,13 +30,13 @@ class Found:
 
 def find_reusable(request: Request, pool: PagePool, tiers: Tiers | None) -> Found:
     """Look a waiting request up everywhere, and take references on what is on the device."""
-    if tiers is not None and request.swapped is not None:
-        keys = request.swapped.keys
-        pages: list[int | None] = [None if i in keys else 0 for i in range(pool.pages_for(request.swapped.num_tokens))]
-        return Found(pages, request.swapped.num_tokens, keys)
+    swapped = request.held.swapped
+    if tiers is not None and swapped is not None:
+        extent = pool.pages_for(swapped.num_tokens)
+        return Found([None if i in swapped.keys else 0 for i in range(extent)], swapped.num_tokens, swapped.keys)
     parent = request.parent
     if parent is not None and _can_share(parent, request, pool):
-        shared = pool.share(parent.pages[: pool.pages_for(request.num_tokens)])
+        shared = pool.share(parent.held.pages[: pool.pages_for(request.num_tokens)])
         return Found(list(shared), request.num_tokens - 1)
     if not pool.enable_prefix_caching:
         return Found()
@@ -49,4 +49,4 @@ def find_reusable(request: Request, pool: PagePool, tiers: Tiers | None) -> Foun
 def _can_share(parent: Request, child: Request, pool: PagePool) -> bool:
     """Whether the parent still holds all that the child's first query sees, and the child has its prompt only."""
     sees = pool.first_visible(child.num_tokens - 1)
-    return parent.prompt_is_computed and child.num_tokens == parent.num_prompt and parent.num_dropped <= sees
+    return parent.prompt_is_computed and child.num_tokens == parent.num_prompt and parent.held.num_dropped <= sees

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxllm.scheduling.page_lists import Residency, utilization
+from jaxllm.scheduling.page_lists import PageLists, utilization
 from jaxllm.scheduling.page_pool import PagePool
-from jaxllm.scheduling.request import Request, Status
+from jaxllm.scheduling.request import Held, Request, Status
 from jaxllm.scheduling.tiers import Load, Tiers
 
 Ranked = tuple[tuple[int, int], Request]
@@ -70,16 +70,17 @@ class Scheduler:
     ):  # fmt: skip
         self.pool = pool
         self.tiers = tiers
-        self.residency = Residency(pool, tiers)
+        self.page_lists = PageLists(pool, tiers)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_decode_steps = max_decode_steps
         self.running: list[Request] = []  # by rank: the first is the last to be preempted
         self._waiting: tuple[list[Ranked], list[Ranked]] = ([], [])  # heaps by rank: short prompts, long prompts
-        self._free_slots = list(range(first_slot + max_num_seqs - 1, first_slot - 1, -1))
+        self._slots = range(first_slot + max_num_seqs - 1, first_slot - 1, -1)
+        self._free_slots = list(self._slots)
         self.num_waiting = 0  # the heaps may hold finished requests beside these
-        self._parked: list[Request] = []  # waiting for another's prompt or load, without holding up the queue
-        self._fresh: list[Request] = []  # running, but the device does not know their tokens yet
+        self._blocked: list[Request] = []  # wait for a caller or another's prompt or load; they hold up nobody
+        self._unsent: list[Request] = []  # running, but the device does not know their tokens yet
         self.num_preemptions = 0
 
     @property
@@ -90,7 +91,7 @@ class Scheduler:
     @property
     def num_copies(self) -> int:
         """Pages copied because one of several owners wrote."""
-        return self.residency.num_copies
+        return self.page_lists.num_copies
 
     @property
     def slot_utilization(self) -> float:
@@ -100,10 +101,13 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. Raises ValueError if it could not finish even alone."""
         self.check_fits(request.limit)
+        self._enqueue(request)
+
+    def _enqueue(self, request: Request) -> None:
         if request.parent is None:
             self._wait(request)
         else:
-            self._parked.append(request)
+            self._blocked.append(request)
             self.num_waiting += 1
 
     def check_fits(self, limit: int) -> None:
@@ -121,8 +125,8 @@ class Scheduler:
 
     def _queue(self, request: Request) -> None:
         left = request.num_tokens
-        if request.swapped is not None:
-            left -= request.swapped.num_tokens
+        if request.held.swapped is not None:
+            left -= request.held.swapped.num_tokens
         elif request.parent is not None and request.parent.prompt_is_computed:
             left = 1
         heapq.heappush(self._waiting[self._is_long(left)], (request.rank, request))
@@ -133,7 +137,7 @@ class Scheduler:
 
     def plan(self, steps: int) -> IterationPlan | None:
         """A decode loop of `steps` iterations (no more than `loop_steps` allows), or else one iteration."""
-        self._settle()
+        self._begin_plan()
         if steps:
             return self._plan(self._decode_chunks(steps), [], is_decode_loop=True, num_steps=steps)
         chunks = self._decode_chunks(1)
@@ -148,37 +152,37 @@ class Scheduler:
         return self._plan(chunks, admitted, is_decode_loop=only_decodes)
 
     def _plan(self, chunks: list[Chunk], admitted: list[Request], **kwargs: Any) -> IterationPlan:
-        fresh, self._fresh = [r for r in self._fresh if r.status is Status.RUNNING], []
-        return IterationPlan(chunks, fresh + admitted, copies=self.residency.take_copies(), **kwargs)
+        changed, self._unsent = [r for r in self._unsent if r.status is Status.RUNNING], []
+        return IterationPlan(chunks, changed + admitted, copies=self.page_lists.take_copies(), **kwargs)
 
     def _make_way(self) -> None:
         """Nothing can run: requests on hold may stand in the way of those that their caller is waiting for."""
-        held = [r for r in self.running if r.on_hold]
-        if held and self.num_waiting and not any(r.num_pending or r.load for r in self.running):
-            self._preempt(held[-1])
+        on_hold = [r for r in self.running if r.on_hold]
+        if on_hold and self.num_waiting and not any(r.num_pending or r.held.load for r in self.running):
+            self._preempt(on_hold[-1])
 
     # Rule 0: what no query to come can see is given up, and whoever no longer waits for somebody else is queued.
 
-    def _settle(self) -> None:
+    def _begin_plan(self) -> None:
         for request in self.running:
-            self.residency.settle(request)
-        parked, self._parked = self._parked, []
-        for request in parked:
+            self.page_lists.begin_plan(request)
+        blocked, self._blocked = self._blocked, []
+        for request in blocked:
             if request.finished:
                 continue
-            if self._must_park(request):
-                self._parked.append(request)
+            if self._is_blocked(request):
+                self._blocked.append(request)
             else:
                 self._queue(request)
 
-    def _must_park(self, request: Request) -> bool:
+    def _is_blocked(self, request: Request) -> bool:
         """Whether it waits for its caller, or for another's prompt that is being computed or loaded."""
         if request.on_hold:
             return True
         parent = request.parent
         if parent is not None and not parent.finished and not parent.prompt_is_computed:
             return True
-        return self.residency.is_loading_for(request)
+        return self.page_lists.is_loading_for(request)
 
     # Rule 1: every running decode takes one token per iteration.
 
@@ -198,7 +202,7 @@ class Scheduler:
             if self._free_slots or len(active) < len(self.running) or any(r.may_stop for r in active):
                 return 0
             steps = min(steps, *left)
-        growth = sum(self.residency.missing(r, r.num_computed + _granted(r, steps)) for r in active)
+        growth = sum(self.page_lists.missing(r, r.held.num_computed + _granted(r, steps)) for r in active)
         return steps if steps > 1 and growth <= self.pool.num_free else 0
 
     def _decode_chunks(self, steps: int) -> list[Chunk]:
@@ -207,7 +211,7 @@ class Scheduler:
             if request.status is not Status.RUNNING or request.num_left != 1 or request.exhausted or request.must_wait:
                 continue
             granted = _granted(request, steps)
-            if self._make_room(request, request.num_computed + granted, chunks):
+            if self._make_room(request, request.held.num_computed + granted, chunks):
                 chunks.append(self._take(request, 1, granted))
         return chunks
 
@@ -217,7 +221,7 @@ class Scheduler:
     # prompts, if there are any: their first token waits for an iteration, not for all of somebody's prompt.
 
     def _prefill(self, chunks: list[Chunk], budget: int) -> list[Request]:
-        running = [r for r in self.running if r.num_left > 1]
+        running = [r for r in self.running if r.num_left > 1 and not r.on_hold]
         long = next((r for r in running if self._is_long(r.num_left)), None)
         kept = min(long.num_left, budget - budget // 2) if long else 0
         for request in running:
@@ -250,14 +254,14 @@ class Scheduler:
         admitted: list[Request] = []
         while budget > 0 and self._free_slots and (queue := self._next_queue(long)):
             request = queue[0][1]
-            if self._must_park(request):
-                self._parked.append(heapq.heappop(queue)[1])
+            if self._is_blocked(request):
+                self._blocked.append(heapq.heappop(queue)[1])
                 continue
-            if request.num_pending or not self._place(request):
+            if request.num_pending or not self._start(request):
                 break
             heapq.heappop(queue)
             self.num_waiting -= 1
-            if request.load is not None:
+            if request.held.load is not None:
                 continue  # it has its slot and its pages; what is in them is on its way
             admitted.append(request)
             budget -= self._continue(request, chunks, budget)
@@ -274,18 +278,18 @@ class Scheduler:
             return short if short and short[0][1].priority <= long.priority else None
         return min(queues, key=lambda queue: queue[0][0], default=None)
 
-    def _place(self, request: Request) -> bool:
+    def _start(self, request: Request) -> bool:
         """Give a waiting request a slot and pages for all it has, reusing cached prefixes.
 
         Some pages are left for the decodes that run already, so that it does not push one out at once.
         """
-        if not self.residency.place(request, spare=len(self.running)):
+        if not self.page_lists.reserve(request, spare=len(self.running)):
             return False
         self._run(request)
         return True
 
     def _run(self, request: Request) -> None:
-        request.slot = self._free_slots.pop()
+        request.held.slot = self._free_slots.pop()
         request.status = Status.RUNNING
         self.running.append(request)
         self.running.sort(key=lambda r: r.rank)
@@ -295,39 +299,76 @@ class Scheduler:
         if load.ended:
             return
         request: Request = load.owner
-        if self.residency.loaded(load, arrived):
-            self._fresh.append(request)
+        if self.page_lists.loaded(load, arrived):
+            self._unsent.append(request)
         else:
             self._release(request)
             request.status = Status.WAITING
             self._wait(request)
 
+    # What callers do to requests that wait for them (see `Engine.extend`): nothing of these is in flight.
+
     def fork(self, parent: Request, child: Request) -> None:
-        """Start `child`, equal to `parent` but for the last token, on its pages; queue it where there is no slot."""
-        if parent.status is not Status.RUNNING or parent.load is not None or not self._free_slots:
+        """Start `child`, whose tokens are the parent's, on its pages; queue it where there is no slot."""
+        if parent.status is not Status.RUNNING or parent.held.load is not None or not self._free_slots:
             self._wait(child)
             return
-        self.residency.share(parent, child)
+        self.page_lists.share(parent, child)
         self._run(child)
-        self._fresh.append(child)
+        self._unsent.append(child)
 
-    def replace_last(self, request: Request, token: int) -> None:
-        """Put another token in place of the one that was sampled last; nothing of it may be in flight."""
-        assert not request.num_pending, "a token is being sampled after the one to replace"
-        request.token_ids[-1] = token
-        request.num_confirmed = len(request.token_ids)
-        del request.page_hashes[request.num_computed // self.pool.page_size :]
-        if request.status is Status.RUNNING:
-            self._fresh.append(request)
+    def extend(self, request: Request, tokens: Sequence[int]) -> None:
+        """Append tokens and let the request go on; its last token is computed (again) in any case."""
+        assert not request.num_pending, "a token is being sampled after those that are known"
+        request.token_ids += tokens
+        request.on_hold, request.num_delivered = False, len(request.token_ids)
+        if request.status is not Status.RUNNING or request.held.load is not None:
+            return
+        request.held.num_computed = min(request.held.num_computed, request.num_tokens - 1)
+        if request.num_left > 1 and not self.page_lists.grow(request, request.num_tokens):
+            self._preempt(request)
+        elif request not in self._unsent:
+            self._unsent.append(request)
+
+    def truncate(self, request: Request, length: int) -> None:
+        """Drop the tokens from `length` on."""
+        assert not request.num_pending, "a token is being sampled after those to drop"
+        del request.token_ids[length:]
+        request.on_hold, request.num_delivered = True, min(request.num_delivered, length)
+        del request.page_hashes[length // self.pool.page_size :]
+        swapped = request.held.swapped
+        if request.status is not Status.RUNNING:
+            if swapped is not None and swapped.num_tokens > length:
+                self.page_lists.forget(request)
+        elif request.held.load is not None or not self.page_lists.truncate(request, length):
+            self._release(request)
+            self.page_lists.forget(request)
+            request.status = Status.WAITING
+            self._wait(request)
+
+    def restart(self, requests: Sequence[Request]) -> None:
+        """Start anew, after a failure, with requests of which the device has nothing; no page has any content."""
+        self.running, self._waiting, self._blocked, self._unsent = [], ([], []), [], []
+        self.num_waiting = 0
+        self._free_slots = list(self._slots)
+        self.page_lists.reset()
+        self.pool.reset()
+        for request in sorted(requests, key=lambda request: request.rank):
+            request.held, request.num_pending, request.status = Held(), 0, Status.WAITING
+            if len(request.token_ids) > request.num_delivered:
+                del request.token_ids[request.num_delivered :]  # nobody has heard of them: they are sampled again
+                request.on_hold = False
+            del request.page_hashes[len(request.token_ids) // self.pool.page_size :]
+            self._enqueue(request)
 
     # Bookkeeping that the rules share.
 
     def _take(self, request: Request, count: int, num_samples: int) -> Chunk:
         """Count tokens as computed: later plans build on it before the device is done."""
-        chunk = Chunk(request, request.num_computed, count, num_samples)
-        request.num_computed += count + max(0, num_samples - 1)
+        chunk = Chunk(request, request.held.num_computed, count, num_samples)
+        request.held.num_computed += count + max(0, num_samples - 1)
         request.num_pending += num_samples
-        self.residency.publish(request, len(request.token_ids))
+        self.page_lists.publish(request, len(request.token_ids))
         return chunk
 
     def _make_room(self, request: Request, num_tokens: int, chunks: Sequence[Chunk]) -> bool:
@@ -335,7 +376,7 @@ class Scheduler:
 
         Called in the order of ranks, so a victim has no chunk in this plan yet.
         """
-        while not self.residency.grow(request, num_tokens):
+        while not self.page_lists.grow(request, num_tokens):
             victims = [r for r in self.running if r.rank > request.rank and not r.exhausted]
             if victims:
                 self._preempt(victims[-1])
@@ -348,7 +389,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Take everything away; it is swapped out, or recomputed (from cached pages, where they survive)."""
-        self.residency.swap_out(request)
+        self.page_lists.swap_out(request)
         self._release(request)
         request.num_preemptions += 1
         request.status = Status.WAITING
@@ -356,26 +397,34 @@ class Scheduler:
         self._wait(request)
 
     def _release(self, request: Request) -> None:
-        self.residency.release(request)
-        self._free_slots.append(request.slot)
-        request.slot = -1
+        self._free_slots.append(request.held.slot)
+        self.page_lists.release(request)
         self.running.remove(request)
 
     def append_tokens(self, request: Request, tokens: Sequence[int], num_samples: int) -> None:
         """Hand over what an iteration sampled: of `num_samples` planned, these came before a stop."""
         request.num_pending -= num_samples
         request.token_ids.extend(tokens)
+        request.on_hold = request.stepwise
 
-    def finish(self, request: Request, reason: str, stop_reason: int | str | None = None) -> None:
-        """Drop a request at once, wherever it stands; its pages are free for the next plan."""
+    def finish(
+        self, request: Request, reason: str, stop_reason: int | str | None = None, *, publish: bool = True
+    ) -> None:
+        """Drop a request at once, wherever it stands; its pages are free for the next plan.
+
+        Without `publish` nobody shall find them, not even those published before.
+        """
         if request.finished:
             return
         if request.status is Status.RUNNING:
-            self.residency.publish(request, len(request.token_ids) - 1)  # the last token was sampled, not computed
+            if publish:
+                self.page_lists.publish(request, len(request.token_ids) - 1)  # the last was sampled, not computed
+            else:
+                self.pool.unpublish(request.held.pages)
             self._release(request)
         else:
             self.num_waiting -= 1
-        self.residency.forget(request)
+        self.page_lists.forget(request)
         request.parent = None
         request.status = Status.FINISHED
         request.finish_reason = reason

@@ -15,8 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from jaxllm.engine.async_llm import Unavailable
-from jaxllm.engine.engine_thread import EngineError
+from jaxllm.engine.errors import EngineError, NotFinite, Unavailable
 from jaxllm.server.schema.validation import explain
 
 log = logging.getLogger(__name__)
@@ -61,6 +60,8 @@ def as_api_error(error: Exception) -> ApiError:
         return ApiError(400, str(error))
     if isinstance(error, EngineError):
         return ApiError(500, str(error), code="engine_error")
+    if isinstance(error, NotFinite):
+        return ApiError(500, str(error), code="not_finite")
     if isinstance(error, TimeoutError):
         return ApiError(503, "the request took longer than the server allows", code="timeout")
     if isinstance(error, ValueError):

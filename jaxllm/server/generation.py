@@ -9,8 +9,7 @@ from typing import Any
 
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.async_llm import Stream
-from jaxllm.engine.engine_thread import CompletionDelta
-from jaxllm.engine.outputs import CompletionOutput, Logprob, RequestOutput
+from jaxllm.engine.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from jaxllm.server.context import Context
 
 News = list[tuple[int, CompletionDelta]]
@@ -51,14 +50,12 @@ class Generation:
 
     async def collect(self) -> list[list[CompletionOutput]]:
         """Everything, per prompt and completion."""
-        whole = [[CompletionOutput(i) for i in range(self._n)] for _ in self.outputs]
         try:
-            async for news in self:
-                for prompt, delta in news:
-                    _grow(whole[prompt][delta.index], delta)
+            async for _ in self:
+                pass
         finally:
             self.close()
-        return whole
+        return [output.outputs for output in self.outputs]
 
     def close(self) -> None:
         """Free what it holds; unfinished requests count as aborted."""
@@ -98,13 +95,3 @@ class Generation:
                 self._unfinished -= 1
                 metrics.finished(delta.finish_reason)
                 metrics.latency(now - self._started)
-
-
-def _grow(whole: CompletionOutput, delta: CompletionDelta) -> None:
-    whole.text += delta.text
-    whole.token_ids += delta.token_ids
-    if delta.logprobs is not None:
-        merged: list[dict[int, Logprob]] = whole.logprobs if whole.logprobs is not None else []
-        merged += delta.logprobs
-        whole.logprobs = merged
-    whole.finish_reason, whole.stop_reason = delta.finish_reason, delta.stop_reason

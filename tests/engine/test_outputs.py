@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxllm.config.sampling import SamplingParams
-from jaxllm.engine.outputs import CompletionBuilder, Logprob
+from jaxllm.engine.outputs import CompletionBuilder, Logprob, as_of
+from jaxllm.scheduling.request import Ending
 from jaxllm.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers.byte_tokenizer import EOS, EOS_ID, write_byte_tokenizer
 
@@ -26,13 +28,15 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def builder_for(tokenizer: Tokenizer, **params) -> CompletionBuilder:
     params = SamplingParams(**params)
-    stream = tokenizer.detokenizer(skip_special_tokens=params.skip_special_tokens)
-    return CompletionBuilder(0, params, stream, tokenizer.token_text)
+    make = functools.partial(tokenizer.detokenizer, skip_special_tokens=params.skip_special_tokens)
+    return CompletionBuilder(0, params, make, tokenizer.token_text)
 
 
 def words(*pieces: str) -> tuple[list[int], SimpleNamespace]:
     """A vocabulary of whole pieces: token `i` is `pieces[i]`."""
-    return list(range(len(pieces))), SimpleNamespace(push=lambda ids: "".join(pieces[i] for i in ids), finish=str)
+    return list(range(len(pieces))), lambda: SimpleNamespace(
+        push=lambda ids: "".join(pieces[i] for i in ids), finish=str
+    )
 
 
 def first_stop(text: str, stops: list[str]) -> tuple[int, str] | None:
@@ -52,9 +56,9 @@ def test_text_ends_at_the_first_stop_string_however_tokens_arrive(tokenizer, tex
     ids, stopped = tokenizer.encode(text), None
     while ids and stopped is None:
         size = sizes.pop() if sizes else 1
-        stopped = builder.append(ids[:size], None)
+        stopped = builder.append(ids[:size], None).stop_reason
         ids = ids[size:]
-    builder.finish("length", None)
+    builder.finish(Ending("length", None))
     output = builder.output
     if (expected := first_stop(text, stops)) is None:
         assert (output.text, output.finish_reason, output.stop_reason) == (text, "length", None)
@@ -72,13 +76,12 @@ def test_text_ends_at_the_first_stop_string_however_tokens_arrive(tokenizer, tex
 def test_stable_text_only_ever_grows_into_the_final_text(tokenizer, ids, stops, include):
     builder, seen = builder_for(tokenizer, stop=stops, include_stop_str_in_output=include), [""]
     for token in ids:
-        stopped = builder.append([token], None)
-        seen.append(builder.stable_text)
+        stopped = builder.append([token], None).stop_reason
+        seen.append(builder.output.text)
         if stopped is not None:
             break
-    builder.finish("length", None)
+    builder.finish(Ending("length", None))
     seen.append(builder.output.text)
-    assert builder.stable_text == builder.output.text
     for before, after in itertools.pairwise(seen):
         assert after.startswith(before)
 
@@ -87,48 +90,48 @@ def test_stable_text_only_ever_grows_into_the_final_text(tokenizer, ids, stops, 
 @given(text=TEXTS, stops=STOPS)
 def test_no_more_is_held_back_than_could_begin_a_stop_string(tokenizer, text, stops):
     builder = builder_for(tokenizer, stop=stops)
-    if builder.append(tokenizer.encode(text), None) is None:
-        held = text[len(builder.stable_text) :]
+    if builder.append(tokenizer.encode(text), None).stop_reason is None:
+        held = text[len(builder.output.text) :]
         longest = max((len(text) - at for at in range(len(text)) for s in stops if s.startswith(text[at:])), default=0)
         assert len(held) == longest
 
 
 def test_stop_string_split_over_tokens_is_cut_off_whole(tokenizer):
     builder = builder_for(tokenizer, stop="END")
-    assert builder.append(list(b"some E"), None) is None
-    assert (builder.output.text, builder.stable_text) == ("some E", "some ")
-    assert builder.append(list(b"ND!"), None) == "END"
-    assert (builder.output.text, builder.stable_text) == ("some ", "some ")
+    assert builder.append(list(b"some E"), None).stop_reason is None
+    assert builder.output.text == "some "
+    assert builder.append(list(b"ND!"), None).stop_reason == "END"
+    assert builder.output.text == "some "
     assert bytes(builder.output.token_ids) == b"some END"
 
 
 def test_held_back_text_is_released_when_it_turns_out_to_be_no_stop_string(tokenizer):
     builder = builder_for(tokenizer, stop=["abcd"])
     builder.append(list(b"xabc"), None)
-    assert builder.stable_text == "x"
+    assert builder.output.text == "x"
     builder.append(list(b"e"), None)
-    assert builder.stable_text == "xabce"
+    assert builder.output.text == "xabce"
 
 
 def test_earliest_of_several_stop_strings_in_one_token_wins():
     ids, stream = words("so: ", "one two three")
     builder = CompletionBuilder(0, SamplingParams(stop=["three", "two", "e t"]), stream)
-    assert builder.append(ids, None) == "e t"
+    assert builder.append(ids, None).stop_reason == "e t"
     assert builder.output.text == "so: on"
 
 
 def test_stop_string_that_overlaps_its_own_beginning_is_found():
     ids, stream = words("aa", "ab", "b")
     builder = CompletionBuilder(0, SamplingParams(stop=["aaab"], include_stop_str_in_output=True), stream)
-    assert builder.append(ids, None) == "aaab"
+    assert builder.append(ids, None).stop_reason == "aaab"
     assert builder.output.text == "aaab"
     assert builder.output.token_ids == [0, 1]
 
 
 def test_stop_string_completed_by_the_held_back_bytes_at_the_end_is_found(tokenizer):
     builder = builder_for(tokenizer, stop="x\ufffd")
-    assert builder.append([*b"ax", 0xC3], None) is None
-    builder.finish("length", None)
+    assert builder.append([*b"ax", 0xC3], None).stop_reason is None
+    builder.finish(Ending("length", None))
     assert (builder.output.text, builder.output.finish_reason) == ("a", "stop")
     assert builder.output.stop_reason == "x\ufffd"
 
@@ -137,15 +140,15 @@ def test_end_releases_half_a_character_as_a_replacement(tokenizer):
     builder = builder_for(tokenizer)
     builder.append([*b"a", 0xF0, 0x9F], None)
     assert builder.output.text == "a"
-    builder.finish("length", None)
+    builder.finish(Ending("length", None))
     assert builder.output.text == "a\ufffd"
 
 
 @pytest.mark.parametrize(("include", "text"), [(False, "hi"), (True, "hi!")])
 def test_stop_token_is_in_the_ids_and_in_the_text_only_when_asked(tokenizer, include, text):
     builder = builder_for(tokenizer, stop_token_ids=[ord("!")], include_stop_str_in_output=include)
-    assert builder.append(list(b"hi!"), None) is None
-    builder.finish("stop", ord("!"))
+    assert builder.append(list(b"hi!"), None).stop_reason is None
+    builder.finish(Ending("stop", ord("!")))
     output = builder.output
     assert (output.text, output.finish_reason, output.stop_reason) == (text, "stop", ord("!"))
     assert bytes(output.token_ids) == b"hi!"
@@ -154,7 +157,7 @@ def test_stop_token_is_in_the_ids_and_in_the_text_only_when_asked(tokenizer, inc
 def test_end_of_sequence_gives_no_text(tokenizer):
     builder = builder_for(tokenizer)
     builder.append([*b"ok", EOS_ID], None)
-    builder.finish("stop", None)
+    builder.finish(Ending("stop", None))
     assert (builder.output.text, builder.output.stop_reason) == ("ok", None)
     assert builder.output.token_ids[-1] == EOS_ID
 
@@ -170,27 +173,27 @@ def test_finish_reason_is_the_engines_when_no_stop_string_came_before(tokenizer,
     builder = builder_for(tokenizer, stop="z")
     builder.append(list(b"abc"), None)
     assert builder.output.finish_reason is None
-    builder.finish(reason, None)
+    builder.finish(Ending(reason, None))
     assert (builder.output.finish_reason, builder.output.stop_reason) == (reason, None)
 
 
 def test_stop_string_wins_over_a_length_limit_reached_by_the_same_token(tokenizer):
     builder = builder_for(tokenizer, stop="c")
-    assert builder.append(list(b"abc"), None) == "c"
-    builder.finish("length", None)
+    assert builder.append(list(b"abc"), None).stop_reason == "c"
+    builder.finish(Ending("length", None))
     assert (builder.output.finish_reason, builder.output.stop_reason) == ("stop", "c")
 
 
 def test_stop_string_before_the_minimum_number_of_tokens_does_not_end_it(tokenizer):
     builder = builder_for(tokenizer, stop="b", min_tokens=3)
-    assert builder.append(list(b"abc"), None) is None
+    assert builder.append(list(b"abc"), None).stop_reason is None
     assert builder.output.text == "abc"
 
 
 def test_without_a_tokenizer_there_are_ids_and_no_text():
     builder = CompletionBuilder(2, SamplingParams(), None)
-    assert builder.append([5, 6], None) is None
-    builder.finish("length", None)
+    assert builder.append([5, 6], None).stop_reason is None
+    builder.finish(Ending("length", None))
     assert (builder.output.index, builder.output.text, builder.output.token_ids) == (2, "", [5, 6])
     assert builder.output.logprobs is None and builder.output.cumulative_logprob is None
 
@@ -226,3 +229,25 @@ def test_logprobs_end_with_the_token_that_completed_the_stop_string(tokenizer):
     assert builder.output.token_ids == [a, b]
     assert len(builder.output.logprobs) == 2
     assert builder.output.cumulative_logprob == -2.0
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=TEXTS, stops=STOPS, back=st.integers(0, 60), sizes=st.lists(st.integers(1, 5), min_size=60, max_size=60)
+)  # fmt: skip
+def test_deltas_join_to_the_whole_also_when_tokens_come_again(tokenizer, text, stops, back, sizes):
+    builder, expected = builder_for(tokenizer, stop=stops), builder_for(tokenizer, stop=stops)
+    ids = tokenizer.encode(text)
+    expected.append(ids, None, Ending("length"))
+    ids = ids[: len(expected.output.token_ids)]
+    builder.append(ids[:-1], None)
+    builder.rewind(min(back, max(0, len(ids) - 1)))
+    whole = builder.output.text
+    for delta in iter(lambda: builder.append(ids[len(builder.output.token_ids) :][: sizes.pop()], None), None):
+        whole += delta.text
+        assert as_of(expected.output, delta).token_ids == builder.output.token_ids
+        assert as_of(builder.output, delta).text == whole == builder.output.text
+        if delta.finish_reason or len(builder.output.token_ids) == len(ids):
+            break
+    assert whole + builder.finish(Ending("length")).text == expected.output.text
+    assert builder.output == expected.output

@@ -35,7 +35,7 @@ class Harness:
 
     def step(self) -> IterationPlan | None:
         self.finish_loads()
-        late = list(self.scheduler._fresh)
+        late = list(self.scheduler._unsent)
         plan = self.scheduler.schedule()
         self.check(plan, late)
         self.start_moves()
@@ -98,7 +98,7 @@ class Harness:
             written += chunk.request.pages[chunk.start // s.pool.page_size : s.pool.pages_for(end)]
         assert len(written) == len(set(written)), "a page is written by two requests"
         short, long = ([r for _, r in queue if not r.finished] for queue in s._waiting)
-        assert s.num_waiting == len(short) + len(long) + sum(not r.finished for r in s._parked)
+        assert s.num_waiting == len(short) + len(long) + sum(not r.finished for r in s._blocked)
         for request in plan.admitted:
             if request in late:
                 continue

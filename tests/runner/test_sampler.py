@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from jaxllm.runner.sampler import SamplingRows, sample, sample_greedy
+from jaxllm.runner.sampler import NOT_FINITE, SamplingRows, sample, sample_greedy
 
 R, V, L, STOPS = 1024, 24, 12, 4
 NEUTRAL = {
@@ -28,7 +28,7 @@ NEUTRAL = {
     "min_len": 0,
     "num_logprobs": -1,
 }
-INTEGERS = {"top_k": np.int32, "seed": np.uint32, "prompt_len": np.int32, "min_len": np.int32, "num_logprobs": np.int32}
+INTEGERS = {"top_k": np.int32, "seed": np.uint64, "prompt_len": np.int32, "min_len": np.int32, "num_logprobs": np.int32}
 compiled = jax.jit(sample)
 compiled_greedy = jax.jit(sample_greedy)
 
@@ -45,6 +45,7 @@ def rows(**changes) -> SamplingRows:
         if name not in ("bias_ids", "bias_values", "masked", "allowed"):
             value = np.broadcast_to(value, R).astype(INTEGERS.get(name, np.float32))
         fields[name] = value
+    fields["seed"] = np.stack([fields["seed"] >> np.uint64(32), fields["seed"]], 1).astype(np.uint32)
     return SamplingRows(**fields)
 
 
@@ -234,7 +235,7 @@ def test_stop_tokens_cannot_come_before_the_minimum_length():
 def test_a_draw_depends_on_seed_and_position_not_on_its_row_or_its_neighbours():
     rng = np.random.default_rng(0)
     logits, order = rng.uniform(-1, 1, (R, V)).astype(np.float32), rng.permutation(R)
-    seed, length = rng.integers(0, 2**32, R), rng.integers(1, L, R)
+    seed, length = rng.integers(0, 2**64, R, dtype=np.uint64), rng.integers(1, L, R)
     params = {"temperature": rng.uniform(0.5, 2, R), "top_k": rng.integers(0, 9, R)}
     base = tokens(logits, rows(seed=seed, **params), length=length)
     moved = {name: value[order] for name, value in params.items()}
@@ -252,6 +253,27 @@ def test_a_draw_depends_on_seed_and_position_not_on_its_row_or_its_neighbours():
     )
     changed = tokens(np.where(half[:, None], logits, 0.0), others, length=length)
     np.testing.assert_array_equal(changed[half], base[half])
+
+
+@pytest.mark.parametrize("bit", [0, 31, 32, 33, 63])
+def test_every_bit_of_a_seed_of_64_bits_counts(bit):
+    seed = np.arange(R, dtype=np.uint64)
+    logits = flat_logits(2)
+    drawn, other = (tokens(logits, rows(seed=s)) for s in (seed, seed ^ np.uint64(1 << bit)))
+    assert (drawn != other).mean() > 0.5
+
+
+def test_a_row_whose_logits_are_no_numbers_samples_nothing_and_others_are_unharmed():
+    logits = np.random.default_rng(3).normal(size=(R, V)).astype(np.float32)
+    broken = logits.copy()
+    broken[::4, 7], broken[1::4, 9], broken[2::4] = np.nan, np.inf, -np.inf
+    broken[3::4, 0] = -np.inf  # a token that cannot come is nothing wrong
+    logits[3::4, 0] = -np.inf
+    is_broken = np.arange(R) % 4 != 3
+    for params in (rows(temperature=0.7, top_p=0.9), rows(temperature=0.0), rows(temperature=0.7, num_logprobs=2)):
+        drawn, expected = tokens(broken, params), tokens(logits, params)
+        assert (drawn[is_broken] == NOT_FINITE).all() and (drawn[~is_broken] == expected[~is_broken]).all()
+    assert ((np.asarray(compiled_greedy(broken).tokens) == NOT_FINITE) == is_broken).all()
 
 
 def test_another_seed_or_another_position_draws_anew():

@@ -10,8 +10,7 @@ import time
 import pytest
 
 from jaxllm import LLM, AsyncLLM, SamplingParams
-from jaxllm.engine.async_llm import Unavailable
-from jaxllm.engine.engine_thread import EngineError
+from jaxllm.engine.errors import EngineError, Unavailable
 from jaxllm.telemetry.accounting import Ceilings
 from tests.server.live import ENGINE, wait_until
 

@@ -10,8 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from jaxllm.config.sampling import SamplingParams
-from jaxllm.engine.engine_thread import CompletionDelta
-from jaxllm.engine.outputs import CompletionOutput
+from jaxllm.engine.outputs import CompletionDelta, CompletionOutput
 from jaxllm.server.context import Context, context_of, request_id_of
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Generation
