@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,3 +59,17 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.helpers.tiny_model import write_tiny_model
 
     return write_tiny_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Any]]:
+    """`saved_model(name)`: the folder of one of `gguf_models.MODELS` and the model, made on first use."""
+
+    @cache
+    def make(name: str) -> tuple[Path, Any]:
+        from tests.helpers.gguf_models import save_model
+
+        folder = tmp_path_factory.mktemp(name)
+        return folder, save_model(name, folder)
+
+    return make

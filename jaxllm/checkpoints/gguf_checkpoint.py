@@ -57,8 +57,8 @@ class GGUFCheckpoint:
         parts = open_parts(path)
         try:
             family = family_of(parts)
-            tops, blocks = _arranged(parts)
-            config = _config(family, parts, tops, blocks)
+            tops, blocks = arranged(parts)
+            config = config_of(family, parts, tops, blocks)
             sources = _sources(family, tops, blocks, config)
             config, generation_config = renamed(family, config), hf_generation_config(parts.metadata)
         except CheckpointError as error:
@@ -93,7 +93,7 @@ def family_of(parts: GGUFParts) -> Family:
     return FAMILIES[name]
 
 
-def _arranged(parts: GGUFParts) -> tuple[dict[str, Stored], Blocks]:
+def arranged(parts: GGUFParts) -> tuple[dict[str, Stored], Blocks]:
     """The tensors outside the blocks, and those of each block, by the rest of their names."""
     tops: dict[str, Stored] = {}
     blocks: Blocks = {}
@@ -107,12 +107,15 @@ def _arranged(parts: GGUFParts) -> tuple[dict[str, Stored], Blocks]:
     return tops, blocks
 
 
-def _config(family: Family, parts: GGUFParts, tops: Mapping[str, Stored], blocks: Blocks) -> dict[str, Any]:
+def config_of(family: Family, parts: GGUFParts, tops: Mapping[str, Stored], blocks: Blocks) -> dict[str, Any]:
+    """The config: what the metadata says and what only the tensors know. Raises CheckpointError."""
     if "token_embd.weight" not in tops:
         raise CheckpointError("has no tensor 'token_embd.weight'")
     try:
         config = hf_config(family, parts.metadata, vocab_size=tops["token_embd.weight"].shape[0])
-    except (TypeError, KeyError, ZeroDivisionError) as error:  # metadata of another type than anybody writes
+    except CheckpointError:
+        raise
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # of another type than anybody writes
         raise CheckpointError(f"the metadata cannot be understood ({type(error).__name__}: {error})") from None
     config["tie_word_embeddings"] = "output.weight" not in tops
     for word, (stem, _) in family.biases.items():

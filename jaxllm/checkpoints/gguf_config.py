@@ -31,6 +31,7 @@ _SIZES = {
     "attention.key_length": "head_dim",
 }
 _NEXTN = "nextn_predict_layers"
+_MAX_BLOCKS = 100_000  # keeps a damaged number from becoming a list of that length
 # These say what is computed anyway, or speak of other uses of the model.
 _HARMLESS = frozenset({"vocab_size", "tensor_data_layout", "pooling_type", "classifier.output_labels", _NEXTN})
 # These change the mathematics of families that do not read them, unless they have one of these values.
@@ -141,6 +142,8 @@ def _sizes(values: Mapping[str, Any]) -> dict[str, int]:
         found["attention.key_length"] = found.get("embedding_length", 0) // heads
     if missing := _SIZES.keys() - found.keys():
         raise CheckpointError(f"the metadata has no {min(missing)!r}")
+    if found["block_count"] > _MAX_BLOCKS:
+        raise CheckpointError(f"block_count={found['block_count']}; expected at most {_MAX_BLOCKS}")
     extra = values.get(_NEXTN, 0)
     if type(extra) is not int or not 0 <= extra < found["block_count"]:
         raise CheckpointError(f"{_NEXTN}={str(extra)[:40]}; expected fewer than the {found['block_count']} blocks")

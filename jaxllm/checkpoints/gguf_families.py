@@ -198,7 +198,8 @@ WITH_WINDOW = {
         model_type="olmo3",
         keys={"attention.sliding_window": "sliding_window"},
         more=_olmo3,
-        reads=frozenset({"attention.sliding_window_pattern"}),
+        reads=frozenset({"attention.sliding_window_pattern", "rope.freq_base_swa"}),
+        nests_rope=True,
     )
 }
 WITH_CORRECTION = {"deepseek2": DEEPSEEK3}

@@ -27,6 +27,8 @@ class Family:
         more: adds what has to be computed from the metadata and the config so far.
         reads: GGUF keys that `more` reads.
         norm_offset: what the file's norms have too much: Gemma's store 1 + w.
+        has_partial_rotary: only a part of each head may turn.
+        nests_rope: the config has a rotation for each kind of layer.
         rename: config keys that this architecture calls otherwise; None = has not.
         expert_names: of matrices that files of 2023 store expert by expert.
         layer, tops: prefix of a layer's tensors, and names outside the layers.
@@ -44,6 +46,7 @@ class Family:
     norm_offset: float = 0.0
     epsilon: str = "attention.layer_norm_rms_epsilon"
     has_partial_rotary: bool = False
+    nests_rope: bool = False
     rename: Mapping[str, str | None] = field(default_factory=dict)
     expert_names: Mapping[str, str] = field(default_factory=dict)
     layer: str = "model.layers"

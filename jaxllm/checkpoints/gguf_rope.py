@@ -42,9 +42,20 @@ def rope_config(family: Family, values: Mapping[str, Any], config: Mapping[str, 
     local = values.get("rope.freq_base_swa")
     if local is not None and "rope.freq_base_swa" not in own and "sliding_window" in config and local != theta:
         raise CheckpointError(f"rope.freq_base_swa={local} differs from rope.freq_base={theta}: not supported here")
+    if family.nests_rope:
+        return {"rope_parameters": _nested(theta, local, _scaling(family, values))}
     if "rope.dimension_count" in own:
         return {"rope_theta": theta, **_scaling(family, values)}
     return {"rope_theta": theta, **_scaling(family, values), **_partial(family, values, config)}
+
+
+def _nested(theta: float, local: float | None, scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """A rotation of their own for windowed layers, whose frequencies are not stretched."""
+    full = scaling.get("rope_scaling", {"rope_type": "default"})
+    return {
+        "full_attention": {"rope_theta": theta, **full},
+        "sliding_attention": {"rope_theta": theta if local is None else _shortest(local), "rope_type": "default"},
+    }
 
 
 def llama3_scaling(factors: np.ndarray, config: Mapping[str, Any]) -> dict[str, Any]:

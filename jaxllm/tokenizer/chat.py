@@ -57,6 +57,11 @@ class Chat:
             self._check_variables(options.variables)
         self.options = options
 
+    @property
+    def templates(self) -> dict[str, str]:
+        """Jinja source by name."""
+        return dict(self._templates)
+
     def source(self, *, with_tools: bool = False) -> str | None:
         """The Jinja source that a conversation, with or without tools, goes through; None: there is none."""
         name = self._name(with_tools)

@@ -1,26 +1,27 @@
 """`jaxllm convert SRC DST --to orbax|safetensors`: one checkpoint into another format, one parameter at a time.
 
 Safetensors come out as a Hugging Face folder (tensors by their Hugging Face names, in files of bounded size with
-an index); Orbax as sharded parameters that any mesh can restore. Knows nothing of engines.
+an index); Orbax as sharded parameters that any mesh can restore. Either is a whole model: tokenizer, templates and
+configurations come along (side_files.py). Knows nothing of engines.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxllm.checkpoints.base import Checkpoint
+from jaxllm.weights.side_files import write_side_files
 
 if TYPE_CHECKING:
     import numpy as np
 
 FORMATS = ("orbax", "safetensors")
 _FILE_BYTES = 4 << 30
-_COPIED = ("tokenizer*", "*.jinja", "merges.txt", "vocab.json", "special_tokens_map.json", "generation_config.json")
 
 
 def convert(
@@ -44,20 +45,20 @@ def convert(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not empty; name a new folder")
     checkpoint = named(open_checkpoint(resolve_model(source)))
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=target.parent, prefix=f".{target.name}-", ignore_cleanup_errors=True
+    ) as parent:
+        partial = Path(parent) / target.name
+        partial.mkdir()
+        write_side_files(checkpoint, partial, None if to == "orbax" else dtype)  # first: what fails fails soon
         if to == "orbax":
             _to_orbax(checkpoint, partial, dtype, mesh, sharding_rules)
         else:
             _to_safetensors(checkpoint, partial, dtype)
-        _write_side_files(checkpoint, partial)
         if target.exists():
             target.rmdir()
         os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return target
 
 
@@ -155,16 +156,3 @@ def _save(tensors: dict[str, np.ndarray], file: Path) -> int:
 
     save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, file, {"format": "pt"})
     return sum(tensor.nbytes for tensor in tensors.values())
-
-
-def _write_side_files(checkpoint: Checkpoint, folder: Path) -> None:
-    config: dict[str, Any] = {key: value for key, value in checkpoint.config.items() if value is not None}
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    if checkpoint.generation_config:
-        (folder / "generation_config.json").write_text(json.dumps(checkpoint.generation_config, indent=1))
-    if not checkpoint.path.is_dir():
-        return
-    for pattern in _COPIED:
-        for file in checkpoint.path.glob(pattern):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
