@@ -24,6 +24,7 @@ class FieldRules:
     Attributes:
         config_class, model_type: of transformers.
         computed: fields that the family reads.
+        nullable: computed fields that may be null, beyond `NULLABLE`.
         undeclared: computed, though the class does not declare them: transformers' model code asks for them.
         harmless: fields beyond `HARMLESS` that change nothing here.
         neutral: field -> the values that are let through; null always is.
@@ -35,6 +36,7 @@ class FieldRules:
     config_class: str
     model_type: str
     computed: frozenset[str]
+    nullable: frozenset[str] = frozenset()
     undeclared: frozenset[str] = frozenset()
     harmless: frozenset[str] = frozenset()
     neutral: Values = field(default_factory=dict)
@@ -42,9 +44,13 @@ class FieldRules:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     spellings: Mapping[str, str] = field(default_factory=dict)
 
-    def reads(self, key: str) -> bool:
-        """Whether the family computes with this field."""
-        return key in self.computed or key in self.undeclared or key in ROPE
+    def passes(self, key: str) -> bool:
+        """Whether any value is let through: the family reads the field (where others make it count), or nobody does."""
+        return key in self.computed or key in self.undeclared or key in self.harmless or key in HARMLESS
+
+    def refuses_null(self, key: str) -> bool:
+        """Whether transformers takes no null for this field."""
+        return key in self.computed - self.nullable - NULLABLE
 
     def allowed(self, key: str) -> tuple[Any, ...] | None:
         """The only values that are let through, or None where the field has no such list."""
@@ -56,6 +62,12 @@ class FieldRules:
 
 # Older and newer spellings of the rotary embedding, which transformers brings together in its base class.
 ROPE = frozenset("rope_parameters rope_scaling rope_theta partial_rotary_factor".split())
+
+# Computed fields that may be null wherever they are declared.
+NULLABLE = frozenset(
+    "rope_parameters sliding_window layer_types attn_logit_softcapping final_logit_softcapping mlp_only_layers n_group "
+    "topk_group q_lora_rank topk_method n_inner no_rope_layers".split()
+)
 
 # What no forward pass of a decoder reads: bookkeeping, training, heads of other tasks, defaults of generation (which
 # transformers takes out of the file as well), and switches of one implementation or another.
@@ -133,7 +145,7 @@ FOREIGN: Values = {
 
 def _rules(config_class: str, model_type: str, computed: str, **rest: Any) -> FieldRules:
     """`rest` as FieldRules, the sets as words of one string."""
-    sets = {name: frozenset(rest.pop(name, "").split()) for name in ("undeclared", "harmless")}
+    sets = {name: frozenset(rest.pop(name, "").split()) for name in ("nullable", "undeclared", "harmless")}
     return FieldRules(
         config_class=config_class, model_type=model_type, computed=frozenset(computed.split()), **sets, **rest
     )
@@ -165,12 +177,18 @@ _GEMMA_DEFAULTS = {
 _GLM_DEFAULTS = {"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}
 
 RULES: dict[str, FieldRules] = {
-    "LlamaForCausalLM": _rules("LlamaConfig", "llama", _DENSE + "attention_bias mlp_bias"),
+    "LlamaForCausalLM": _rules(
+        "LlamaConfig",
+        "llama",
+        _DENSE + "attention_bias mlp_bias",
+        nullable="head_dim num_key_value_heads",
+    ),
     "MistralForCausalLM": _rules(
         "MistralConfig",
         "mistral",
         _DENSE + "sliding_window",
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        nullable="head_dim",
     ),
     "Qwen2ForCausalLM": _rules(
         "Qwen2Config",
@@ -179,6 +197,7 @@ RULES: dict[str, FieldRules] = {
         undeclared="head_dim",
         foreign={"attention_bias": (True,), "qkv_bias": (True,)},
         defaults={"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+        nullable="num_key_value_heads",
     ),
     "Qwen3ForCausalLM": _rules(
         "Qwen3Config",
@@ -186,6 +205,7 @@ RULES: dict[str, FieldRules] = {
         _DENSE + _WINDOWS + "attention_bias",
         foreign={"use_qk_norm": (True,)},
         defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+        nullable="num_key_value_heads",
     ),
     "GemmaForCausalLM": _rules(
         "GemmaConfig",
@@ -219,14 +239,22 @@ RULES: dict[str, FieldRules] = {
         undeclared="head_dim",
         harmless="resid_pdrop embd_pdrop",
         defaults={"original_max_position_embeddings": 4096},
+        nullable="num_key_value_heads",
     ),
-    "Olmo2ForCausalLM": _rules("Olmo2Config", "olmo2", _SIZES + "hidden_act attention_bias", undeclared="head_dim"),
+    "Olmo2ForCausalLM": _rules(
+        "Olmo2Config",
+        "olmo2",
+        _SIZES + "hidden_act attention_bias",
+        undeclared="head_dim",
+        nullable="num_key_value_heads",
+    ),
     "Olmo3ForCausalLM": _rules(
         "Olmo3Config",
         "olmo3",
         _SIZES + "hidden_act attention_bias sliding_window layer_types",
         undeclared="head_dim",
         defaults={"sliding_window": 4096},
+        nullable="num_key_value_heads",
     ),
     "GPT2LMHeadModel": _rules(
         "GPT2Config",
@@ -251,6 +279,7 @@ RULES: dict[str, FieldRules] = {
         _DENSE + "sliding_window num_local_experts num_experts_per_tok",
         defaults={"num_key_value_heads": 8},
         spellings={"num_experts": "num_local_experts"},
+        nullable="head_dim",
     ),
     "Qwen2MoeForCausalLM": _rules(
         "Qwen2MoeConfig",
@@ -264,6 +293,7 @@ RULES: dict[str, FieldRules] = {
             "qkv_bias": True,
             "shared_expert_intermediate_size": 5632,
         },
+        nullable="num_key_value_heads",
     ),
     "Qwen3MoeForCausalLM": _rules(
         "Qwen3MoeConfig",
@@ -284,6 +314,7 @@ RULES: dict[str, FieldRules] = {
         foreign={"scoring_func": ("softmax",)},
         defaults={"q_lora_rank": 1536, "n_shared_experts": 2},
         spellings={"num_experts": "n_routed_experts"},
+        nullable="head_dim num_experts_per_tok num_key_value_heads",
     ),
     "DeepseekV3ForCausalLM": _rules(
         "DeepseekV3Config",
@@ -303,6 +334,8 @@ RULES: dict[str, FieldRules] = {
             "rope_interleave": True,
         },
         spellings={"num_local_experts": "n_routed_experts", "num_nextn_predict_layers": "num_mtp_layers"},
+        nullable="first_k_dense_replace norm_topk_prob num_experts_per_tok num_key_value_heads rope_interleave "
+        "v_head_dim",
     ),
     "GptOssForCausalLM": _rules(
         "GptOssConfig",
@@ -330,6 +363,7 @@ RULES: dict[str, FieldRules] = {
         undeclared="head_dim",
         harmless="max_window_layers",
         defaults={"num_key_value_heads": 4, "tie_word_embeddings": True, "no_rope_layer_interval": 4},
+        nullable="num_key_value_heads",
     ),
     "GraniteForCausalLM": _rules(
         "GraniteConfig",
@@ -337,6 +371,14 @@ RULES: dict[str, FieldRules] = {
         _SIZES + "hidden_act attention_bias mlp_bias embedding_multiplier logits_scaling residual_multiplier "
         "attention_multiplier",
         undeclared="head_dim",
+        nullable="num_key_value_heads",
+    ),
+    "GlmForCausalLM": _rules(
+        "GlmConfig",
+        "glm",
+        _DENSE + "attention_bias",
+        defaults=_GLM_DEFAULTS,
+        nullable="head_dim num_key_value_heads",
     ),
     "GraniteMoeForCausalLM": _rules(
         "GraniteMoeConfig",
@@ -345,6 +387,8 @@ RULES: dict[str, FieldRules] = {
         "attention_multiplier num_local_experts num_experts_per_tok",
         undeclared="head_dim",
         defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
+        nullable="attention_multiplier embedding_multiplier logits_scaling residual_multiplier num_experts_per_tok "
+        "num_local_experts num_key_value_heads",
     ),
     "CohereForCausalLM": _rules(
         "CohereConfig",
@@ -352,6 +396,7 @@ RULES: dict[str, FieldRules] = {
         _COHERE + "use_qk_norm",
         undeclared="head_dim",
         defaults={"logit_scale": 0.0625, "layer_norm_eps": 1e-5, "tie_word_embeddings": True},
+        nullable="layer_norm_eps logit_scale num_key_value_heads use_qk_norm",
     ),
     "Cohere2ForCausalLM": _rules(
         "Cohere2Config",
@@ -359,7 +404,7 @@ RULES: dict[str, FieldRules] = {
         _COHERE + "sliding_window layer_types",
         undeclared="head_dim sliding_window_pattern",
         defaults={"logit_scale": 0.0625, "layer_norm_eps": 1e-5, "tie_word_embeddings": True, "sliding_window": 4096},
+        nullable="num_key_value_heads",
     ),
-    "GlmForCausalLM": _rules("GlmConfig", "glm", _DENSE + "attention_bias", defaults=_GLM_DEFAULTS),
     "Glm4ForCausalLM": _rules("Glm4Config", "glm4", _DENSE + "attention_bias", defaults=_GLM_DEFAULTS),
 }

@@ -31,7 +31,8 @@ def ropes(fields: Fields, theta: float, local_theta: float) -> tuple[float, dict
     `local_theta` are for what the configuration leaves out.
     """
     nested, older = fields.object("rope_parameters"), fields.object("rope_scaling")
-    full = {"rope_theta": fields.positive("rope_theta", theta), **_kind(nested, "full_attention"), **older}
+    plain = {"rope_type": "default"}
+    full = {"rope_theta": fields.positive("rope_theta", theta), **(_kind(nested, "full_attention") or plain), **older}
     local = {"rope_theta": local_theta, **_kind(nested, "sliding_attention")}
     base, local_base = (positive("rope_theta", parameters.pop("rope_theta")) for parameters in (full, local))
     if rope_scaling(local) is not None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxllm.config import LocalAttention, Scaling
-from jaxllm.families.field_rules import HARMLESS, RULES
+from jaxllm.families.field_rules import RULES
 from jaxllm.families.notices import say_once
 from jaxllm.families.registry import architecture_of
 from jaxllm.families.rope import rope_scaling
@@ -33,7 +33,8 @@ _MOST = {"num_hidden_layers": 4096, "n_layer": 4096}  # each is walked in Python
 class Fields:
     """The fields of one configuration and which of them were read.
 
-    Null counts as missing, except where transformers itself takes another value for a missing key (`defaults`).
+    A missing key has the value that transformers takes for it (`FieldRules.defaults`), else the default given here;
+    null has the latter, and is refused where transformers takes none.
     """
 
     def __init__(self, hf: Mapping[str, Any]):
@@ -58,6 +59,8 @@ class Fields:
         if key not in self._hf:
             default = self._rules.defaults.get(key, default)
         value = self._hf.get(key)
+        if value is None and key in self._hf and self._rules.refuses_null(key):
+            raise ValueError(f"config.json has {key}=null; give it a value, or leave it out for transformers' default")
         return default if value is None else value
 
     def object(self, key: str) -> dict[str, Any]:
@@ -124,7 +127,7 @@ class Fields:
         """Judge whatever was not read: pass, refuse, or name it in the log."""
         unknown = []
         for key, value in self._hf.items():
-            if value is None or key in self._read or key in HARMLESS or key in self._rules.harmless:
+            if value is None or key in self._read or self._rules.passes(key):
                 continue
             values = self._rules.allowed(key)
             if values is None:

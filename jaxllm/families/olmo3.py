@@ -15,8 +15,8 @@ from jaxllm.families.registry import Family
 def config(hf: Mapping[str, Any]) -> ModelConfig:
     """Map a Hugging Face OLMo 3 configuration; refuses by name what it would compute wrongly."""
     fields = Fields(hf)
-    sizes, bias, theta = fields.sizes(), fields.flag("attention_bias"), fields.positive("rope_theta", 500_000.0)
-    local_theta, rope = ropes(fields, theta, theta)
+    sizes, bias = fields.sizes(), fields.flag("attention_bias")
+    local_theta, rope = ropes(fields, 500_000.0, 500_000.0)
     cfg = ModelConfig(
         **sizes,
         **rope,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import typing
 from typing import Any
 
 import pytest
@@ -54,5 +55,14 @@ def test_defaults_are_those_of_transformers(architecture: str) -> None:
         assert defaults[name] is None or defaults[name] in rules.neutral[name]
 
 
+@pytest.mark.parametrize("architecture", RULES)
+def test_null_is_taken_where_transformers_takes_it(architecture: str) -> None:
+    rules = RULES[architecture]
+    for field in dataclasses.fields(getattr(transformers, rules.config_class)):
+        if field.name in rules.computed:
+            assert rules.refuses_null(field.name) == (type(None) not in typing.get_args(field.type)), field.name
+    assert rules.nullable <= rules.computed
+
+
 def test_every_supported_architecture_has_rules() -> None:
-    assert set(ARCHITECTURES) <= set(RULES)
+    assert set(ARCHITECTURES) == set(RULES)
