@@ -116,7 +116,9 @@ def test_wheel_contains_every_module_and_rule_file_and_nothing_else(wheel):
     modules = {str(file.relative_to(ROOT)) for file in PACKAGE.rglob("*.py")}
     rules = {f"jaxllm/sharding/_rules/{file.name}" for file in (ROOT / "sharding_rules").glob("*.toml")}
     assert "jaxllm/sharding/_rules/megatron.toml" in rules
-    assert {n for n in names if not n.endswith("/py.typed")} == modules | rules | {"jaxllm/server/page.html"}
+    page = {str(file.relative_to(ROOT)) for file in (PACKAGE / "server" / "page").rglob("*") if file.is_file()}
+    assert {"jaxllm/server/page/index.html", "jaxllm/server/page/vendor/marked.LICENSE"} <= page
+    assert {n for n in names if not n.endswith("/py.typed")} == modules | rules | page
 
 
 def test_installed_wheel_finds_its_rules_far_from_the_checkout(wheel, tmp_path):

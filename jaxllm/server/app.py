@@ -10,10 +10,10 @@ from jaxllm.server import errors
 from jaxllm.server.context import Context, Settings
 from jaxllm.server.middleware import Gate
 from jaxllm.server.prometheus import Metrics
-from jaxllm.server.routes import chat, completions, embeddings, responses, status, tokens
+from jaxllm.server.routes import chat, completions, embeddings, page, responses, status, tokens
 from jaxllm.server.schema.openapi import complete
 
-_ROUTERS = (completions, chat, responses, embeddings, tokens, status)
+_ROUTERS = (completions, chat, responses, embeddings, tokens, status, page)
 
 
 def make_app(llm: AsyncLLM, settings: Settings) -> Gate:

@@ -1,11 +1,9 @@
-"""What the server tells of itself: models, health, metrics, version, and the figures and file of the page."""
+"""What the server tells of itself: models, health, metrics, version, and the figures of the page."""
 
 from __future__ import annotations
 
-from importlib.resources import files
-
 from fastapi import APIRouter, Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 
 from jaxllm import __version__
 from jaxllm.server.context import context_of
@@ -15,11 +13,6 @@ from jaxllm.server.routes.tokens import max_model_len
 from jaxllm.server.schema.answers import ModelCard, ModelList, answered
 
 router = APIRouter()
-# Nothing is loaded from elsewhere, and nothing that a model wrote can run.
-_PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
-    "img-src data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-)
 
 
 @router.get("/health")
@@ -73,10 +66,3 @@ def _card(request: Request, name: str) -> dict:
         "max_model_len": max_model_len(request),
         "vocab_size": ctx.llm.model_config.vocab_size,
     }
-
-
-@router.get("/")
-async def page() -> Response:
-    """A chat box and live charts."""
-    html = files("jaxllm.server").joinpath("page.html").read_text(encoding="utf-8")
-    return HTMLResponse(html, headers={"content-security-policy": _PAGE_POLICY, "cache-control": "no-store"})
