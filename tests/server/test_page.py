@@ -35,7 +35,7 @@ window.say = (event) => streams.at(-1).enqueue(new TextEncoder().encode("data: "
 window.feed = (content, kind = "content") => say({ choices: [{ index: 0, delta: { [kind]: content } }] });
 window.finish = (reason) => { say({ choices: [{ index: 0, delta: {}, finish_reason: reason }] });
   streams.at(-1).enqueue(new TextEncoder().encode("data: [DONE]\\n\\n")); streams.at(-1).close(); };
-window.answer = () => document.querySelector(".assistant:last-child")?.textContent.replaceAll(String.fromCharCode(10), "") ?? "";
+window.answer = () => (document.querySelector(".assistant:last-child")?.textContent ?? "").split(/[^\\S ]/).join("");
 """
 ASK = """
 window.ask = (text) => {
