@@ -28,7 +28,7 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
     return cfg
 
 
-def multipliers(fields: Fields) -> dict[str, float]:
+def multipliers(fields: Fields) -> dict[str, Any]:
     """The four; logits are divided by theirs."""
     scaling = float(fields.number("logits_scaling", 1.0))
     if scaling == 0:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.families.field_rules import RULES
+from jaxllm.families.text_half import WITH_EYES, text_config
 
 if TYPE_CHECKING:
     from jaxllm.config import ModelConfig
@@ -68,11 +69,13 @@ class Family:
 
 # Names that files give to what is supported under another one.
 _SYNONYMS = {"LLaMAForCausalLM": "LlamaForCausalLM"}
+_TYPE_SYNONYMS = {"kimi_k2": "deepseek_v3"}
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
     """Read a Hugging Face `config.json`. Raises ValueError for what this engine would compute wrongly."""
-    return family_of(hf).config(hf)
+    half = text_config(hf)
+    return family_of(half).config(half)
 
 
 def architecture_of(hf: Mapping[str, Any]) -> str:
@@ -81,6 +84,7 @@ def architecture_of(hf: Mapping[str, Any]) -> str:
     Raises:
         ValueError: it names none that is supported.
     """
+    hf = text_config(hf)
     names = hf.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"config.json has architectures={names!r}; expected a list of names")
@@ -89,10 +93,13 @@ def architecture_of(hf: Mapping[str, Any]) -> str:
             return known
     model_type = hf.get("model_type")
     for name in () if names else ARCHITECTURES:
-        if RULES[name].model_type == model_type:
+        if RULES[name].model_type == _TYPE_SYNONYMS.get(str(model_type), model_type):
             return name
     got = ", ".join(names or ()) or (f"model_type {model_type!r}" if model_type else "no architecture")
-    raise ValueError(f"the model's configuration names {got}; supported architectures are {', '.join(ARCHITECTURES)}")
+    raise ValueError(
+        f"the model's configuration names {got}; supported architectures are {', '.join(ARCHITECTURES)}, and the text "
+        f"halves of {', '.join(WITH_EYES)}"
+    )
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:

@@ -16,6 +16,7 @@ from jaxllm.checkpoints.base import Checkpoint, TensorInfo
 from jaxllm.families.notices import say_once
 from jaxllm.families.registry import Family, family_of
 from jaxllm.families.sources import checkpoint_tensors
+from jaxllm.families.text_half import eyes_of, text_config, text_name
 
 if TYPE_CHECKING:
     import numpy as np
@@ -58,6 +59,8 @@ def named(checkpoint: Checkpoint) -> Checkpoint:
     """
     if isinstance(checkpoint, NamedCheckpoint) or not checkpoint.tensors:
         return checkpoint
+    if eyes_of(checkpoint.config):
+        checkpoint = _text_half(checkpoint)
     family = family_of(checkpoint.config)
     cfg = family.config(checkpoint.config)
     sources = family.weight_map(cfg, 1)
@@ -68,6 +71,13 @@ def named(checkpoint: Checkpoint) -> Checkpoint:
         config = _settle_head(checkpoint, names, sources["embedding",].parts[0].name)
     tensors = {name: checkpoint.tensors[theirs] for name, theirs in names.items()}
     return NamedCheckpoint(config, tensors, checkpoint, names)
+
+
+def _text_half(checkpoint: Checkpoint) -> Checkpoint:
+    """What a checkpoint that also sees has for texts."""
+    names = {ours: theirs for theirs in checkpoint.tensors if (ours := text_name(theirs)) is not None}
+    tensors = {name: checkpoint.tensors[theirs] for name, theirs in names.items()}
+    return NamedCheckpoint(dict(text_config(checkpoint.config)), tensors, checkpoint, names)
 
 
 def _names(theirs: Iterable[str], expected: set[str], family: Family) -> dict[str, str]:
