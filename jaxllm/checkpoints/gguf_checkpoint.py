@@ -118,8 +118,10 @@ def config_of(family: Family, parts: GGUFParts, tops: Mapping[str, Stored], bloc
     except (TypeError, ValueError, LookupError, ArithmeticError) as error:  # of another type than anybody writes
         raise CheckpointError(f"the metadata cannot be understood ({type(error).__name__}: {error})") from None
     config["tie_word_embeddings"] = "output.weight" not in tops
-    for word, (stem, _) in family.biases.items():
-        config[word] = f"{stem}.bias" in blocks.get(0, {})
+    first = blocks.get(0, {})
+    for word, (stems, _) in family.biases.items():
+        config[word] = any(f"{stem}.bias" in first for stem in stems)
+    config |= {word: name in first for word, name in family.flags.items()}
     if _ROPE_FACTORS in tops:
         if "rope_scaling" in config:
             raise CheckpointError(f"tensor {_ROPE_FACTORS!r} beside rope.scaling.type is not supported")

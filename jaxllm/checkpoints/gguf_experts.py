@@ -7,11 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.checkpoints.base import CheckpointError
-from jaxllm.checkpoints.gguf_family import ATTENTION, LLAMA, NO_WINDOW, QK_NORM, UNROTATED, Family, Values
+from jaxllm.checkpoints.gguf_family import ATTENTION_BIAS, LLAMA, NO_WINDOW, QK_NORM, UNROTATED, Family, Values
+from jaxllm.checkpoints.gguf_granite import GRANITE
 from jaxllm.checkpoints.gguf_rules import (
     Rule,
     experts,
+    experts_interleaved,
     experts_stacked,
+    experts_transposed,
     joined,
     keys_and_values,
     named,
@@ -146,7 +149,7 @@ QWEN3_MOE = Family(
     rules=LLAMA | QK_NORM | {"ffn_gate_inp": plain("mlp.gate")} | _QWEN_EXPERTS,
     keys=_QWEN_MOE_KEYS,
     constants=NO_WINDOW | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
-    biases={"attention_bias": ("attn_q", ATTENTION)},
+    biases=ATTENTION_BIAS,
 )
 GPT_OSS = Family(
     architecture="GptOssForCausalLM",
@@ -156,11 +159,11 @@ GPT_OSS = Family(
         "post_attention_norm": plain("post_attention_layernorm"),
         "attn_sinks": named("self_attn.sinks", "weight"),
         "ffn_gate_inp": plain("mlp.router"),
-        "ffn_gate_exps": experts_stacked(
+        "ffn_gate_exps": experts_interleaved(
             "mlp.experts.gate_up_proj", "num_local_experts", "ffn_gate_exps", "ffn_up_exps"
         ),
         "ffn_up_exps": joined("ffn_gate_exps"),
-        "ffn_down_exps": experts_stacked("mlp.experts.down_proj", "num_local_experts"),
+        "ffn_down_exps": experts_transposed("mlp.experts.down_proj", "num_local_experts"),
     },
     keys={
         "attention.sliding_window": "sliding_window",
@@ -169,4 +172,25 @@ GPT_OSS = Family(
         "expert_feed_forward_length": "intermediate_size",
     },
     constants={"attention_bias": True},
+)
+GRANITE_MOE = replace(
+    GRANITE,
+    architecture="GraniteMoeForCausalLM",
+    model_type="granitemoe",
+    rules=LLAMA
+    | UNROTATED
+    | {
+        "ffn_gate_inp": plain("block_sparse_moe.router.layer"),
+        "ffn_gate_exps": experts_stacked(
+            "block_sparse_moe.input_linear", "num_local_experts", "ffn_gate_exps", "ffn_up_exps"
+        ),
+        "ffn_up_exps": joined("ffn_gate_exps"),
+        "ffn_down_exps": plain("block_sparse_moe.output_linear"),
+    },
+    keys={
+        **GRANITE.keys,
+        "expert_count": "num_local_experts",
+        "expert_used_count": "num_experts_per_tok",
+    },
+    biases=ATTENTION_BIAS,
 )

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from jaxllm.checkpoints.gguf_experts import DEEPSEEK2, DEEPSEEK3, GPT_OSS, MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from jaxllm.checkpoints.gguf_experts import DEEPSEEK2, DEEPSEEK3, GPT_OSS, GRANITE_MOE, MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from jaxllm.checkpoints.gguf_family import (
     ATTENTION,
+    ATTENTION_BIAS,
     GEMMA,
     LLAMA,
     LLAMA_BIASES,
@@ -23,6 +24,7 @@ from jaxllm.checkpoints.gguf_family import (
     Family,
     Values,
 )
+from jaxllm.checkpoints.gguf_granite import GRANITE
 from jaxllm.checkpoints.gguf_rules import plain, transposed
 
 
@@ -48,8 +50,8 @@ def _phi3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     return {"sliding_window": config.get("sliding_window") or None, "original_max_position_embeddings": original}
 
 
-def _olmo3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    """With a window it is OLMo 3: the file says which layers have it, else all but every fourth."""
+def _every_fourth_is_full(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    """OLMo 3 and Command-R7B: the file may say which layers have the window, else it is all but every fourth."""
     layers = config["num_hidden_layers"]
     slides = values.get("attention.sliding_window_pattern", 4)
     if isinstance(slides, int):
@@ -62,18 +64,25 @@ def _smollm3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     return {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(config["num_hidden_layers"])]}
 
 
-def _granite(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    return {"attention_multiplier": config.get("attention_multiplier") or config["head_dim"] ** -0.5}
-
-
 _llama = Family(
     architecture="LlamaForCausalLM", model_type="llama", rules=LLAMA | UNROTATED, biases=LLAMA_BIASES
 )  # fmt: skip
+_GLM: dict[str, Any] = {
+    "biases": {"attention_bias": (("attn_q", "attn_qkv"), ATTENTION[:3])},
+    "has_partial_rotary": True,
+}
+# One norm feeds both halves of a block.
+_COHERE: dict[str, Any] = {
+    "rules": {stem: rule for stem, rule in (LLAMA | QK_NORM).items() if stem != "ffn_norm"},
+    "epsilon": "attention.layer_norm_epsilon",
+    "rename": {"rms_norm_eps": "layer_norm_eps"},
+    "biases": ATTENTION_BIAS,
+}
 _olmo2 = Family(
     architecture="Olmo2ForCausalLM",
     model_type="olmo2",
     rules=LLAMA | QK_NORM | {name: rule for name, rule in POST_NORMS.items() if name != "ffn_norm"},
-    biases={"attention_bias": ("attn_q", ATTENTION)},
+    biases=ATTENTION_BIAS,
 )
 FAMILIES: dict[str, Family] = {
     "llama": _llama,
@@ -85,7 +94,7 @@ FAMILIES: dict[str, Family] = {
         model_type="qwen3",
         rules=LLAMA | QK_NORM,
         constants=NO_WINDOW,
-        biases={"attention_bias": ("attn_q", ATTENTION)},
+        biases=ATTENTION_BIAS,
     ),
     "qwen2moe": QWEN2_MOE,
     "qwen3moe": QWEN3_MOE,
@@ -160,22 +169,8 @@ FAMILIES: dict[str, Family] = {
     "smollm3": replace(
         _llama, architecture="SmolLM3ForCausalLM", model_type="smollm3", more=_smollm3
     ),
-    "granite": replace(
-        _llama,
-        architecture="GraniteForCausalLM",
-        model_type="granite",
-        keys={
-            "attention.scale": "attention_multiplier",
-            "embedding_scale": "embedding_multiplier",
-            "residual_scale": "residual_multiplier",
-            "logit_scale": "logits_scaling",
-        },
-        defaults={
-            "attention_multiplier": None, "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
-            "logits_scaling": 1.0,
-        },
-        more=_granite,
-    ),
+    "granite": GRANITE,
+    "granitemoe": GRANITE_MOE,
     "glm4": Family(
         architecture="Glm4ForCausalLM",
         model_type="glm4",
@@ -185,8 +180,27 @@ FAMILIES: dict[str, Family] = {
             "post_ffw_norm": plain("post_mlp_layernorm"),
             "ffn_up": plain("mlp.gate_up_proj"),
         },
-        biases={"attention_bias": ("attn_q", ATTENTION[:3])},
-        has_partial_rotary=True,
+        **_GLM,
+    ),
+    "chatglm": Family(
+        architecture="GlmForCausalLM",
+        model_type="glm",
+        rules=LLAMA | {"ffn_up": plain("mlp.gate_up_proj")},
+        **_GLM,
+    ),
+    "command-r": Family(
+        architecture="CohereForCausalLM",
+        model_type="cohere",
+        keys={"logit_scale": "logit_scale"},
+        flags={"use_qk_norm": "attn_q_norm.weight"},
+        **_COHERE,
+    ),
+    "cohere2": Family(
+        architecture="Cohere2ForCausalLM",
+        model_type="cohere2",
+        keys={"logit_scale": "logit_scale", "attention.sliding_window": "sliding_window"},
+        more=_every_fourth_is_full,
+        **_COHERE,
     ),
 }  # fmt: skip
 # The same architecture with experts, a window or a correction of the router's choice is another class there.
@@ -197,7 +211,7 @@ WITH_WINDOW = {
         architecture="Olmo3ForCausalLM",
         model_type="olmo3",
         keys={"attention.sliding_window": "sliding_window"},
-        more=_olmo3,
+        more=_every_fourth_is_full,
         reads=frozenset({"attention.sliding_window_pattern", "rope.freq_base_swa"}),
         nests_rope=True,
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxllm.checkpoints.gguf_rules import Rule, plain, unrotated, unused
+from jaxllm.checkpoints.gguf_rules import Rule, plain, queries_keys_values, unrotated, unused
 
 Values = Mapping[str, Any]  # a file's metadata below the architecture's prefix
 
@@ -24,6 +24,7 @@ class Family:
         keys: further GGUF keys -> config keys, read as they are; required unless `defaults` has the config key.
         biases: config keys that say whether a tensor has a bias -> GGUF stems that tell, and Hugging Face stems that
             all have one then.
+        flags: config keys that say whether a block has a tensor.
         more: adds what has to be computed from the metadata and the config so far.
         reads: GGUF keys that `more` reads.
         norm_offset: what the file's norms have too much: Gemma's store 1 + w.
@@ -40,7 +41,8 @@ class Family:
     constants: Values = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     defaults: Values = field(default_factory=dict)
-    biases: Mapping[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
+    biases: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=dict)
+    flags: Mapping[str, str] = field(default_factory=dict)
     more: Callable[[Values, dict[str, Any]], dict[str, Any]] | None = None
     reads: frozenset[str] = frozenset()
     norm_offset: float = 0.0
@@ -60,6 +62,7 @@ LLAMA: dict[str, Rule] = {
     "attn_q": plain("self_attn.q_proj"),
     "attn_k": plain("self_attn.k_proj"),
     "attn_v": plain("self_attn.v_proj"),
+    "attn_qkv": queries_keys_values("self_attn"),
     "attn_output": plain("self_attn.o_proj"),
     "attn_rot_embd": unused,
     "ffn_norm": plain("post_attention_layernorm"),
@@ -69,6 +72,7 @@ LLAMA: dict[str, Rule] = {
 }
 QK_NORM: dict[str, Rule] = {"attn_q_norm": plain("self_attn.q_norm"), "attn_k_norm": plain("self_attn.k_norm")}
 UNROTATED: dict[str, Rule] = {
+    "attn_qkv": queries_keys_values("self_attn", are_rotated=False),
     "attn_q": unrotated("self_attn.q_proj", "num_attention_heads"),
     "attn_k": unrotated("self_attn.k_proj", "num_key_value_heads"),
 }
@@ -79,6 +83,7 @@ POST_NORMS: dict[str, Rule] = {
 }
 ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-LLAMA_BIASES = {"attention_bias": ("attn_q", ATTENTION), "mlp_bias": ("ffn_up", MLP)}
+ATTENTION_BIAS = {"attention_bias": (("attn_q", "attn_qkv"), ATTENTION)}
+LLAMA_BIASES = ATTENTION_BIAS | {"mlp_bias": (("ffn_up",), MLP)}
 NO_WINDOW = {"use_sliding_window": False}
 GEMMA = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}

@@ -15,7 +15,9 @@ from jaxllm.checkpoints.gguf_sources import (
     Interleaved,
     KeysAndValues,
     OneRow,
+    Rows,
     Source,
+    Stacked,
     Stored,
     Transposed,
     Unrotated,
@@ -59,6 +61,23 @@ def unrotated(name: str, heads: str) -> Rule:
     return rule
 
 
+def queries_keys_values(prefix: str, *, are_rotated: bool = True) -> Rule:
+    """One tensor for all three, taken apart; `prefix` is followed by `q_proj` and so on."""
+
+    def rule(block: Block, stem: str, kind: str, config: Mapping[str, Any]) -> Made:
+        source, width = block[f"{stem}.{kind}"], config["head_dim"]
+        heads = [config["num_attention_heads"], config["num_key_value_heads"], config["num_key_value_heads"]]
+        if source.shape[0] != sum(heads) * width:
+            raise CheckpointError(f"tensor '{stem}.{kind}' has {source.shape[0]} rows; expected {sum(heads) * width}")
+        start = 0
+        for letter, count in zip("qkv", heads, strict=True):
+            rows = Rows(source, start, start + count * width)
+            start += count * width
+            yield f"{prefix}.{letter}_proj.{kind}", rows if are_rotated or letter == "v" else Unrotated(rows, count)
+
+    return rule
+
+
 def transposed(name: str) -> Rule:
     """A matrix that Hugging Face keeps as `[in, out]`; its bias is plain."""
 
@@ -95,18 +114,40 @@ def one_expert(name: str, number: int) -> Rule:
     return plain(name.format(number))
 
 
-def experts_stacked(name: str, count: str, *partners: str) -> Rule:
-    """gpt-oss: all experts in one tensor `[E, in, out]`; with `partners`, what they hold alternates in the last dim."""
+def experts_interleaved(name: str, count: str, gate: str, up: str) -> Rule:
+    """gpt-oss: all experts in one tensor `[E, in, out]`, gate and up alternating in its last dim."""
 
     def rule(block: Block, stem: str, kind: str, config: Mapping[str, Any]) -> Made:
-        names = [f"{part}.{kind}" for part in partners or (stem,)]
-        sources: list[Source] = [_of_experts(block, part, config[count]) for part in names]
+        sources: list[Source] = [_of_experts(block, f"{part}.{kind}", config[count]) for part in (gate, up)]
         if kind == "weight":
             sources = [Transposed(source) for source in sources]
-        joined = Interleaved((sources[0], sources[1])) if len(sources) > 1 else sources[0]
-        yield name + ("" if kind == "weight" else f"_{kind}"), joined
+        yield name + _suffix(kind), Interleaved((sources[0], sources[1]))
 
     return rule
+
+
+def experts_transposed(name: str, count: str) -> Rule:
+    """gpt-oss: all experts in one tensor `[E, in, out]`."""
+
+    def rule(block: Block, stem: str, kind: str, config: Mapping[str, Any]) -> Made:
+        source = _of_experts(block, f"{stem}.{kind}", config[count])
+        yield name + _suffix(kind), Transposed(source) if kind == "weight" else source
+
+    return rule
+
+
+def experts_stacked(name: str, count: str, gate: str, up: str) -> Rule:
+    """Granite: all experts in one tensor `[E, 2 * out, in]`, gate above up."""
+
+    def rule(block: Block, stem: str, kind: str, config: Mapping[str, Any]) -> Made:
+        pair = [_of_experts(block, f"{part}.{kind}", config[count]) for part in (gate, up)]
+        yield f"{name}.{kind}", Stacked((pair[0], pair[1]))
+
+    return rule
+
+
+def _suffix(kind: str) -> str:
+    return "" if kind == "weight" else f"_{kind}"
 
 
 def keys_and_values(name: str, keys: str, values: str) -> Rule:

@@ -150,6 +150,55 @@ class Transposed:
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Some neighbouring rows of a tensor."""
+
+    source: Source
+    start: int
+    stop: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.stop - self.start, *self.source.shape[1:])
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.source.dtype
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        chosen = np.arange(self.start, self.stop)[index[:1]]
+        return self.source.read((chosen, *index[1:]))
+
+    def release(self) -> None:
+        self.source.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Two tensors one above the other in the last dim but one."""
+
+    sources: tuple[Source, Source]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *lead, rows, columns = self.sources[0].shape
+        return (*lead, rows + self.sources[1].shape[-2], columns)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return common_dtype(self.sources)
+
+    def read(self, index: Index = ()) -> np.ndarray:
+        *lead, rows, columns = whole(index, self.shape)
+        both = [source.read((*lead, slice(None), columns)).astype(self.dtype, copy=False) for source in self.sources]
+        return np.concatenate(both, axis=-2)[..., rows, :]
+
+    def release(self) -> None:
+        for source in self.sources:
+            source.release()
+
+
+@dataclass(frozen=True, slots=True)
 class Interleaved:
     """Two tensors that alternate in the last dim (gpt-oss: gate, up, gate, up, ...)."""
 

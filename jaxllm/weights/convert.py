@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.checkpoints.base import Checkpoint
+from jaxllm.checkpoints.work_folder import work_folder
 from jaxllm.weights.side_files import write_side_files
 
 if TYPE_CHECKING:
@@ -42,14 +42,13 @@ def convert(
 
     if to not in FORMATS:
         raise ValueError(f"cannot convert to {to!r}; use one of {', '.join(FORMATS)}")
+    target = target.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not empty; name a new folder")
     checkpoint = named(open_checkpoint(resolve_model(source)))
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-        dir=target.parent, prefix=f".{target.name}-", ignore_cleanup_errors=True
-    ) as parent:
-        partial = Path(parent) / target.name
+    with work_folder(target.parent, f".{target.name}.convert-") as parent:
+        partial = parent / target.name
         partial.mkdir()
         write_side_files(checkpoint, partial, None if to == "orbax" else dtype)  # first: what fails fails soon
         if to == "orbax":

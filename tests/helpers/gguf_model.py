@@ -21,7 +21,7 @@ Writer = gguf.GGUFWriter
 Tensors = Mapping[str, np.ndarray]
 Quant = gguf.GGMLQuantizationType
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(\w+)\.weight")
-_UNROTATED = ("llama", "granite", "smollm3")
+_UNROTATED = ("llama", "granite", "granitemoe", "smollm3")
 
 
 def write_model(
@@ -45,7 +45,7 @@ def write_model(
         more(writer)
     names = gguf.get_tensor_name_map(_arch(arch), config.get("num_hidden_layers") or config["n_layer"])
     for name, value in _tensors(load_file(folder / "model.safetensors"), config, arch):
-        stem = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        stem = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stem is not None, name
         fits = value.ndim > 1 and value.shape[-1] % gguf.GGML_QUANT_SIZES[quant][0] == 0
         kind = quant if fits and not stem.startswith("rope") else Quant.F32
@@ -71,7 +71,10 @@ def _metadata(writer: Writer, config: Mapping[str, Any], arch: str) -> None:
     if arch == "gpt2":
         writer.add_layer_norm_eps(config["layer_norm_epsilon"])
         return
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    if "layer_norm_eps" in config:
+        writer.add_layer_norm_eps(config["layer_norm_eps"])
+    else:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_head_count_kv(1 if arch == "deepseek2" else config["num_key_value_heads"])
     if arch == "deepseek2":
         _latent(writer, config)
@@ -189,6 +192,12 @@ def _one(name: str, value: np.ndarray, config: Mapping[str, Any], arch: str) -> 
         yield name.replace("_correction_bias", "_correction.bias"), value
     elif arch == "qwen2moe" and name.endswith("shared_expert_gate.weight"):
         yield name, value.reshape(-1)
+    elif match := re.fullmatch(r"model\.layers\.(\d+)\.block_sparse_moe\.(input|output)_linear\.weight", name):
+        parts = (
+            {"down": value} if match[2] == "output" else dict(zip(("gate", "up"), np.split(value, 2, 1), strict=True))
+        )
+        for part, half in parts.items():
+            yield f"blk.{match[1]}.ffn_{part}_exps.weight", half
     elif arch == "gpt-oss":
         yield from _gpt_oss(name, value)
     else:

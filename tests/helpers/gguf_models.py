@@ -51,6 +51,7 @@ def gemma2(w: gguf.GGUFWriter) -> None:
 
 MODELS = {
     "llama": Model("LlamaConfig", "llama", {"head_dim": 32}),
+    "llama_biased": Model("LlamaConfig", "llama", {"attention_bias": True, "mlp_bias": True}),
     "llama_yarn": Model("LlamaConfig", "llama", {"rope_parameters": YARN}),
     "mixtral": Model("MixtralConfig", "llama", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2": Model("Qwen2Config", "qwen2", {"tie_word_embeddings": True}),
@@ -98,6 +99,22 @@ MODELS = {
     ),
     "granite_biased": Model(
         "GraniteConfig", "granite", {"attention_bias": True, "mlp_bias": True, "attention_multiplier": 0.25}
+    ),
+    "granite_moe": Model(
+        "GraniteMoeConfig", "granitemoe",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4,
+         "attention_multiplier": 0.2, "logits_scaling": 2.5},
+        granite,
+    ),
+    "glm": Model("GlmConfig", "chatglm", {"head_dim": 16}),
+    "cohere": Model(
+        "CohereConfig", "command-r", {"logit_scale": 0.25, "use_qk_norm": True, "tie_word_embeddings": True},
+        lambda w: w.add_logit_scale(0.25),
+    ),
+    "cohere2": Model(
+        "Cohere2Config", "cohere2",
+        {"logit_scale": 0.25, "sliding_window": 7, "num_hidden_layers": 5, "tie_word_embeddings": True},
+        lambda w: w.add_logit_scale(0.25),
     ),
     "glm4": Model("Glm4Config", "glm4", {"head_dim": 16}),
     "deepseek_v2": Model(
