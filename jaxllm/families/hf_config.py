@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxllm.config import LocalAttention, Scaling
-from jaxllm.families.field_rules import RULES
+from jaxllm.families.architecture_fields import RULES
 from jaxllm.families.notices import say_once
 from jaxllm.families.registry import architecture_of
 from jaxllm.families.rope import rope_scaling

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.families.field_rules import RULES
+from jaxllm.families.architecture_fields import RULES
+from jaxllm.families.notices import say_once
 from jaxllm.families.text_half import WITH_EYES, text_config
 
 if TYPE_CHECKING:
@@ -88,10 +89,12 @@ def architecture_of(hf: Mapping[str, Any]) -> str:
     names = hf.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise ValueError(f"config.json has architectures={names!r}; expected a list of names")
+    model_type = hf.get("model_type")
     for name in names or ():
         if (known := _SYNONYMS.get(name, name)) in ARCHITECTURES:
+            if any(model_type == rules.model_type != RULES[known].model_type for rules in RULES.values()):
+                say_once(f"config.json has model_type={model_type!r} but architectures={names}; read as {known}")
             return known
-    model_type = hf.get("model_type")
     for name in () if names else ARCHITECTURES:
         if RULES[name].model_type == _TYPE_SYNONYMS.get(str(model_type), model_type):
             return name

@@ -93,22 +93,25 @@ def _names(theirs: Iterable[str], expected: set[str], family: Family) -> dict[st
 
 
 def _leave_out_extra_layers(names: dict[str, str], hf: Mapping[str, Any], cfg: ModelConfig, family: Family) -> None:
-    """Layers beyond the last that predict several tokens at once: as many as the file says, or known by `eh_proj`."""
-    pattern = re.compile(rf"(?:{re.escape(family.prefix)})?layers\.(\d+)\.(.*)")
-    beyond: dict[int, list[str]] = {}
+    """Layers that predict several tokens at once: named so, or beyond the last layer.
+
+    Of the latter as many as the file says, and those with the projection (`eh_proj`) that only such layers have.
+    """
+    pattern = re.compile(rf"(?:{re.escape(family.prefix)})?(?:layers\.(\d+)|(mtp(?:_layers|_block)?))\..*")
+    beyond: dict[int | str, list[str]] = {}
     for name in names:
-        if (match := pattern.fullmatch(name)) and int(match[1]) >= cfg.num_layers:
-            beyond.setdefault(int(match[1]), []).append(name)
+        if (match := pattern.fullmatch(name)) and (match[2] or int(match[1]) >= cfg.num_layers):
+            beyond.setdefault(match[2] or int(match[1]), []).append(name)
     declared = hf.get("num_nextn_predict_layers", hf.get("num_mtp_layers"))
-    count = declared if isinstance(declared, int) else 0
-    extra = {i for i, own in beyond.items() if i < cfg.num_layers + count or any(".eh_proj." in name for name in own)}
-    left_out = [name for i in sorted(extra) for name in beyond[i]]
+    last = cfg.num_layers + (declared if isinstance(declared, int) else 0)
+    extra = [i for i, own in beyond.items() if isinstance(i, str) or i < last or any(".eh_proj." in n for n in own)]
+    left_out = [name for i in extra for name in beyond[i]]
     for name in left_out:
         del names[name]
     if left_out:
         say_once(
-            f"{len(left_out)} tensors of layers {', '.join(map(str, sorted(extra)))} are ignored: they predict several "
-            f"tokens at once, which generation here does not use (the model has {cfg.num_layers} layers)"
+            f"{len(left_out)} tensors of layers {', '.join(map(str, extra))} are ignored: they predict several tokens "
+            f"at once, which generation here does not use (the model has {cfg.num_layers} layers)"
         )
 
 

@@ -15,7 +15,7 @@ from tiny import FAMILIES
 
 from jaxllm.config import ModelConfig
 from jaxllm.families import notices, read_config
-from jaxllm.families.field_rules import RULES
+from jaxllm.families.architecture_fields import RULES
 from jaxllm.families.registry import architecture_of
 
 # Refused where they are missing: transformers' own size would be another model's.

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
-from jaxllm.families.field_rules import HARMLESS, ROPE, RULES
+from jaxllm.families.architecture_fields import RULES
+from jaxllm.families.field_rules import HARMLESS, ROPE
 from jaxllm.families.registry import ARCHITECTURES
+
+ROOT = Path(__file__).parents[2]
 
 
 def declared(config_class: Any) -> set[str]:
@@ -62,6 +67,15 @@ def test_null_is_taken_where_transformers_takes_it(architecture: str) -> None:
         if field.name in rules.computed:
             assert rules.refuses_null(field.name) == (type(None) not in typing.get_args(field.type)), field.name
     assert rules.nullable <= rules.computed
+
+
+def test_the_document_lists_what_the_rules_say() -> None:
+    spec = importlib.util.spec_from_file_location("config_fields", ROOT / "scripts" / "config_fields.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.FILE.read_text(encoding="utf-8") == script.table(), "run python scripts/config_fields.py"
 
 
 def test_every_supported_architecture_has_rules() -> None:

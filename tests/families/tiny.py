@@ -84,17 +84,19 @@ FAMILIES: dict[str, Tiny] = {
         {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
                                   "high_freq_factor": 4.0, "original_max_position_embeddings": 32}},
     ),
+    "llama_biases": Tiny("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
     "mistral": Tiny("MistralConfig", {"sliding_window": 11, "head_dim": 32}),
     "qwen2": Tiny(
         "Qwen2Config", {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 1,
                         "tie_word_embeddings": True}
     ),
-    "qwen3": Tiny("Qwen3Config", {"head_dim": 32}, mesh="tp=2"),
+    "qwen3": Tiny("Qwen3Config", {"head_dim": 32, "attention_bias": True}, mesh="tp=2"),
     "gemma": Tiny("GemmaConfig", {"head_dim": 32, "tie_word_embeddings": True}, mesh="tp=2"),
     "gemma2": Tiny(
         "Gemma2Config",
         {"head_dim": 32, "sliding_window": 9, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0,
-             "final_logit_softcapping": 3.0, "tie_word_embeddings": True, "num_hidden_layers": 3},
+             "final_logit_softcapping": 3.0, "tie_word_embeddings": True, "num_hidden_layers": 3,
+             "attention_bias": True},
     ),
     "gemma3": Tiny(
         "Gemma3TextConfig",
@@ -159,7 +161,8 @@ FAMILIES: dict[str, Tiny] = {
     "qwen3_moe": Tiny(
         "Qwen3MoeConfig",
         {"head_dim": 16, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32,
-             "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1]},
+             "norm_topk_prob": True, "num_hidden_layers": 3, "mlp_only_layers": [1],
+             "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
         mesh="ep=4,tp=2",
     ),
     "deepseek_v2": Tiny(
