@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from jaxllm.families.field_rules import RULES
+from jaxllm.families.architecture_fields import RULES
 from jaxllm.families.notices import say_once
 
 # Only models whose text half is a supported architecture and nothing else (Aya's, for one, leaves out the scale of
