@@ -79,6 +79,8 @@ def family_of(parts: GGUFParts) -> Family:
     Raises:
         CheckpointError: It is none of `FAMILIES`.
     """
+    if (kind := parts.metadata.get("general.type", "model")) != "model":
+        raise CheckpointError(f"general.type={kind!r}: it is no model of its own; name the language model's file")
     name = parts.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in FAMILIES:
         known = ", ".join(FAMILIES)

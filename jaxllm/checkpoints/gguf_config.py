@@ -231,7 +231,7 @@ def _is_neutral(key: str, value: Any, config: Mapping[str, Any]) -> bool:
     if key == "expert_gating_func" and "num_experts_per_tok" in config:
         return value in (0, _SOFTMAX, _SOFTMAX_CHOSEN if config["model_type"] == "gpt_oss" else _SOFTMAX)
     if key == "expert_weights_norm" and "num_experts_per_tok" in config:
-        return value is config.get("norm_topk_prob", True)
+        return value is True  # Mixtral, gpt-oss and Granite know no other way
     return value in _NEUTRAL[key]
 
 

@@ -7,7 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.checkpoints.base import CheckpointError
-from jaxllm.checkpoints.gguf_family import ATTENTION_BIAS, LLAMA, NO_WINDOW, QK_NORM, UNROTATED, Family, Values
+from jaxllm.checkpoints.gguf_family import (
+    ATTENTION_BIAS,
+    LLAMA,
+    NO_WINDOW,
+    QK_NORM,
+    UNROTATED,
+    WINDOW_PATTERN,
+    Family,
+    Values,
+    windowed_layers,
+)
 from jaxllm.checkpoints.gguf_granite import GRANITE
 from jaxllm.checkpoints.gguf_rules import (
     Rule,
@@ -35,6 +45,7 @@ _QWEN_MOE_KEYS = {
     "expert_count": "num_experts",
     "expert_used_count": "num_experts_per_tok",
     "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_weights_norm": "norm_topk_prob",
 }
 
 
@@ -44,11 +55,19 @@ def _mixtral_names() -> dict[str, str]:
 
 def _qwen2_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     """Files of 2024 leave sizes out that llama.cpp then works out like this."""
-    size = config["intermediate_size"]
-    return {
-        "moe_intermediate_size": config.get("moe_intermediate_size") or size // config["num_experts_per_tok"],
-        "shared_expert_intermediate_size": config.get("shared_expert_intermediate_size") or size,
-    }
+    shared = config["shared_expert_intermediate_size"] or config["intermediate_size"]
+    return {**_qwen3_moe(values, config), "shared_expert_intermediate_size": shared}
+
+
+def _qwen3_moe(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    size = config["moe_intermediate_size"] or config["intermediate_size"] // config["num_experts_per_tok"]
+    return {"moe_intermediate_size": size}
+
+
+def _gpt_oss(values: Values, config: dict[str, Any]) -> dict[str, Any]:
+    """Only experts have a width; what the other key says counts where there is no key of their own."""
+    size = values.get("expert_feed_forward_length") or config["intermediate_size"]
+    return {"intermediate_size": size, **windowed_layers(values, config, 2)}
 
 
 def _deepseek(values: Values, config: dict[str, Any]) -> dict[str, Any]:
@@ -139,16 +158,19 @@ QWEN2_MOE = Family(
     | {f"ffn_{part}_shexp": plain(f"mlp.shared_expert.{part}_proj") for part in ("gate", "up", "down")}
     | _QWEN_EXPERTS,
     keys=_QWEN_MOE_KEYS | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
-    defaults={"moe_intermediate_size": None, "shared_expert_intermediate_size": None},
-    constants=NO_WINDOW | {"norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    defaults={"moe_intermediate_size": None, "shared_expert_intermediate_size": None, "norm_topk_prob": False},
+    constants=NO_WINDOW | {"decoder_sparse_step": 1, "mlp_only_layers": []},
     more=_qwen2_moe,
+    reads=frozenset({"expert_shared_count"}),
 )
 QWEN3_MOE = Family(
     architecture="Qwen3MoeForCausalLM",
     model_type="qwen3_moe",
     rules=LLAMA | QK_NORM | {"ffn_gate_inp": plain("mlp.gate")} | _QWEN_EXPERTS,
     keys=_QWEN_MOE_KEYS,
-    constants=NO_WINDOW | {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    defaults={"moe_intermediate_size": None, "norm_topk_prob": True},
+    constants=NO_WINDOW | {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    more=_qwen3_moe,
     biases=ATTENTION_BIAS,
 )
 GPT_OSS = Family(
@@ -169,9 +191,10 @@ GPT_OSS = Family(
         "attention.sliding_window": "sliding_window",
         "expert_count": "num_local_experts",
         "expert_used_count": "num_experts_per_tok",
-        "expert_feed_forward_length": "intermediate_size",
     },
     constants={"attention_bias": True},
+    more=_gpt_oss,
+    reads=frozenset({"expert_feed_forward_length", WINDOW_PATTERN}),
 )
 GRANITE_MOE = replace(
     GRANITE,

@@ -21,8 +21,10 @@ from jaxllm.checkpoints.gguf_family import (
     POST_NORMS,
     QK_NORM,
     UNROTATED,
+    WINDOW_PATTERN,
     Family,
     Values,
+    windowed_layers,
 )
 from jaxllm.checkpoints.gguf_granite import GRANITE
 from jaxllm.checkpoints.gguf_rules import plain, transposed
@@ -30,14 +32,14 @@ from jaxllm.checkpoints.gguf_rules import plain, transposed
 
 def _gemma2(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     """The file does not say what scores are scaled by; only the 27B (46 layers) differs from its head width."""
-    return {"query_pre_attn_scalar": _per_head(config) if config["num_hidden_layers"] == 46 else config["head_dim"]}
+    scalar = _per_head(config) if config["num_hidden_layers"] == 46 else config["head_dim"]
+    return {"query_pre_attn_scalar": scalar, **windowed_layers(values, config, 2)}
 
 
 def _gemma3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     """As Gemma 2's (the 27B has 62 layers). A file without a window has none in any layer."""
     scalar = _per_head(config) if config["num_hidden_layers"] == 62 else config["head_dim"]
-    pattern = {"sliding_window_pattern": 6 if config.get("sliding_window") else 1}
-    return {"query_pre_attn_scalar": scalar, **pattern}
+    return {"query_pre_attn_scalar": scalar, **windowed_layers(values, config, 6 if config["sliding_window"] else 1)}
 
 
 def _per_head(config: Mapping[str, Any]) -> int:
@@ -51,12 +53,7 @@ def _phi3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _every_fourth_is_full(values: Values, config: dict[str, Any]) -> dict[str, Any]:
-    """OLMo 3 and Command-R7B: the file may say which layers have the window, else it is all but every fourth."""
-    layers = config["num_hidden_layers"]
-    slides = values.get("attention.sliding_window_pattern", 4)
-    if isinstance(slides, int):
-        slides = [(i + 1) % slides != 0 for i in range(layers)]
-    return {"layer_types": ["sliding_attention" if is_local else "full_attention" for is_local in slides]}
+    return windowed_layers(values, config, 4)
 
 
 def _smollm3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
@@ -113,6 +110,7 @@ FAMILIES: dict[str, Family] = {
         },
         defaults={"sliding_window": 4096, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
         more=_gemma2,
+        reads=frozenset({WINDOW_PATTERN}),
         norm_offset=1.0,
     ),
     "gemma3": Family(
@@ -127,6 +125,7 @@ FAMILIES: dict[str, Family] = {
         },
         defaults={"sliding_window": None, "rope_local_base_freq": 10000.0, "final_logit_softcapping": None},
         more=_gemma3,
+        reads=frozenset({WINDOW_PATTERN}),
         norm_offset=1.0,
     ),
     "phi3": Family(
@@ -200,6 +199,7 @@ FAMILIES: dict[str, Family] = {
         model_type="cohere2",
         keys={"logit_scale": "logit_scale", "attention.sliding_window": "sliding_window"},
         more=_every_fourth_is_full,
+        reads=frozenset({WINDOW_PATTERN}),
         **_COHERE,
     ),
 }  # fmt: skip
@@ -212,7 +212,7 @@ WITH_WINDOW = {
         model_type="olmo3",
         keys={"attention.sliding_window": "sliding_window"},
         more=_every_fourth_is_full,
-        reads=frozenset({"attention.sliding_window_pattern", "rope.freq_base_swa"}),
+        reads=frozenset({WINDOW_PATTERN, "rope.freq_base_swa"}),
         nests_rope=True,
     )
 }

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxllm.checkpoints.gguf_rules import Rule, plain, queries_keys_values, unrotated, unused
 
+WINDOW_PATTERN = "attention.sliding_window_pattern"
 Values = Mapping[str, Any]  # a file's metadata below the architecture's prefix
 
 
@@ -87,3 +88,11 @@ ATTENTION_BIAS = {"attention_bias": (("attn_q", "attn_qkv"), ATTENTION)}
 LLAMA_BIASES = ATTENTION_BIAS | {"mlp_bias": (("ffn_up",), MLP)}
 NO_WINDOW = {"use_sliding_window": False}
 GEMMA = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+
+
+def windowed_layers(values: Values, config: Mapping[str, Any], period: int) -> dict[str, Any]:
+    """`layer_types`: as the file says (a period, or a truth value for each layer), else all but every `period`-th."""
+    slides, layers = values.get(WINDOW_PATTERN, period), config["num_hidden_layers"]
+    if isinstance(slides, int):
+        slides = [slides == 0 or i % slides < slides - 1 for i in range(layers)]
+    return {"layer_types": ["sliding_attention" if is_local else "full_attention" for is_local in slides]}

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 # Ids that a model works without: a wrong one is left out, as llama.cpp does.
 _DISPENSABLE = frozenset({"unknown", "padding"})
+_SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 # Special tokens of Phi-3 swallow the white space behind them, but for these; the file does not say so.
 _PHI3_NAMES, _PHI3_KEEPS = ("phi-3", "phi3"), frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
@@ -67,10 +68,11 @@ class GgufVocab:
             )
 
     def named_id(self, name: str) -> int | None:
-        """The id in `tokenizer.ggml.<name>_token_id`, or None when absent."""
+        """The id in `tokenizer.ggml.<name>_token_id`; absent, None or what SentencePiece models have there."""
         value = self.get(f"{name}_token_id")
         if value is None:
-            return None
+            default = _SENTENCEPIECE_IDS.get(name) if self.get("model") == "llama" else None
+            return default if default is not None and default < len(self.tokens) else None
         if not 0 <= int(value) < len(self.tokens):
             if name in _DISPENSABLE:
                 _log.warning("tokenizer.ggml.%s_token_id=%s is outside the vocabulary: ignored", name, value)

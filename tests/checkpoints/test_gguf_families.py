@@ -29,6 +29,57 @@ def test_configuration_and_tensors_are_those_of_the_folder(name: str, saved_mode
         np.testing.assert_allclose(got.read(key), expected.read(key), rtol=0, atol=1e-6, err_msg=key)
 
 
+def test_files_from_before_keys_and_values_were_compressed(saved_model, tmp_path: Path) -> None:
+    folder, _ = saved_model("deepseek_v3")
+    today = open_checkpoint(write_model(folder, tmp_path / "m.gguf", "deepseek2", more=MODELS["deepseek_v3"].more))
+    path = write_model(folder, tmp_path / "old.gguf", "deepseek2", more=MODELS["deepseek_v3"].more, era=2024)
+    assert "blk.0.attn_kv_b.weight" in open_parts(path).tensors
+    old = open_checkpoint(path)
+    assert (old.config, old.tensors) == (today.config, today.tensors)
+    for key in old.tensors:
+        np.testing.assert_array_equal(old.read(key), today.read(key), err_msg=key)
+
+
+def test_files_of_2023_have_a_tensor_for_each_expert(saved_model, tmp_path: Path) -> None:
+    folder, _ = saved_model("mixtral")
+    expected = open_checkpoint(folder)
+    path = write_model(folder, tmp_path / "old.gguf", "llama", era=2023)
+    assert "blk.1.ffn_down.3.weight" in open_parts(path).tensors
+    old = open_checkpoint(path)
+    assert old.tensors == expected.tensors
+    for key in old.tensors:
+        np.testing.assert_array_equal(old.read(key), expected.read(key), err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [("gemma2", [True, True, False]), ("gemma3", 3), ("olmo3", [True, False] * 2), ("gpt_oss", [False, True])],
+)
+def test_the_file_may_say_which_layers_have_the_window(name: str, pattern, saved_model, tmp_path: Path) -> None:
+    model = MODELS[name]
+
+    def more(writer: gguf.GGUFWriter) -> None:
+        if model.more is not None:
+            model.more(writer)
+        writer.kv_data[0].pop(f"{model.arch}.attention.sliding_window_pattern", None)
+        if isinstance(pattern, int):
+            writer.add_uint32(f"{model.arch}.attention.sliding_window_pattern", pattern)
+        else:
+            writer.add_sliding_window_pattern(pattern)
+
+    path = write_model(saved_model(name)[0], tmp_path / "m.gguf", model.arch, more=more)
+    cfg = read_config(open_checkpoint(path).config)
+    slides = [(i + 1) % pattern != 0 for i in range(cfg.num_layers)] if isinstance(pattern, int) else pattern
+    assert cfg.local is not None
+    assert cfg.local.layers == tuple(i for i, is_local in enumerate(slides) if is_local)
+
+
+def test_an_adapter_is_not_taken_for_a_model(saved_model, tmp_path: Path) -> None:
+    path = write_model(saved_model("llama")[0], tmp_path / "m.gguf", "llama", more=lambda w: w.add_type("adapter"))
+    with pytest.raises(CheckpointError, match=r"general\.type='adapter'"):
+        open_checkpoint(path)
+
+
 SLICES = [(slice(3, 9),), (slice(None), slice(1, 30)), (slice(5, 5),), (slice(1, 20, 3), slice(None, None, 2)), ()]
 
 

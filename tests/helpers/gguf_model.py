@@ -32,19 +32,21 @@ def write_model(
     more: Callable[[Writer], object] | None = None,
     quant: Quant = Quant.F32,
     split: int = 0,
+    era: int = 2026,
 ) -> Path:
     """Write the model in `folder` to `path`; matrices whose rows allow it are of the type `quant`.
 
-    `more` adds metadata; `split` is the number of tensors per part.
+    `more` adds metadata; `split` is the number of tensors per part; `era` is the year of the converter: in 2023 each
+    expert had a tensor of its own, in 2024 DeepSeek's keys and values were one.
     """
     config = json.loads((folder / "config.json").read_text())
     writer = Writer(str(path), arch, split_max_tensors=split)
-    _metadata(writer, config, arch)
+    _metadata(writer, config, arch, era)
     _vocabulary(writer, config["vocab_size"])
     if more is not None:
         more(writer)
     names = gguf.get_tensor_name_map(_arch(arch), config.get("num_hidden_layers") or config["n_layer"])
-    for name, value in _tensors(load_file(folder / "model.safetensors"), config, arch):
+    for name, value in _tensors(load_file(folder / "model.safetensors"), config, arch, era):
         stem = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stem is not None, name
         fits = value.ndim > 1 and value.shape[-1] % gguf.GGML_QUANT_SIZES[quant][0] == 0
@@ -61,7 +63,7 @@ def _arch(name: str) -> gguf.MODEL_ARCH:
     return next(arch for arch, word in gguf.MODEL_ARCH_NAMES.items() if word == name)
 
 
-def _metadata(writer: Writer, config: Mapping[str, Any], arch: str) -> None:
+def _metadata(writer: Writer, config: Mapping[str, Any], arch: str, era: int) -> None:
     heads = config.get("num_attention_heads") or config["n_head"]
     writer.add_block_count(config.get("num_hidden_layers") or config["n_layer"])
     writer.add_context_length(config.get("max_position_embeddings") or config["n_positions"])
@@ -77,7 +79,7 @@ def _metadata(writer: Writer, config: Mapping[str, Any], arch: str) -> None:
         writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_head_count_kv(1 if arch == "deepseek2" else config["num_key_value_heads"])
     if arch == "deepseek2":
-        _latent(writer, config)
+        _latent(writer, config, era)
     elif head_dim := config.get("head_dim"):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
@@ -95,15 +97,19 @@ def _metadata(writer: Writer, config: Mapping[str, Any], arch: str) -> None:
         writer.add_expert_feed_forward_length(size)
 
 
-def _latent(writer: Writer, config: Mapping[str, Any]) -> None:
+def _latent(writer: Writer, config: Mapping[str, Any], era: int) -> None:
     width = config["qk_nope_head_dim"] + config["qk_rope_head_dim"]
     writer.add_kv_lora_rank(config["kv_lora_rank"])
     if config["q_lora_rank"]:
         writer.add_q_lora_rank(config["q_lora_rank"])
-    writer.add_key_length(config["kv_lora_rank"] + config["qk_rope_head_dim"])
-    writer.add_value_length(config["kv_lora_rank"])
-    writer.add_key_length_mla(width)
-    writer.add_value_length_mla(config["v_head_dim"])
+    if era < 2025:
+        writer.add_key_length(width)
+        writer.add_value_length(config["v_head_dim"])
+    else:
+        writer.add_key_length(config["kv_lora_rank"] + config["qk_rope_head_dim"])
+        writer.add_value_length(config["kv_lora_rank"])
+        writer.add_key_length_mla(width)
+        writer.add_value_length_mla(config["v_head_dim"])
     writer.add_rope_dimension_count(config["qk_rope_head_dim"])
     writer.add_leading_dense_block_count(config["first_k_dense_replace"])
     writer.add_expert_shared_count(config["n_shared_experts"])
@@ -155,17 +161,21 @@ def _vocabulary(writer: Writer, size: int) -> None:
     writer.add_eos_token_id(2)
 
 
-def _tensors(tensors: Tensors, config: Mapping[str, Any], arch: str) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(tensors: Tensors, config: Mapping[str, Any], arch: str, era: int) -> Iterator[tuple[str, np.ndarray]]:
     """What the converter of `arch` makes of each tensor, under names that the `gguf` package maps."""
     stacks: dict[str, dict[int, np.ndarray]] = {}
     for name, value in tensors.items():
         if match := _EXPERT.fullmatch(name):
             w = match[3]
+            if era < 2024:
+                part = {"w1": "gate", "w2": "down", "w3": "up"}[w]
+                yield f"blk.{name.split('.')[2]}.ffn_{part}.{match[2]}.weight", value
+                continue
             stem = match[1].replace("block_sparse_moe", "feed_forward").replace("model.layers", "layers")
             stacked = f"{stem if w in ('w1', 'w2', 'w3') else match[1]}.{w}.weight"
             stacks.setdefault(stacked, {})[int(match[2])] = value
             continue
-        yield from _one(name, value, config, arch)
+        yield from [(name, value)] if era < 2025 and "kv_b_proj" in name else _one(name, value, config, arch)
     for name, stack in stacks.items():
         yield name, np.stack([stack[i] for i in range(len(stack))])
     rope = config.get("rope_parameters") or {}

@@ -88,3 +88,11 @@ def test_bos_is_added_by_default():
 def test_missing_scores_are_refused():
     with pytest.raises(ValueError, match=r"scores has 0 entries; expected 266"):
         build(LETTERS, scores=None)
+
+
+def test_files_that_name_no_special_tokens_have_those_of_llama():
+    unnamed = dict.fromkeys(("bos_token_id", "eos_token_id", "unknown_token_id"))
+    named, silent = build(LETTERS), build(LETTERS, **unnamed)
+    assert silent.encode("ab") == named.encode("ab")
+    assert (silent.bos_token_id, silent.eos_token_ids) == (named.bos_token_id, named.eos_token_ids) == (1, (2,))
+    assert silent.special_tokens == named.special_tokens
