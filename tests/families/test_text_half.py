@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from jaxllm.families import notices, read_config
-from jaxllm.families.field_rules import RULES
+from jaxllm.families.architecture_fields import RULES
 from jaxllm.families.text_half import DEFAULTS, WITH_EYES, text_name
 
 SIZES = {
