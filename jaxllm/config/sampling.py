@@ -250,9 +250,7 @@ def _check_range(name: str, value: object, low: float, high: float) -> None:
 def _structured(value: StructuredOutputs | dict[str, Any] | None) -> StructuredOutputs | None:
     if value is None or isinstance(value, StructuredOutputs):
         return value
-    if not isinstance(value, dict) or (unknown := sorted(set(value) - set(StructuredOutputs.__slots__))):
-        raise ValueError(
-            f"structured_outputs={unknown if isinstance(value, dict) else value!r} is not known; "
-            f"use one of {StructuredOutputs.__slots__}"
-        )
+    unknown = sorted(set(value) - set(StructuredOutputs.__slots__)) if isinstance(value, dict) else value
+    if unknown or not isinstance(value, dict):
+        raise ValueError(f"structured_outputs={unknown!r} is not known; use one of {StructuredOutputs.__slots__}")
     return StructuredOutputs(**value)

@@ -36,9 +36,12 @@ class Figure(NamedTuple):
 class CompilingRunner(Protocol):
     """What is read of a runner."""
 
-    page_bytes: int
-    num_compilations: int
-    num_compilations_after_warmup: int
+    @property
+    def page_bytes(self) -> int: ...
+    @property
+    def num_compilations(self) -> int: ...
+    @property
+    def num_compilations_after_warmup(self) -> int: ...
 
 
 class Measured(Protocol):
