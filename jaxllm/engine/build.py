@@ -143,8 +143,6 @@ def _tiers(config: EngineConfig, runner: ModelRunner, identity: str) -> tuple[Ti
         return None, None
     if runner.model.placement.mesh.is_multi_process:
         raise ValueError("host_kv_bytes is for one process; leave it out where there are several")
-    if runner.shapes.num_replicas > 1:
-        raise ValueError("host_kv_bytes serves one replica; use a mesh without data parallelism, or leave it at 0")
     slab, layout = runner.slab(), runner.shapes.page_layout(runner.model.cfg.cache_row, runner.model.kv_copies)
     page_bytes = runner.page_bytes
     if config.host_kv_bytes < page_bytes:

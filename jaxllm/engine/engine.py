@@ -99,10 +99,10 @@ class Engine:
                 max_num_batched_tokens=shapes.max_num_batched_tokens,
                 max_decode_steps=shapes.max_decode_steps,
                 first_slot=replica * shapes.max_num_seqs,
+                first_page=replica * shapes.num_pages,
                 tiers=tiers,
             )
 
-        assert tiers is None or shapes.num_replicas == 1, "tiers serve one replica"
         schedulers = [scheduler(replica) for replica in range(shapes.num_replicas)]
         self.scheduler = schedulers[0] if len(schedulers) == 1 else Replicas(schedulers)
         self.pool = self.scheduler.pool

@@ -15,15 +15,19 @@ from jaxllm.scheduling.tiers import Load, Tiers
 
 
 class PageLists:
-    """Requests' pages in one pool, and in the tiers below it, where there are any."""
+    """Requests' pages in one pool, and in the tiers below it, where there are any.
 
-    def __init__(self, pool: PagePool, tiers: Tiers | None = None):
+    The tiers serve every replica: for them page `p` of this pool is page `first_page + p` of the arrays.
+    """
+
+    def __init__(self, pool: PagePool, tiers: Tiers | None = None, first_page: int = 0):
         self.pool = pool
         self.tiers = tiers
+        self.first_page = first_page
         self.num_copies = 0
         self._copies: list[tuple[int, int]] = []
         if tiers is not None:
-            pool.on_evict = tiers.evicted
+            pool.on_evict = lambda page, digest: tiers.evicted(first_page + page, digest)
 
     def take_copies(self) -> list[tuple[int, int]]:
         """The (from, to) pages to copy before the plan that is being made writes anything."""
@@ -58,8 +62,9 @@ class PageLists:
         held.num_published = next((i for i in found.keys), found.num_tokens // self.pool.page_size)
         if found.keys:
             assert self.tiers is not None, "only a lower tier has keys"
-            targets = [held.pages[i] for i in found.keys]
-            held.load = self.tiers.begin(request, list(found.keys.values()), targets, found.num_tokens)
+            targets = [self.first_page + held.pages[i] for i in found.keys]
+            keys = list(found.keys.values())
+            held.load = self.tiers.begin(request, keys, targets, found.num_tokens, replica=request.replica)
         else:
             held.num_computed = found.num_tokens
         if request.num_cached is None:
@@ -85,7 +90,7 @@ class PageLists:
         if held.swapped is None:
             for page, digest, is_here in zip(load.pages, load.keys, arrived, strict=True):
                 if is_here:
-                    self.pool.publish(page, digest)
+                    self.pool.publish(page - self.first_page, digest)
         held.swapped = None
         if not all(arrived):
             return False
@@ -101,7 +106,7 @@ class PageLists:
             return False
         digests = request.page_hashes = self.pool.hashes(request.token_ids, request.cache_salt, request.page_hashes)
         missing = next((digest for digest in digests if not self.pool.has(digest)), None)
-        return missing is not None and self.tiers.loading(missing) is not None
+        return missing is not None and self.tiers.loading(missing, request.replica) is not None
 
     def missing(self, request: Request, num_tokens: int) -> int:
         """Pages that a request lacks to grow to `num_tokens`."""
@@ -169,6 +174,7 @@ class PageLists:
         held = request.held
         if self.tiers is not None and held.load is None:
             filled = held.pages[: self.pool.pages_for(held.num_computed)]
+            filled = [self.first_page + page if page else 0 for page in filled]
             held.swapped = self.tiers.swap_out(filled, held.num_computed)
 
     def release(self, request: Request) -> None:

@@ -65,12 +65,11 @@ class Scheduler:
 
     def __init__(
         self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, max_decode_steps: int = 1,
-        first_slot: int = 0,
-        tiers: Tiers | None = None,
+        first_slot: int = 0, first_page: int = 0, tiers: Tiers | None = None,
     ):  # fmt: skip
         self.pool = pool
         self.tiers = tiers
-        self.page_lists = PageLists(pool, tiers)
+        self.page_lists = PageLists(pool, tiers, first_page)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_decode_steps = max_decode_steps

@@ -33,6 +33,7 @@ class Load:
     """Pages on their way up for one request.
 
     Attributes:
+        owner, replica: whose request it is for.
         keys, pages: what goes where; `sources` are the host's slabs, None where the disk has it.
         num_tokens: how many tokens of the request are computed when it is done.
         ended: arrived, failed or not wanted any more.
@@ -43,6 +44,7 @@ class Load:
     pages: list[int]
     sources: list[Any]
     num_tokens: int
+    replica: int = 0
     ended: bool = False
 
 
@@ -90,7 +92,7 @@ class Tiers:
     outs: list[tuple[int, bytes]] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     stats: MoveStats = field(default_factory=MoveStats)
-    _under_way: dict[bytes, Load] = field(default_factory=dict)
+    _under_way: dict[tuple[int, bytes], Load] = field(default_factory=dict)
     _num_swaps: int = 0
 
     def evicted(self, page: int, digest: bytes) -> None:
@@ -104,15 +106,17 @@ class Tiers:
         """Whether a page can be loaded."""
         return self.host.has(digest) or (self.disk is not None and digest in self.disk)
 
-    def loading(self, digest: bytes) -> Load | None:
-        """The load that is bringing this page up, if any."""
-        return self._under_way.get(digest)
+    def loading(self, digest: bytes, replica: int = 0) -> Load | None:
+        """The load that is bringing this page up for a replica, if any."""
+        return self._under_way.get((replica, digest))
 
-    def begin(self, owner: Any, keys: Sequence[bytes], pages: Sequence[int], num_tokens: int) -> Load:
+    def begin(
+        self, owner: Any, keys: Sequence[bytes], pages: Sequence[int], num_tokens: int, replica: int = 0
+    ) -> Load:
         """Bring pages up for a request; `pages` are allocated, and nobody else knows them."""
         sources = [self.host.get(key) for key in keys]
-        load = Load(owner, list(keys), list(pages), sources, num_tokens)
-        self._under_way.update(dict.fromkeys(keys, load))
+        load = Load(owner, list(keys), list(pages), sources, num_tokens, replica)
+        self._under_way.update(dict.fromkeys([(replica, key) for key in keys], load))
         self.loads.append(load)
         return load
 
@@ -120,7 +124,7 @@ class Tiers:
         """A load has arrived, failed, or is not wanted any more."""
         load.ended = True
         for key in load.keys:
-            self._under_way.pop(key, None)
+            self._under_way.pop((load.replica, key), None)
 
     def arrived(self, load: Load, flags: Sequence[bool], swapped: Swapped | None) -> None:
         """Count what a load brought, and end it; a swapped cache that is back needs no place in the host."""
