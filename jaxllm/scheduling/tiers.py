@@ -110,9 +110,7 @@ class Tiers:
         """The load that is bringing this page up for a replica, if any."""
         return self._under_way.get((replica, digest))
 
-    def begin(
-        self, owner: Any, keys: Sequence[bytes], pages: Sequence[int], num_tokens: int, replica: int = 0
-    ) -> Load:
+    def begin(self, owner: Any, keys: Sequence[bytes], pages: Sequence[int], num_tokens: int, replica: int = 0) -> Load:
         """Bring pages up for a request; `pages` are allocated, and nobody else knows them."""
         sources = [self.host.get(key) for key in keys]
         load = Load(owner, list(keys), list(pages), sources, num_tokens, replica)
