@@ -12,10 +12,23 @@ import pytest
 
 from jaxllm.checkpoints import CheckpointError, open_checkpoint
 from jaxllm.checkpoints.gguf_checkpoint import arranged, config_of, family_of
+from jaxllm.checkpoints.gguf_families import FAMILIES, WITH_CORRECTION, WITH_EXPERTS, WITH_WINDOW
 from jaxllm.checkpoints.gguf_parts import open_parts
 from jaxllm.families import read_config
+from jaxllm.families.registry import ARCHITECTURES
+from jaxllm.tokenizer.gguf_splitting import SPLITTINGS
 from tests.helpers.gguf_model import Quant, write_model
 from tests.helpers.gguf_models import MODELS
+
+
+def test_every_architecture_has_a_gguf_name_and_both_are_documented() -> None:
+    families = [*FAMILIES.values(), *WITH_EXPERTS.values(), *WITH_WINDOW.values(), *WITH_CORRECTION.values()]
+    classes = {family.architecture for family in families}
+    assert set(ARCHITECTURES) - classes <= {"MistralForCausalLM"}  # its files say llama
+    assert {model.arch for model in MODELS.values()} == set(FAMILIES)
+    text = (Path(__file__).parents[2] / "docs" / "gguf.md").read_text()
+    for name in [*FAMILIES, *classes, *SPLITTINGS]:
+        assert f"`{name}`" in text, name
 
 
 @pytest.mark.parametrize("name", MODELS)
