@@ -67,6 +67,10 @@ class Chat:
         name = self._name(with_tools)
         return None if name is None else self._templates[name]
 
+    def variables(self) -> frozenset[str]:
+        """Names that a request may set, for one of the templates at least."""
+        return frozenset(name for template in self._templates for name in self._template(template).variables)
+
     def render(
         self,
         messages: Any,
@@ -113,7 +117,7 @@ class Chat:
         return self._compiled[name]
 
     def _check_variables(self, variables: Mapping[str, Any]) -> None:
-        known = {name for template in self._templates for name in self._template(template).variables}
+        known = self.variables()
         if self._templates and (unknown := sorted(set(variables) - known)):
             raise ValueError(
                 f"the chat template does not read {', '.join(unknown)}, of the default chat template variables; "

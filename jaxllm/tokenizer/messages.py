@@ -25,7 +25,7 @@ def plain_messages(messages: Any) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         got = "an empty list" if messages == [] else type(messages).__name__
         raise ValueError(f"messages is {got}; expected a non-empty list of {{'role', 'content'}}")
-    return [_plain_message(message, f"messages[{n}]") for n, message in enumerate(messages)]
+    return [_plain_message(_dumped(message), f"messages[{n}]") for n, message in enumerate(messages)]
 
 
 def plain_tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -34,6 +34,12 @@ def plain_tools(tools: Any) -> list[dict[str, Any]] | None:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise ValueError("tools must be a list of function definitions (JSON objects), or None")
     return plain(tools, "tools") or None  # templates test `tools is not none`: an empty list means none
+
+
+def _dumped(message: Any) -> Any:
+    """An answer of the OpenAI client, put back into the history as it came, is a pydantic object."""
+    dump = getattr(message, "model_dump", None)
+    return dump() if callable(dump) else message
 
 
 def _plain_message(message: Any, where: str) -> Message:

@@ -18,6 +18,7 @@ from jinja2 import filters, pass_environment
 from jinja2.exceptions import SecurityError
 from jinja2.sandbox import safe_range
 from jinja2.utils import Namespace
+from markupsafe import Markup
 
 from jaxllm.tokenizer.control_tokens import END, START
 from jaxllm.tokenizer.template_budget import charge, measured, paid, printed_size, to_text, weigh
@@ -29,7 +30,7 @@ _MAX_BITS = 256
 _SHIPPED_FILTERS = (
     *("abs", "capitalize", "count", "d", "default", "dictsort", "first", "float", "groupby", "int", "items"),
     *("last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "round"),
-    *("select", "selectattr", "sort", "title", "trim", "unique", "upper"),
+    *("select", "selectattr", "sort", "sum", "title", "trim", "truncate", "unique", "upper", "wordcount"),
 )
 _STRING_METHODS = (
     *("capitalize", "casefold", "count", "endswith", "find", "index", "join", "lower", "lstrip", "partition"),
@@ -150,6 +151,11 @@ def tojson(
     return _NOT_ASCII.sub(lambda found: json.dumps(found[0])[1:-1], text) if ensure_ascii else text
 
 
+def safe(value: Any) -> str:
+    """Text that Jinja does not escape. Added to other text it escapes that, which prompts have had in training."""
+    return Markup(to_text(value))
+
+
 def _refuse_wide_indent(width: int) -> None:
     if width > _MAX_INDENT:
         raise SecurityError(f"indent={width} in a chat template; use at most {_MAX_INDENT}")
@@ -157,8 +163,7 @@ def _refuse_wide_indent(width: int) -> None:
 
 def allowed_filters() -> dict[str, Callable[..., Any]]:
     own = {"join": pass_environment(join), "replace": replace, "indent": indent, "tojson": tojson}
-    # Jinja's own `safe` returns a str subclass with methods of its own; nothing is escaped here anyway.
-    own |= {"string": to_text, "safe": to_text}
+    own |= {"string": to_text, "safe": safe}
     shipped = {name: filters.FILTERS[name] for name in _SHIPPED_FILTERS}
     return {name: _charged(function) for name, function in (shipped | own).items()}
 

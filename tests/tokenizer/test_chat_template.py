@@ -159,6 +159,23 @@ def test_text_is_formatted_with_plain_fields(reference, argument):
     assert render(source, tools=[{"a": argument}]) == reference(source, MESSAGES, [{"a": argument}], True)
 
 
+SAFE = "{{ messages[0].content + (tools[0].a | safe) }}{{ (tools[0].a | safe) ~ '<' }}{{ tools[0].a | safe }}"
+
+
+def test_filter_safe_escapes_what_it_is_added_to_as_in_transformers(reference):
+    messages, tools = [{"role": "user", "content": '<b> & "'}], [{"a": "<i>"}]
+    ours = render(SAFE, messages, tools=tools)
+    assert ours == reference(SAFE, messages, tools, True)
+    assert ours.startswith("&lt;b&gt; ") and ours.endswith("<i><<i>")
+
+
+def test_answer_of_the_openai_client_may_be_put_back_as_it_is():
+    chat = pytest.importorskip("openai").types.chat
+    answer = chat.ChatCompletionMessage(role="assistant", content="<think>x</think>yes")
+    text = render(QWEN_LIKE, [MESSAGES[0], answer], add_generation_prompt=False)
+    assert text == "<|im_start|>assistant\nyes<|im_end|>\n"
+
+
 def test_json_keeps_non_ascii_and_html_characters():
     assert render("{{ tools | tojson }}", tools=TOOLS).count("Größe <b>&</b>") == 1
 
