@@ -106,11 +106,13 @@ def _say_length_scaling(cfg: ModelConfig, longest: int) -> int | None:
     """Where rotary embeddings depend on the longest sequence served: that length, after a line in the log."""
     if (scaling := cfg.length_scaling) is None:
         return None
-    reach = "beyond" if longest > scaling.original_max_position else "within"
-    log.info(
-        "rotary embeddings are those for sequences %s %d tokens, because max_model_len is %d",
-        reach, scaling.original_max_position, longest,
-    )  # fmt: skip
+    original = scaling.original_max_position
+    if longest > original:
+        log.warning(
+            "max_model_len=%d is beyond the %d tokens of the first training: all sequences get the rotary embeddings "
+            "of long ones; max_model_len=%d gives those of short ones",
+            longest, original, original,
+        )  # fmt: skip
     return longest
 
 
