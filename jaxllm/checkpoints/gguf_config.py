@@ -82,7 +82,9 @@ _SOFTMAX, _SOFTMAX_CHOSEN = 1, 3  # expert_gating_func
 
 _TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 _TURN_ENDS = ("eos", "eot", "eom")
-_SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p"}
+_SAMPLING = {
+    "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
+}  # fmt: skip
 
 
 def hf_config(family: Family, metadata: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any]:
@@ -122,14 +124,15 @@ def renamed(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def hf_generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling defaults the file states, and all token ids that end a turn where there is more than one."""
-    config = {
-        word: _shortest(metadata[f"general.sampling.{key}"])
-        for key, word in _SAMPLING.items()
-        if f"general.sampling.{key}" in metadata
-    }
+    found = {word: metadata.get(f"general.sampling.{key}") for key, word in _SAMPLING.items()}
+    config = {word: _shortest(value) for word, value in found.items() if _is_number(value)}
     ends = [metadata.get(f"tokenizer.ggml.{word}_token_id") for word in _TURN_ENDS]
-    ends = [end for position, end in enumerate(ends) if end is not None and end not in ends[:position]]
+    ends = list(dict.fromkeys(end for end in ends if type(end) is int))
     return config | ({"eos_token_id": ends} if len(ends) > 1 else {})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _sizes(values: Mapping[str, Any]) -> dict[str, int]:

@@ -25,6 +25,7 @@ from jaxllm.checkpoints.gguf_rules import (
     experts_interleaved,
     experts_stacked,
     experts_transposed,
+    experts_with_gate_above,
     joined,
     keys_and_values,
     named,
@@ -34,8 +35,9 @@ from jaxllm.checkpoints.gguf_rules import (
 
 
 def _expert_rules(names: Mapping[str, str], count: str) -> dict[str, Rule]:
-    """`ffn_gate_exps`, `ffn_up_exps` and `ffn_down_exps`."""
-    return {f"ffn_{part}_exps": experts(name, count) for part, name in names.items()}
+    """`ffn_gate_exps`, `ffn_up_exps` and `ffn_down_exps`, or the first two in one."""
+    both = experts_with_gate_above(names["gate"], names["up"], count)
+    return {f"ffn_{part}_exps": experts(name, count) for part, name in names.items()} | {"ffn_gate_up_exps": both}
 
 
 _QWEN_EXPERTS = _expert_rules(

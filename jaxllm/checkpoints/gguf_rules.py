@@ -118,10 +118,10 @@ def experts_interleaved(name: str, count: str, gate: str, up: str) -> Rule:
     """gpt-oss: all experts in one tensor `[E, in, out]`, gate and up alternating in its last dim."""
 
     def rule(block: Block, stem: str, kind: str, config: Mapping[str, Any]) -> Made:
-        sources: list[Source] = [_of_experts(block, f"{part}.{kind}", config[count]) for part in (gate, up)]
-        if kind == "weight":
-            sources = [Transposed(source) for source in sources]
-        yield name + _suffix(kind), Interleaved((sources[0], sources[1]))
+        first, second = _pair(block, gate, up, kind, config[count])
+        is_matrix = kind == "weight"
+        pair = (Transposed(first), Transposed(second)) if is_matrix else (first, second)
+        yield name + _suffix(kind), Interleaved(pair)
 
     return rule
 
@@ -140,10 +140,34 @@ def experts_stacked(name: str, count: str, gate: str, up: str) -> Rule:
     """Granite: all experts in one tensor `[E, 2 * out, in]`, gate above up."""
 
     def rule(block: Block, stem: str, kind: str, config: Mapping[str, Any]) -> Made:
-        pair = [_of_experts(block, f"{part}.{kind}", config[count]) for part in (gate, up)]
-        yield f"{name}.{kind}", Stacked((pair[0], pair[1]))
+        yield f"{name}.{kind}", Stacked(_pair(block, gate, up, kind, config[count]))
 
     return rule
+
+
+def experts_with_gate_above(gate: str, up: str, count: str) -> Rule:
+    """All experts' gates and ups in one tensor `[E, 2 * out, in]`, as some converters write them."""
+
+    def rule(block: Block, stem: str, kind: str, config: Mapping[str, Any]) -> Made:
+        source = _of_experts(block, f"{stem}.{kind}", config[count])
+        half, odd = divmod(source.shape[1], 2)
+        if odd:
+            raise CheckpointError(
+                f"tensor '{stem}.{kind}' has {source.shape[1]} rows per expert; expected an even number"
+            )
+        for number in range(config[count]):
+            expert = Expert(source, number)
+            yield f"{gate.format(number)}.{kind}", Rows(expert, 0, half)
+            yield f"{up.format(number)}.{kind}", Rows(expert, half, 2 * half)
+
+    return rule
+
+
+def _pair(block: Block, gate: str, up: str, kind: str, count: int) -> tuple[Stored, Stored]:
+    first, second = (_of_experts(block, f"{part}.{kind}", count) for part in (gate, up))
+    if first.shape != second.shape:
+        raise CheckpointError(f"tensors '{gate}.{kind}' {first.shape} and '{up}.{kind}' {second.shape} differ in shape")
+    return first, second
 
 
 def _suffix(kind: str) -> str:

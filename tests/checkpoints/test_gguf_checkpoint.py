@@ -401,3 +401,15 @@ def test_every_end_of_turn_token_is_in_the_generation_config(tmp_path: Path) -> 
         "general.sampling.top_k": 20,
     }
     assert hf_generation_config(metadata) == {"eos_token_id": [7, 9], "temperature": 0.6, "top_k": 20}
+
+
+def test_sampling_defaults_of_the_file_are_those_of_the_model() -> None:
+    from jaxllm.checkpoints.gguf_config import hf_generation_config
+
+    keys = {"temp": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "penalty_repeat": 1.5, "mirostat": 1}
+    metadata = {f"general.sampling.{key}": np.float32(v).item() for key, v in keys.items() if isinstance(v, float)}
+    metadata["general.sampling.top_k"] = 20
+    expected = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "repetition_penalty": 1.5}
+    assert hf_generation_config(metadata) == expected
+    wrong = dict.fromkeys(metadata, "high") | {"tokenizer.ggml.eos_token_id": "end"}
+    assert hf_generation_config(wrong) == {}

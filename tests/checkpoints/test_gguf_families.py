@@ -64,6 +64,18 @@ def test_files_of_2023_have_a_tensor_for_each_expert(saved_model, tmp_path: Path
         np.testing.assert_array_equal(old.read(key), expected.read(key), err_msg=key)
 
 
+def test_gates_and_ups_may_be_one_tensor(saved_model, tmp_path: Path) -> None:
+    folder, _ = saved_model("qwen3_moe")
+    expected = open_checkpoint(folder)
+    path = write_model(folder, tmp_path / "m.gguf", "qwen3moe", fuse_experts=True)
+    assert "blk.1.ffn_gate_up_exps.weight" in open_parts(path).tensors
+    fused = open_checkpoint(path)
+    assert fused.tensors == expected.tensors
+    for key in fused.tensors:
+        np.testing.assert_array_equal(fused.read(key), expected.read(key), err_msg=key)
+        np.testing.assert_array_equal(fused.read(key, (slice(3, 20, 2),)), expected.read(key)[3:20:2], err_msg=key)
+
+
 @pytest.mark.parametrize(
     ("name", "pattern"),
     [("gemma2", [True, True, False]), ("gemma3", 3), ("olmo3", [True, False] * 2), ("gpt_oss", [False, True])],

@@ -33,11 +33,13 @@ def write_model(
     quant: Quant = Quant.F32,
     split: int = 0,
     era: int = 2026,
+    fuse_experts: bool = False,
 ) -> Path:
     """Write the model in `folder` to `path`; matrices whose rows allow it are of the type `quant`.
 
     `more` adds metadata; `split` is the number of tensors per part; `era` is the year of the converter: in 2023 each
-    expert had a tensor of its own, in 2024 DeepSeek's keys and values were one.
+    expert had a tensor of its own, in 2024 DeepSeek's keys and values were one. `fuse_experts` writes the gates and ups
+    of all experts as one tensor.
     """
     config = json.loads((folder / "config.json").read_text())
     writer = Writer(str(path), arch, split_max_tensors=split)
@@ -46,7 +48,8 @@ def write_model(
     if more is not None:
         more(writer)
     names = gguf.get_tensor_name_map(_arch(arch), config.get("num_hidden_layers") or config["n_layer"])
-    for name, value in _tensors(load_file(folder / "model.safetensors"), config, arch, era):
+    tensors = _tensors(load_file(folder / "model.safetensors"), config, arch, era)
+    for name, value in _fused(dict(tensors)) if fuse_experts else tensors:
         stem = name if name.startswith("blk.") else names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stem is not None, name
         fits = value.ndim > 1 and value.shape[-1] % gguf.GGML_QUANT_SIZES[quant][0] == 0
@@ -182,6 +185,17 @@ def _tensors(tensors: Tensors, config: Mapping[str, Any], arch: str, era: int) -
     for kind in ("long", "short"):
         if factors := rope.get(f"{kind}_factor"):
             yield f"rope_factors_{kind}.weight", np.array(factors, np.float32)
+
+
+def _fused(tensors: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Gates above ups."""
+    for name, value in tensors.items():
+        if match := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate|up)_proj\.weight", name):
+            if match[2] == "gate":
+                up = tensors[name.replace("gate_proj", "up_proj")]
+                yield f"blk.{match[1]}.ffn_gate_up_exps.weight", np.concatenate((value, up), axis=1)
+        else:
+            yield name, value
 
 
 def _one(name: str, value: np.ndarray, config: Mapping[str, Any], arch: str) -> Iterator[tuple[str, np.ndarray]]:
