@@ -38,9 +38,9 @@ def add_outside_tokens(
     special = set(special_texts)
     wanted = _wanted(settings.get("added_tokens_decoder"), legacy, special)
     known = {repr(token) for token in backend.get_added_tokens_decoder().values()}
-    for token_id, token in sorted(wanted.items()):
-        if repr(token) not in known:
-            _add(backend, token_id, token)
+    new = {token_id: token for token_id, token in sorted(wanted.items()) if repr(token) not in known}
+    # At once: the library indexes all added tokens anew with every call.
+    backend.add_tokens(_in_order(backend, new))
     _mark_special(backend, special)
 
 
@@ -64,22 +64,29 @@ def _wanted(decoder: Any, legacy: Mapping[str, Any], special: set[str]) -> dict[
     return wanted
 
 
-def _add(backend: tokenizers.Tokenizer, token_id: int, token: tokenizers.AddedToken) -> None:
+def _in_order(backend: tokenizers.Tokenizer, new: Mapping[int, tokenizers.AddedToken]) -> list[tokenizers.AddedToken]:
+    """The tokens as they must be added, for the library numbers them itself: on from its largest id."""
     from tokenizers import AddedToken
 
-    if backend.token_to_id(token.content) is None:
-        size = backend.get_vocab_size(with_added_tokens=True)
-        if token_id < size:
+    vocab = backend.get_vocab(with_added_tokens=True)
+    following, tokens = max(vocab.values(), default=-1) + 1, []
+    for token_id, token in new.items():
+        if token.content in vocab:
+            tokens.append(token)
+        elif token_id < following:
             _LOG.warning("added token %r has the id %d of another token; it is left out", token.content, token_id)
-            return
-        if token_id - size > _MAX_GAP:
+        elif token_id - following > _MAX_GAP:
             raise ValueError(
-                f"added token {token.content[:50]!r} has id {token_id}, but the vocabulary ends at {size - 1}; "
+                f"added token {token.content[:50]!r} has id {token_id}, but the vocabulary ends at {following - 1}; "
                 "check added_tokens_decoder of tokenizer_config.json"
             )
-        # The library numbers tokens itself: what nobody named takes the ids between. Nobody can type a noncharacter.
-        backend.add_tokens([AddedToken(f"\ufdd3{i}", normalized=False, special=True) for i in range(size, token_id)])
-    backend.add_tokens([token])
+        else:
+            # What nobody named takes the ids between. Nobody can type a noncharacter.
+            gap = range(following, token_id)
+            tokens += [AddedToken(f"\ufdd3{i}", normalized=False, special=True) for i in gap]
+            tokens.append(token)
+            following = token_id + 1
+    return tokens
 
 
 def _mark_special(backend: tokenizers.Tokenizer, special: set[str]) -> None:

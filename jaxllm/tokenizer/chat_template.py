@@ -34,6 +34,7 @@ ALLOWED_VARIABLES = frozenset([*_THINKING, *_TOOLS, *_OTHERS])
 _RESERVED = frozenset(
     ["messages", "tools", "add_generation_prompt", "chat_template", "continue_final_message", *GLOBALS]
 )
+_SHARE_OF_PROBE, _SHARE_OF_SEARCH = 0.05, 0.25  # of the bounds of a rendering, for the few beside it
 _END_MARK = "\ufdd2"  # a noncharacter: no text has it
 
 
@@ -113,7 +114,7 @@ class ChatTemplate:
         low, high = 0, len(messages)  # renders the first `low`, fails on the first `high`
         while high - low > 1:
             middle = (low + high) // 2
-            if self._attempt(messages[:middle], context) is None:
+            if self._attempt(messages[:middle], context, _SHARE_OF_SEARCH) is None:
                 high = middle
             else:
                 low = middle
@@ -121,20 +122,21 @@ class ChatTemplate:
 
     def _tried(self, messages: Sequence[Message], with_tool: bool) -> str | None:
         tools = [plain(PROBE_TOOL, "tools")] if with_tool else None
-        return self._attempt(messages, {"tools": tools, "add_generation_prompt": True, **self._special_tokens})
+        context = {"tools": tools, "add_generation_prompt": True, **self._special_tokens}
+        return self._attempt(messages, context, _SHARE_OF_PROBE)
 
-    def _attempt(self, messages: Sequence[Message], context: Mapping[str, Any]) -> str | None:
+    def _attempt(self, messages: Sequence[Message], context: Mapping[str, Any], share: float) -> str | None:
         try:
-            return self._run(messages, context)
+            return self._run(messages, context, share)
         except Exception:  # a failure is what is asked for here
             return None
 
-    def _run(self, messages: Sequence[Message], context: Mapping[str, Any]) -> str:
+    def _run(self, messages: Sequence[Message], context: Mapping[str, Any], share: float = 1.0) -> str:
         # A context of its own: the budget must not leak into, or from, whoever renders next on this thread.
-        return contextvars.copy_context().run(self._render, {**context, "messages": list(messages)})
+        return contextvars.copy_context().run(self._render, {**context, "messages": list(messages)}, share)
 
-    def _render(self, context: dict[str, Any]) -> str:
-        current_budget.set(Budget())
+    def _render(self, context: dict[str, Any], share: float) -> str:
+        current_budget.set(Budget(share))
         return self._template.render(context)
 
     def _checked(self, variables: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,15 +22,15 @@ class TemplateLimitError(ValueError):
 
 
 class Budget:
-    """Counts down; one for each rendering."""
+    """Counts down; one for each rendering, `share` of the bounds where a failure costs nobody anything."""
 
     __slots__ = ("chars", "deadline", "steps")
 
-    def __init__(self) -> None:
-        self.steps = MAX_STEPS
-        self.chars = MAX_CHARS
+    def __init__(self, share: float = 1.0) -> None:
+        self.steps = int(MAX_STEPS * share)
+        self.chars = int(MAX_CHARS * share)
         # Time of this thread, not of the clock: a busy machine must not change which requests are served.
-        self.deadline = time.thread_time() + MAX_SECONDS
+        self.deadline = time.thread_time() + MAX_SECONDS * share
 
     def charge(self, steps: int, chars: int) -> None:
         self.steps -= steps

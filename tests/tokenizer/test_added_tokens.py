@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ def test_ids_that_nobody_names_are_kept_free(folder: Path):
     assert tokenizer.encode("<think>a<tool>") == [300, 97, 303]
     assert tokenizer.vocab_size == 304 > VOCAB_SIZE
     assert tokenizer.decode([270, 97]) == "a"
+
+
+def test_many_tokens_are_added_quickly(folder: Path):
+    configure(folder, added_tokens_decoder={str(i): token(f"<|{i}|>", special=True) for i in range(258, 3258)})
+    start = time.process_time()
+    assert load_tokenizer(folder).encode("<|3257|>") == [3257]
+    assert time.process_time() - start < 5
 
 
 def test_id_of_another_token_is_not_taken_and_that_is_said(folder: Path, caplog: pytest.LogCaptureFixture):

@@ -137,6 +137,20 @@ def test_charges_cannot_be_turned_off_from_inside(small_budget: None):
         render(source + SPINNING["nested loops that print nothing"])
 
 
+def test_trying_spellings_is_bounded_too(small_budget: None):
+    spin = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    source = "{% for m in messages %}{% if m.content != 'x' %}" + spin + "{% endif %}{% endfor %}"
+    calls = [{"id": str(n), "function": {"name": "f", "arguments": "{"}} for n in range(2)]
+    messages = [
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "content": [{"type": "text", "text": "x"}]},
+    ]
+    start = time.thread_time()
+    with pytest.raises(TemplateLimitError):
+        ChatTemplate(source, {}).render(messages)
+    assert time.thread_time() - start < 3
+
+
 def test_a_budget_is_for_one_rendering_only(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(template_budget, "MAX_STEPS", 1500)
     template = ChatTemplate("{% for i in range(1000) %}{% endfor %}ok", {})
