@@ -27,7 +27,7 @@ class Attention(nnx.Module):
     def __init__(self, cfg: ModelConfig, index: int, kv_copies: int, dtype: jnp.dtype):
         d, h, k = cfg.hidden_size, cfg.head_dim, cfg.num_kv_heads * kv_copies
         g = cfg.num_heads // k
-        self.index = index
+        self.index, self.name = index, f"layers.{index}.attention"
         self.eps, self.qk_norm, self.interleaved = cfg.rms_norm_eps, cfg.qk_norm, cfg.rope_interleaved
         self.spec = AttentionSpec(scale=cfg.score_scale, window=cfg.window(index), softcap=cfg.attention_softcap)
         self.qkv = param((d, k, g + 2, h), ("model_in", "heads", "qkv", "head_dim"), dtype, contracted=(0,))
@@ -44,7 +44,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x_TD: jax.Array, rope: Tables | None, ctx: Context) -> jax.Array:
         x_TD = ctx.shard(x_TD, "tokens", "model")
-        qkv = contract("TD,DKXH->TKXH", x_TD, self.qkv)
+        qkv = ctx.product(f"{self.name}.qkv", "TD,DKXH->TKXH", x_TD, self.qkv)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
         qkv = ctx.shard(qkv, "tokens", "heads", "qkv", "head_dim")
@@ -55,7 +55,7 @@ class Attention(nnx.Module):
         sinks = None if self.sinks is None else self.sinks[...]
         out = ctx.attend(self.index, q_TKGH, kv_TK2H, self.spec, sinks)
         out = ctx.shard(out, "tokens", "heads_in", "group", "head_dim")
-        return ctx.to_residual(contract("TKGH,KGHD->TD", out, self.out), self.out_bias)
+        return ctx.to_residual(ctx.product(f"{self.name}.out", "TKGH,KGHD->TD", out, self.out), self.out_bias)
 
     def _normed(self, qk: jax.Array) -> jax.Array:
         """Norm over each head, or over all heads of a token (repeated key heads leave their mean as it is)."""
@@ -80,7 +80,8 @@ class MultiHeadLatentAttention(nnx.Module):
     def __init__(self, cfg: ModelConfig, index: int, dtype: jnp.dtype):
         assert cfg.latent is not None
         a: LatentAttention = cfg.latent
-        self.index, self.dims, self.interleaved = index, a, cfg.rope_interleaved
+        self.index, self.name = index, f"layers.{index}.attention"
+        self.dims, self.interleaved = a, cfg.rope_interleaved
         d, n, width = cfg.hidden_size, cfg.num_heads, a.nope_dim + a.rope_dim
         self.spec = AttentionSpec(scale=cfg.score_scale, softcap=cfg.attention_softcap, window=cfg.window(index),
                                   value_width=a.kv_rank)  # fmt: skip
@@ -99,12 +100,12 @@ class MultiHeadLatentAttention(nnx.Module):
         assert rope is not None, "latent attention has rotary dims"
         a = self.dims
         x_TD = ctx.shard(x_TD, "tokens", "model")
-        row_TW = contract("TD,DW->TW", x_TD, self.kv_down)
+        row_TW = ctx.product(f"{self.name}.kv_down", "TD,DW->TW", x_TD, self.kv_down)
         c_TR = rms_norm(row_TW[:, : a.kv_rank], self.kv_norm[...], _LATENT_EPS)
         turned = apply_rope(row_TW[:, a.kv_rank :], rope, interleaved=self.interleaved)
         kv = jnp.concatenate([c_TR, turned], axis=-1)[:, None, None]
 
-        q_TNH = ctx.shard(self._queries(x_TD), "tokens", "heads", "head_dim")
+        q_TNH = ctx.shard(self._queries(x_TD, ctx), "tokens", "heads", "head_dim")
         keys, values = self.kv_up[..., : a.nope_dim], self.kv_up[..., a.nope_dim :]
         absorbed = contract("TNH,RNH->TNR", q_TNH[..., : a.nope_dim], keys)
         turned_TNH = apply_rope(q_TNH[..., a.nope_dim :], rope, interleaved=self.interleaved)
@@ -112,10 +113,12 @@ class MultiHeadLatentAttention(nnx.Module):
 
         latent_TNR = ctx.attend(self.index, q_TNW[:, None], kv, self.spec, None)[:, 0]
         out_TNH = ctx.shard(contract("TNR,RNH->TNH", latent_TNR, values), "tokens", "heads_in", "head_dim")
-        return ctx.to_residual(contract("TNH,NHD->TD", out_TNH, self.out))
+        return ctx.to_residual(ctx.product(f"{self.name}.out", "TNH,NHD->TD", out_TNH, self.out))
 
-    def _queries(self, x_TD: jax.Array) -> jax.Array:
+    def _queries(self, x_TD: jax.Array, ctx: Context) -> jax.Array:
         if self.dims.q_rank is None:
-            return contract("TD,DNH->TNH", x_TD, self.query)
-        c_TR = rms_norm(contract("TD,DR->TR", x_TD, self.q_down), self.q_norm[...], _LATENT_EPS)
-        return contract("TR,RNH->TNH", c_TR, self.query)
+            return ctx.product(f"{self.name}.query", "TD,DNH->TNH", x_TD, self.query)
+        c_TR = rms_norm(
+            ctx.product(f"{self.name}.q_down", "TD,DR->TR", x_TD, self.q_down), self.q_norm[...], _LATENT_EPS
+        )
+        return ctx.product(f"{self.name}.query", "TR,RNH->TNH", c_TR, self.query)

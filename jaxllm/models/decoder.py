@@ -45,9 +45,9 @@ class Block(nnx.Module):
         else:
             self.attention = Attention(cfg, index, kv_copies, dtype)
         if cfg.is_routed(index):
-            self.ffn = MixtureOfExperts(cfg, dtype)
+            self.ffn = MixtureOfExperts(cfg, dtype, f"layers.{index}.ffn")
         else:
-            self.ffn = FeedForward(cfg, cfg.intermediate_size, dtype)
+            self.ffn = FeedForward(cfg, cfg.intermediate_size, dtype, f"layers.{index}.ffn")
 
     def __call__(self, x_TD: jax.Array, rope: Tables | None, ctx: Context) -> jax.Array:
         normed_TD = _maybe(self.attention_norm, x_TD)

@@ -22,7 +22,8 @@ from jaxllm.ops.moe import grouped_matmul, route, sort_by_expert
 class FeedForward(nnx.Module):
     """Widen, activate (with a gate where the family has one), narrow."""
 
-    def __init__(self, cfg: ModelConfig, size: int, dtype: jnp.dtype):
+    def __init__(self, cfg: ModelConfig, size: int, dtype: jnp.dtype, name: str):
+        self.name = name
         d, ups = cfg.hidden_size, 2 if cfg.gated else 1
         self.activation, self.clamped = cfg.activation, cfg.clamped_swiglu
         self.gate_up = param((d, ups, size), ("model_in", "gate_up", "ffn"), dtype, contracted=(0,))
@@ -32,12 +33,12 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_TD: jax.Array, ctx: Context) -> jax.Array:
         x_TD = ctx.shard(x_TD, "ffn_tokens", "model")
-        h_TXF = contract("TD,DXF->TXF", x_TD, self.gate_up)
+        h_TXF = ctx.product(f"{self.name}.gate_up", "TD,DXF->TXF", x_TD, self.gate_up)
         if self.gate_up_bias is not None:
             h_TXF = h_TXF + self.gate_up_bias[...]
         h_TXF = ctx.shard(h_TXF, "ffn_tokens", "gate_up", "ffn")
         h_TF = ctx.shard(activate(h_TXF, self.activation, self.clamped), "ffn_tokens", "ffn_in")
-        return ctx.to_residual(contract("TF,FD->TD", h_TF, self.down), self.down_bias)
+        return ctx.to_residual(ctx.product(f"{self.name}.down", "TF,FD->TD", h_TF, self.down), self.down_bias)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -47,7 +48,7 @@ class MixtureOfExperts(nnx.Module):
     over the mesh by XLA, as everywhere else.
     """
 
-    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype):
+    def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, name: str):
         assert cfg.experts is not None
         e = self.cfg = cfg.experts
         d, f, ups = cfg.hidden_size, e.ffn_size, 2 if cfg.gated else 1
@@ -60,7 +61,7 @@ class MixtureOfExperts(nnx.Module):
             self.router_bias = param((e.num_experts,), ("router",))
             self.gate_up_bias = param((e.num_experts, ups, f), ("experts", "gate_up", "ffn"))
             self.down_bias = param((e.num_experts, d), ("experts", "model_out"))
-        self.shared = FeedForward(cfg, e.shared_size, dtype) if e.shared_size else None
+        self.shared = FeedForward(cfg, e.shared_size, dtype, f"{name}.shared") if e.shared_size else None
         self.shared_gate = param((d, 1), ("model", "router")) if e.shared_gate else None
 
     def __call__(self, x_TD: jax.Array, ctx: Context) -> jax.Array:

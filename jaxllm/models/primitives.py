@@ -31,6 +31,38 @@ class Attend(Protocol):
     ) -> jax.Array: ...
 
 
+class StoredMatrix(Protocol):
+    """A matrix that is not kept as its array; the value of an `nnx.Param` and a pytree (see `jaxllm.weights`)."""
+
+    def product(self, spec: str, x: jax.Array) -> jax.Array:
+        """The contraction of `x` with the matrix that `spec` says, accumulated in float32."""
+        ...
+
+    def rows(self, index_T: jax.Array) -> jax.Array:
+        """Rows `[T, K]` of a table."""
+        ...
+
+
+def contract(spec: str, x: jax.Array, weight: nnx.Param | jax.Array) -> jax.Array:
+    """Matrix product in the weight's dtype, accumulated in float32."""
+    w = weight.get_value() if isinstance(weight, nnx.Param) else weight
+    if not isinstance(w, jax.Array):
+        return w.product(spec, x)
+    precision = "highest" if w.dtype == jnp.float32 else None  # float32 means float32 on every backend
+    return jnp.einsum(spec, x.astype(w.dtype), w, preferred_element_type=jnp.float32, precision=precision)
+
+
+class Product(Protocol):
+    """A product with a named parameter (`layers.3.attention.qkv`): where an adapter adds its own."""
+
+    def __call__(self, name: str, spec: str, x: jax.Array, weight: nnx.Param) -> jax.Array: ...
+
+
+def plain_product(name: str, spec: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
+    """See `contract`; the name changes nothing."""
+    return contract(spec, x, weight)
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What one forward pass borrows from outside: attention over the cache and where things lie.
@@ -38,7 +70,8 @@ class Context:
     `shard(x, *dims)` constrains an activation by its dims' names; `over_shards(f, in_dims, out_dims)` runs `f` on
     each device's own parts; `residual_dtype` is the type of the stream between blocks (and so of the all-reduced
     partial sums); `gathered(block)` is the block with the weights that it computes with; `longest` is the length of
-    the longest sequence that can come, None for the model's own limit.
+    the longest sequence that can come, None for the model's own limit; `product(name, spec, x, weight)` multiplies with
+    a block's matrices.
     """
 
     attend: Attend
@@ -47,6 +80,7 @@ class Context:
     residual_dtype: jnp.dtype
     gathered: Callable[[nnx.Module], nnx.Module] = lambda module: module
     longest: int | None = None
+    product: Product = plain_product
 
     def to_residual(self, y_TD: jax.Array, bias: nnx.Param | None = None) -> jax.Array:
         """A half block's result in the residual type; a bias is added once, after the partial sums are."""
@@ -70,27 +104,6 @@ def param(
     """
     assert len(shape) == len(dims), (shape, dims)
     return nnx.Param(jnp.zeros(shape, dtype), dims=dims, contracted=contracted)
-
-
-class StoredMatrix(Protocol):
-    """A matrix that is not kept as its array; the value of an `nnx.Param` and a pytree (see `jaxllm.weights`)."""
-
-    def product(self, spec: str, x: jax.Array) -> jax.Array:
-        """The contraction of `x` with the matrix that `spec` says, accumulated in float32."""
-        ...
-
-    def rows(self, index_T: jax.Array) -> jax.Array:
-        """Rows `[T, K]` of a table."""
-        ...
-
-
-def contract(spec: str, x: jax.Array, weight: nnx.Param | jax.Array) -> jax.Array:
-    """Matrix product in the weight's dtype, accumulated in float32."""
-    w = weight.get_value() if isinstance(weight, nnx.Param) else weight
-    if not isinstance(w, jax.Array):
-        return w.product(spec, x)
-    precision = "highest" if w.dtype == jnp.float32 else None  # float32 means float32 on every backend
-    return jnp.einsum(spec, x.astype(w.dtype), w, preferred_element_type=jnp.float32, precision=precision)
 
 
 class Norm(nnx.Module):
