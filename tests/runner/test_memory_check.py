@@ -69,7 +69,7 @@ def test_weights_that_fill_a_device_call_for_more_devices():
 def test_engine_that_cannot_fit_is_refused_before_anything_is_allocated(monkeypatch):
     monkeypatch.setattr(memory_check, "free_host_bytes", lambda: 600 << 20)
     monkeypatch.setattr("jaxllm.weights.loader.random_parameters", lambda *_: pytest.fail("was allocated"))
-    with pytest.raises(ValueError, match=r"^out of memory: the engine takes .* KV cache 2\.\d+ GB.*lower kv_cache_mem"):
+    with pytest.raises(ValueError, match=r"^out of memory: the engine takes .*KV cache 2\.\d+ GB.*lower kv_cache_mem"):
         build_engine(EngineConfig(model="gpt2", load_format="dummy", kv_cache_memory_bytes=2 << 30))
 
 
