@@ -254,9 +254,10 @@ def make_runner(plan: Plan, kv_dtype: str) -> tuple[Any, Any]:
     import jax.numpy as jnp
 
     from jaxllm.config import EngineConfig, ModelConfig
-    from jaxllm.engine.build import make_model, runner_shapes
+    from jaxllm.engine.build import make_model
     from jaxllm.runner.compiler import Compiler
     from jaxllm.runner.runner import ModelRunner
+    from jaxllm.runner.shapes import runner_shapes
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
     from jaxllm.telemetry.device_peaks import engine_cost
@@ -280,14 +281,14 @@ def make_runner(plan: Plan, kv_dtype: str) -> tuple[Any, Any]:
             return jax.random.randint(jax.random.key(0), like.shape, -127, 128, jnp.int8)
         return jax.random.normal(jax.random.key(0), like.shape, jnp.bfloat16).astype(like.dtype)
 
-    for i, page in enumerate(runner._pages):
-        runner._pages[i] = jax.tree.map(noise, page)
+    for i, page in enumerate(runner.state.pages):
+        runner.state.pages[i] = jax.tree.map(noise, page)
     return runner, engine_cost(model, runner.shapes.kv_dtype)
 
 
 def bucket(runner: Any, rows: int) -> int:
     """The decode loop's bucket for so many rows."""
-    from jaxllm.runner.batch import bucket_for
+    from jaxllm.runner.shapes import bucket_for
 
     return bucket_for(rows, runner.shapes.row_buckets)
 
@@ -297,15 +298,14 @@ def decode_seconds(runner: Any, rows: int, context: int, plan: Plan) -> float:
     import jax
     import numpy as np
 
-    from jaxllm.runner import batch as batches
+    from jaxllm.runner.batch import Dispatch, row_batch
 
     size, shapes = bucket(runner, rows), runner.shapes
-    loop = runner.compiler.program(("decode", size, True))
     table = np.zeros((size, shapes.pages_per_row), np.int32)
     per_row = -(-(context + 8 * plan.steps) // plan.page_size)
     order = 1 + np.random.default_rng(0).permutation(rows * per_row)
     table[:rows, :per_row] = order.reshape(rows, per_row)
-    empty = batches.row_batch([], size, shapes.max_num_seqs, runner.model.cfg.vocab_size)
+    empty = row_batch([], [], size, shapes)
     slot, length = np.array(empty.slot), np.array(empty.length)
     slot[:rows] = np.arange(rows)
     limit = np.zeros_like(length)
@@ -315,13 +315,11 @@ def decode_seconds(runner: Any, rows: int, context: int, plan: Plan) -> float:
         limit[:rows] = shapes.max_model_len
         batch = dataclasses.replace(empty, slot=slot.copy(), length=length.copy(), limit=limit)
         started = time.perf_counter()
-        out, runner._pages, runner._state = loop(
-            runner._params, runner._pages, runner._state, batch, table, np.int32(plan.steps)
-        )
+        out = runner.execute(Dispatch("decode_greedy", size, (batch, table, np.int32(plan.steps))))
         tokens = np.asarray(out.tokens)
         best = min(best, (time.perf_counter() - started) / plan.steps)
         assert (tokens[:, :rows] >= 0).all(), "a row stopped"
-    jax.block_until_ready(runner._pages)
+    jax.block_until_ready(runner.state.pages)
     return best
 
 
@@ -330,22 +328,20 @@ def prefill_seconds(runner: Any, tokens: int) -> float:
     import numpy as np
 
     from jaxllm.config.sampling import SamplingParams
-    from jaxllm.runner import batch as batches
+    from jaxllm.runner.batch import Dispatch, by_replica, ragged_batch
     from jaxllm.scheduling.request import Request
-    from jaxllm.scheduling.scheduler import Chunk, IterationPlan
+    from jaxllm.scheduling.scheduler import Chunk
 
     request = Request("prefill", [1] * tokens, SamplingParams(), limit=tokens)
     request.slot, request.pages = 0, list(range(1, 1 + -(-tokens // runner.shapes.page_size)))
-    plan = IterationPlan([Chunk(request, 0, tokens, 0)])
-    batch = batches.ragged_batch(plan, tokens, runner.shapes.row_buckets[-1], runner.shapes.pages_per_row)
+    batch = ragged_batch(by_replica([Chunk(request, 0, tokens, 0)], runner.shapes), tokens, runner.shapes)
     ids = np.random.default_rng(0).integers(0, runner.model.cfg.vocab_size, runner.shapes.max_model_len)
-    runner._state = runner.compiler.program(("admit", 0, True))(runner._state, np.int32(0), ids.astype(np.int32))
-    step = runner.compiler.program(("ragged", tokens, True))
+    runner.execute(Dispatch("admit", 1, (np.int32(0), ids.astype(np.int32))))
     best = math.inf
     for _ in range(4):
         started = time.perf_counter()
-        hidden, runner._pages = step(runner._params, runner._pages, runner._state, batch)
-        hidden.block_until_ready()
+        runner.execute(Dispatch("ragged", tokens, (batch,)))
+        runner.state.hidden.block_until_ready()
         best = min(best, time.perf_counter() - started)
     return best
 

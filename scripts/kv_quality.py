@@ -46,13 +46,13 @@ def last_logits(llm: Any, ids: list[int], count: int) -> np.ndarray:
     request = Request("logits", ids, SamplingParams(), limit=len(ids))
     pages = llm.engine.pool.allocate(llm.engine.pool.pages_for(len(ids)))
     request.slot, request.pages = runner.shapes.max_num_seqs, pages
-    head = jax.jit(lambda params, x: runner.programs._model(params).logits(x, runner.model.placement.shard))
+    head = jax.jit(lambda params, x: runner.steps._model(params).logits(x, runner.model.placement.shard))
     while start < len(ids):
         size = min(runner.shapes.scoring_buckets[-1], len(ids) - count - start) or count
         hidden_TD = runner.hidden_states(IterationPlan([Chunk(request, start, size, 0)]))
         start += size
     llm.engine.pool.free(pages)
-    return np.asarray(head(runner._params, hidden_TD[:count]))
+    return np.asarray(head(runner.state.params, hidden_TD[:count]))
 
 
 def measure(args: argparse.Namespace, dtype: str, ids: list[int]) -> dict[str, Any]:

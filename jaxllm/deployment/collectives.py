@@ -168,6 +168,9 @@ def _compiled_text(
     shapes = RunnerShapes(
         max_num_seqs=4,
         max_num_batched_tokens=num_tokens,
+        token_buckets=(num_tokens,),
+        row_buckets=(4,),
+        vocab_size=cfg.vocab_size,
         max_model_len=64,
         num_pages=8,
         page_size=config.page_size,
@@ -175,11 +178,10 @@ def _compiled_text(
         kv_dtype=dtype,
         residual_dtype=dtype,
         num_replicas=placement.parts("pages"),
-        token_multiple=placement.token_multiple(),
     )
-    lowered = lower(model, shapes, ("ragged", num_tokens, True))
+    lowered = lower(model, shapes, ("ragged", num_tokens))
     with no_program_cache() if mesh.devices.flat[0].platform == "tpu" else contextlib.nullcontext():
-        return lowered.compile().as_text(), model
+        return lowered.compile().as_text() or "", model
 
 
 def _bytes(array_type: str, *, is_start: bool) -> int:

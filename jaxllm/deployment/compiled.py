@@ -1,6 +1,6 @@
 """The engine's programs, compiled for a TPU slice, and what the compiler says of each.
 
-A deployment and a number of pages -> `Program`s. Run as a module it is the other end of `compiling_elsewhere`.
+A deployment and a number of pages -> `CompiledProgram`s. Run as a module it is the other end of `compiling_elsewhere`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LAYERS_WORTH_A_PROCESS = 16  # below, starting one takes longer than compiling
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
+class CompiledProgram:
     """What the compiler said of one program, in bytes of one device."""
 
     temporaries: int
@@ -45,7 +45,7 @@ class Overflow(Exception):
 
 
 @contextlib.contextmanager
-def compiling_elsewhere(deployment: Deployment, num_pages: int, key: Key) -> Iterator[Callable[[], Program]]:
+def compiling_elsewhere(deployment: Deployment, num_pages: int, key: Key) -> Iterator[Callable[[], CompiledProgram]]:
     """Compile one program in another process; call what is given to wait for it. The process ends with the block."""
     task = {"config": dataclasses.asdict(deployment.config), "topology": deployment.topology.name}
     command = [sys.executable, "-m", "jaxllm.deployment.compiled"]
@@ -54,7 +54,7 @@ def compiling_elsewhere(deployment: Deployment, num_pages: int, key: Key) -> Ite
         process.stdin.write(json.dumps(task | {"num_pages": num_pages, "key": key}).encode())
         process.stdin.close()
 
-        def result() -> Program:
+        def result() -> CompiledProgram:
             code = process.wait()
             out.seek(0)
             answer = json.loads(out.read() or "{}")
@@ -62,7 +62,7 @@ def compiling_elsewhere(deployment: Deployment, num_pages: int, key: Key) -> Ite
                 raise Overflow(answer["overflow"])
             if code or not answer:
                 raise ValueError(f"the process that compiled {key[0]} ended with code {code}; its message is above")
-            return Program(**answer | {"collectives": [Found(**found) for found in answer["collectives"]]})
+            return CompiledProgram(**answer | {"collectives": [Found(**found) for found in answer["collectives"]]})
 
         try:
             yield result
@@ -71,33 +71,35 @@ def compiling_elsewhere(deployment: Deployment, num_pages: int, key: Key) -> Ite
 
 
 def _compile_for_parent() -> None:
-    """The other end of `compiling_elsewhere`: a task on standard input, a `Program` as JSON on standard output."""
+    """The other end of `compiling_elsewhere`: a task on standard input, a `CompiledProgram` as JSON on the output."""
     from jaxllm.deployment.plan import open_deployment
 
     task = json.load(sys.stdin)
     deployment = open_deployment(EngineConfig(**task["config"]), task["topology"])
     shapes = dataclasses.replace(deployment.shapes, num_pages=task["num_pages"])
-    name, bucket, greedy = task["key"]
+    name, bucket = task["key"]
     try:
-        answer = dataclasses.asdict(compile_program(deployment.model, shapes, (name, bucket, greedy)))
+        answer = dataclasses.asdict(compile_program(deployment.model, shapes, (name, bucket)))
     except Overflow as overflow:
         answer = {"overflow": str(overflow)}
     print(json.dumps(answer))
 
 
-def compile_programs(deployment: Deployment, num_pages: int) -> dict[str, Program]:
+def compile_programs(deployment: Deployment, num_pages: int) -> dict[str, CompiledProgram]:
     """The largest prefill, decode and sampling programs of the engine.
 
     libtpu does not survive two compilations at a time in one process: of a large model, prefill is compiled in
     another one meanwhile.
     """
     shapes = dataclasses.replace(deployment.shapes, num_pages=num_pages)
-    rows = shapes.row_buckets[-1]
-    keys: dict[str, Key] = {
-        "prefill": ("ragged", shapes.token_buckets[-1], True),
-        "decode": ("decode", rows, True) if shapes.max_decode_steps else ("ragged", shapes.token_buckets[0], True),
-        "sampler": ("sample", rows, False),
+    loop = "decode_greedy" if shapes.max_decode_steps else "ragged"
+    keys = {
+        "prefill": _largest("ragged", shapes),
+        "decode": _largest(loop, shapes),
+        "sampler": _largest("sample", shapes),
     }
+    if loop == "ragged":
+        keys["decode"] = ("ragged", shapes.token_buckets[0])
     if deployment.model.cfg.num_layers < _LAYERS_WORTH_A_PROCESS:
         return {name: compile_program(deployment.model, shapes, key) for name, key in keys.items()}
     with compiling_elsewhere(deployment, num_pages, keys.pop("prefill")) as prefill:
@@ -105,7 +107,13 @@ def compile_programs(deployment: Deployment, num_pages: int) -> dict[str, Progra
         return {"prefill": prefill(), **programs}
 
 
-def compile_program(model: AbstractModel, shapes: RunnerShapes, key: Key) -> Program:
+def _largest(name: str, shapes: RunnerShapes) -> Key:
+    from jaxllm.runner.programs import PROGRAMS
+
+    return name, max(PROGRAMS[name].buckets(shapes))
+
+
+def compile_program(model: AbstractModel, shapes: RunnerShapes, key: Key) -> CompiledProgram:
     """Compile one program of the engine and ask the compiler about it. Raises Overflow."""
     import jax
 
@@ -119,7 +127,8 @@ def compile_program(model: AbstractModel, shapes: RunnerShapes, key: Key) -> Pro
             raise
         raise Overflow(f"the {key[0]} program, which needs {found[0] / 1e9:.2f} of {found[1] / 1e9:.2f} GB") from None
     stats, text = compiled.memory_analysis(), compiled.as_text()
-    return Program(
+    assert stats is not None and text is not None, "every compiler of a device says both"
+    return CompiledProgram(
         temporaries=stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes,
         arguments=stats.argument_size_in_bytes,
         donated=stats.alias_size_in_bytes,

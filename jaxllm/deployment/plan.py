@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from jaxllm.config import EngineConfig, ModelConfig
 from jaxllm.deployment.collectives import count_by_kind
-from jaxllm.deployment.compiled import Overflow, Program, compile_programs
+from jaxllm.deployment.compiled import CompiledProgram, Overflow, compile_programs
 from jaxllm.deployment.topology import Topology, memory_limit, open_topology
 from jaxllm.roofline.bounds import Collective, DeviceWork, lower_bound
 from jaxllm.sharding.rules import as_tuple
 
 if TYPE_CHECKING:
+    from jaxllm.runner.programs import DeviceState
     from jaxllm.runner.shapes import RunnerShapes
     from jaxllm.weights.loader import AbstractModel
 
@@ -49,17 +50,17 @@ class Deployment:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page of every layer on one device."""
-        return _local_bytes(self._arrays()[1]) // self.shapes.num_pages
+        return _local_bytes(self._state().pages) // self.shapes.num_pages
 
     @property
     def state_bytes(self) -> int:
         """Bytes of the per-slot state on one device."""
-        return _local_bytes(self._arrays()[2])
+        return _local_bytes(self._state().slots)
 
-    def _arrays(self) -> tuple[Any, Any, Any]:
-        from jaxllm.runner.programs import abstract_arrays
+    def _state(self) -> DeviceState:
+        from jaxllm.runner.programs import abstract_state
 
-        return abstract_arrays(self.model, self.shapes)
+        return abstract_state(self.model, self.shapes)
 
 
 @dataclass(slots=True)
@@ -69,7 +70,7 @@ class Memory:
     fixed: float = 0.0
     per_page: float = 0.0
     problem: str | None = None
-    programs: dict[str, Program] = field(default_factory=dict)
+    programs: dict[str, CompiledProgram] = field(default_factory=dict)
 
 
 def make_plan(config: EngineConfig, topology_name: str, *, context: int | None = None) -> dict[str, Any]:
@@ -105,7 +106,8 @@ def deploy(
     config: EngineConfig, cfg: ModelConfig, topology: Topology, limit: int, notes: tuple[str, ...] = ()
 ) -> Deployment:
     """A configuration on the mesh of a slice that is open already. Raises ValueError where it is not legal."""
-    from jaxllm.engine.build import make_model, runner_shapes
+    from jaxllm.engine.build import make_model
+    from jaxllm.runner.shapes import runner_shapes
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
 
@@ -154,7 +156,7 @@ def measure_memory(deployment: Deployment) -> Memory:
     return Memory(fixed, per_page, programs=programs)
 
 
-def _needed(deployment: Deployment, programs: dict[str, Program]) -> float:
+def _needed(deployment: Deployment, programs: dict[str, CompiledProgram]) -> float:
     """Bytes beside parameters and pages. A row that is not greedy samples inside the decode loop: hence the sum."""
     beside = max(programs["prefill"].temporaries, programs["decode"].temporaries + programs["sampler"].temporaries)
     decode = programs["decode"]
@@ -193,7 +195,7 @@ def device_work(deployment: Deployment, *, tokens: int, rows: int, context: int)
     )
 
 
-def bounds(deployment: Deployment, context: int, programs: dict[str, Program] | None = None) -> dict[str, Any]:
+def bounds(deployment: Deployment, context: int, programs: dict[str, CompiledProgram] | None = None) -> dict[str, Any]:
     """Lower bounds of one decode iteration of all rows and of one prefill chunk without a prefix."""
     shapes, chip, size = deployment.shapes, deployment.topology.chip, deployment.model.placement.mesh.size
     rows, chunk = shapes.max_num_seqs, shapes.max_num_batched_tokens

@@ -24,15 +24,12 @@ if TYPE_CHECKING:
     from jaxllm.kv.mover import Mover
     from jaxllm.runner.connections import Connection
     from jaxllm.runner.runner import ModelRunner
-    from jaxllm.runner.shapes import RunnerShapes
     from jaxllm.scheduling.tiers import Tiers
     from jaxllm.sharding.mesh import Placement
     from jaxllm.tokenizer import Tokenizer
     from jaxllm.weights.loader import AbstractModel
 
 log = logging.getLogger(__name__)
-_CPU_CACHE_BYTES = 384 << 20  # the default model's longest request; a server sets its own
-_TEMPORARY_BYTES = 1 << 30  # left free on an accelerator for activations and logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +57,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
         from jaxllm.engine.engine import Engine
         from jaxllm.runner.memory_check import check_memory, out_of_memory_explained
         from jaxllm.runner.runner import ModelRunner
+        from jaxllm.runner.shapes import runner_shapes
         from jaxllm.sharding.mesh import Placement, make_mesh
 
         use_compilation_cache()
@@ -245,72 +243,6 @@ def _packs(config: EngineConfig, placement: Placement) -> bool:
     if reason and config.matmul_backend == "llvm":
         raise ValueError(f"matmul_backend='llvm' cannot run: {reason}; use auto or xla")
     return not reason
-
-
-def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connection | None = None) -> RunnerShapes:
-    """Fix every static size, the same on all processes.
-
-    Raises ValueError where the cache cannot hold one request of `max_model_len`.
-    """
-    import jax.numpy as jnp
-
-    from jaxllm.kv.layout import token_bytes
-    from jaxllm.ops.attention import XLA, choose_backend, fit_backend
-    from jaxllm.runner.shapes import RunnerShapes
-
-    platform = model.placement.mesh.devices.flat[0].platform
-    on_cpu = platform == "cpu"
-    weights = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
-    # XLA's CPU backend converts a whole bfloat16 cache to write one row; float32 is written in place.
-    kv_dtype = jnp.dtype(jnp.float32) if on_cpu else weights
-    if config.kv_dtype != "auto":
-        kv_dtype = jnp.dtype("float8_e4m3fn" if config.kv_dtype == "fp8" else config.kv_dtype)
-    bytes_per_token = token_bytes(model.cfg, kv_dtype, model.kv_copies)
-    cache_bytes = _cache_bytes(config, model)
-    if connection is not None:
-        cache_bytes = connection.least(cache_bytes)
-    num_pages = cache_bytes // (bytes_per_token * config.page_size)
-    capacity = (num_pages - 1) * config.page_size
-    max_model_len = config.max_model_len or min(model.cfg.max_position_embeddings, max(capacity, 0))
-    if max_model_len > (limit := model.cfg.position_limit):
-        raise ValueError(f"max_model_len={max_model_len} exceeds the {limit} positions of the model; lower it")
-    if capacity < max_model_len or capacity < 1:
-        needed = bytes_per_token * (max_model_len + 2 * config.page_size)
-        raise ValueError(
-            f"the KV cache holds {max(capacity, 0)} tokens, fewer than max_model_len={max_model_len}; raise "
-            f"kv_cache_memory_bytes to {needed} or lower max_model_len"
-        )
-    local_heads = model.cfg.num_kv_heads * model.kv_copies // model.placement.parts("heads")
-    backend = fit_backend(choose_backend(config.attention_backend, platform), model.cfg, kv_dtype, local_heads)
-    return RunnerShapes(
-        max_num_seqs=config.max_num_seqs,
-        max_num_batched_tokens=config.token_budget,
-        max_model_len=max_model_len,
-        num_pages=num_pages,
-        num_replicas=model.placement.parts("pages"),
-        token_multiple=model.placement.token_multiple(),
-        single_row=model.is_packed,
-        page_size=config.page_size,
-        max_decode_steps=0 if config.deterministic else config.max_decode_steps,
-        deterministic=config.deterministic,
-        kv_dtype=kv_dtype,
-        residual_dtype=jnp.dtype(jnp.float32) if on_cpu else weights,
-        attention=XLA if model.placement.ring_size() > 1 else backend,  # the ring reads pages as XLA's attention does
-    )
-
-
-def _cache_bytes(config: EngineConfig, model: AbstractModel) -> int:
-    """Bytes for the pages of one replica, over all devices that share them."""
-    if config.kv_cache_memory_bytes is not None:
-        return config.kv_cache_memory_bytes
-    devices = model.placement.mesh.local_devices  # another process's cannot be asked
-    known = [stats for device in devices if device.platform != "cpu" and (stats := device.memory_stats())]
-    if not known:
-        return _CPU_CACHE_BYTES // model.placement.parts("pages")
-    taken = model.parameter_bytes_per_device() + _TEMPORARY_BYTES
-    left = (int(stats["bytes_limit"] * config.gpu_memory_utilization) - stats["bytes_in_use"] for stats in known)
-    free = min(left) - taken
-    return max(free, 0) * (model.placement.parts("heads") if model.cfg.cache_row.is_cut else 1)
 
 
 def _tokenizer(config: EngineConfig, path: Path | None) -> Tokenizer | None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -146,18 +145,18 @@ class Scorer:
         request.held = Held(slot=runner.shapes.spare_slot, pages=work.pages)
         hidden_TD = runner.hidden_states(IterationPlan([Chunk(request, work.position, count, 0)]))
         if work.pooling is None:
-            work.scored.append(self._score(work, hidden_TD, count))
+            work.scored.append(self._score(work, hidden_TD.shape[0], count))
         else:
             weights_T = _weights(work, count, hidden_TD.shape[0])
-            vector = np.asarray(runner.pool(hidden_TD, weights_T))
+            vector = np.asarray(runner.pool(weights_T))
             work.vector = vector if work.vector is None else work.vector + vector
         work.position += count
 
-    def _score(self, work: ScoringPass, hidden_TD: Any, count: int) -> Sampled:
-        targets_T = np.zeros(hidden_TD.shape[0], np.int32)
+    def _score(self, work: ScoringPass, size: int, count: int) -> Sampled:
+        targets_T = np.zeros(size, np.int32)
         known = work.token_ids[work.position + 1 : work.position + count + 1]
         targets_T[: len(known)] = known
-        scored = self._engine.runner.score(hidden_TD, targets_T)
+        scored = self._engine.runner.score(targets_T)
         assert scored.logprobs is not None and scored.top_ids is not None and scored.top_logprobs is not None
         parts = (scored.tokens, scored.logprobs, scored.top_ids, scored.top_logprobs)
         return Sampled(*(np.asarray(a)[: len(known)] for a in parts))  # type: ignore[arg-type]

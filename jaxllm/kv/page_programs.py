@@ -14,13 +14,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.kv.memory import set_rows
 
 MOVE_BATCH = 8  # pages per dispatch: one program of each kind, and little waste for one page
-MOVES = ("copy", "take", "put")
 
 
 def copy_pages(pages: Sequence[Any], source_G: jax.Array, target_G: jax.Array) -> list[Any]:
@@ -61,18 +59,3 @@ def device_bytes(arrays: Any) -> int:
         math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize * len(s.sharding.device_set)
         for s in jax.tree.leaves(arrays)
     )
-
-
-def lower_move(name: str, pages: Sequence[Any]) -> Any:
-    """Lower one of `MOVES`; the pages are donated where they come back."""
-    mesh = jax.tree.leaves(pages[0])[0].sharding.mesh
-    index = jax.ShapeDtypeStruct((MOVE_BATCH,), np.int32, sharding=NamedSharding(mesh, PartitionSpec()))
-    paged = jax.tree.map(lambda leaf: leaf.sharding, list(pages))
-    slab = slab_struct(pages)
-    if name == "copy":
-        return jax.jit(copy_pages, donate_argnums=0, out_shardings=paged).lower(list(pages), index, index)
-    if name == "take":
-        shardings = [jax.tree.map(lambda leaf: leaf.sharding, slab)] * MOVE_BATCH
-        return jax.jit(take_pages, out_shardings=shardings).lower(list(pages), index)
-    assert name == "put", name
-    return jax.jit(put_pages, donate_argnums=0, out_shardings=paged).lower(list(pages), index, [slab] * MOVE_BATCH)

@@ -1,29 +1,33 @@
-"""An `IterationPlan` -> the flat NumPy arrays that one compiled program takes.
+"""An `IterationPlan` -> what is dispatched for it: programs, buckets, and the flat NumPy arrays that they take.
 
 Static shapes in few sizes: tokens are padded to a token bucket, sampling rows to a row bucket. With several
 data-parallel replicas every array is a row of equal sections, one per replica, so that a device finds its own
 tokens, rows and pages in its own part. Knows requests and plans on one side and array layouts on the other;
 nothing of devices.
 
-Dimension letters: T tokens (bucket), R rows, M pages per row, X stop ids, Z replicas.
+Dimension letters: T tokens (bucket), R rows, M pages per row, X stop ids, Z replicas, G pages or masks set together,
+W words of a bit mask.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxllm.config.sampling import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from jaxllm.kv.page_programs import MOVE_BATCH
 from jaxllm.runner.sampler import SamplingRows
+from jaxllm.runner.shapes import RunnerShapes, bucket_for
 from jaxllm.scheduling.request import Request
 from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 
 Array = Any  # NumPy on the host, traced inside a compiled program
 MAX_STOP_IDS = MAX_STOP_TOKEN_IDS + 8  # the user's and the model's own
+MASK_BATCH = 8  # masks of one dispatch
 
 
 @jax.tree_util.register_dataclass
@@ -33,9 +37,9 @@ class RaggedBatch:
 
     Attributes:
         token_row, token_position: `[T]`, which row a token belongs to and where in its sequence it stands.
-        num_tokens: scalar; tokens at or beyond it are padding. `[Z]` with several replicas, for each section.
-        slot, q_start, q_len, kv_len: `[R]` per row; `num_single` (`[Z]`) rows of one query come first. `q_start`
-            counts from the section's own first token.
+        num_tokens: `[Z]`; a section's tokens at or beyond it are padding.
+        slot, q_start, q_len, kv_len: `[R]` per row; of each section `num_single` (`[Z]`) rows of one query come first.
+            `q_start` counts from the section's own first token.
         page_table: `[R, M]`, numbers of the replica's own pages.
         sample_at: `[R]`, flat index of each sampling row's last token, in the order of the sampling rows.
     """
@@ -62,7 +66,7 @@ class RowBatch:
         length: tokens each row has; the token at `length - 1` is the last known one.
         limit: length at which the row stops.
         stop_ids: `[R, X]`, -1 fills up.
-        sampling: parameters, or None where every row is plainly greedy.
+        sampling: parameters, or None where every row is plainly greedy. Its masks lie in the slots.
     """
 
     slot: Array
@@ -72,139 +76,188 @@ class RowBatch:
     sampling: SamplingRows | None
 
 
-def bucket_for(size: int, buckets: Sequence[int]) -> int:
-    """Smallest bucket that holds `size`."""
-    for bucket in buckets:
-        if size <= bucket:
-            return bucket
-    raise AssertionError(f"{size} exceeds the largest bucket {buckets[-1]}")
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """One call of a compiled program (see `programs`): its name, its bucket, and what the host gives it."""
+
+    program: str
+    bucket: int
+    inputs: tuple[Any, ...]
 
 
-def make_buckets(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
-    """Geometric sizes from `smallest` to exactly `largest`."""
-    sizes = [largest]
-    while sizes[-1] > smallest:
-        sizes.append(max(smallest, sizes[-1] // factor))
-    return tuple(reversed(sizes))
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """All that is dispatched for one plan, in order; `rows` says where each of the `sampling` chunks stands."""
+
+    dispatches: list[Dispatch]
+    sampling: list[Chunk]
+    rows: list[int]
 
 
-def by_replica(chunks: Sequence[Chunk], num_replicas: int) -> list[Sequence[Chunk]]:
+def lay_out(plan: IterationPlan, shapes: RunnerShapes) -> Layout:
+    """Everything an iteration needs, in the order in which the device must do it."""
+    sampling = [chunk for chunk in plan.chunks if chunk.num_samples]
+    sections = by_replica(sampling, shapes)
+    bucket = bucket_for(max(map(len, sections)), shapes.row_buckets)
+    at = _row_numbers(sections, bucket)
+    rows = [at[id(chunk)] for chunk in sampling]
+    dispatches = [*_copies(plan.copies), *(admission(request, shapes) for request in plan.admitted)]
+    dispatches += _masks(sampling, shapes)
+    if not plan.is_decode_loop:
+        dispatches.append(_ragged(plan.chunks, shapes))
+    if sampling:
+        batch = row_batch(sampling, rows, shapes.num_replicas * bucket, shapes)
+        suffix = "_greedy" if batch.sampling is None else ""
+        if plan.is_decode_loop:
+            table = page_table((c.request for c in sampling), rows, len(batch.slot), shapes.pages_per_row)
+            dispatches.append(Dispatch(f"decode{suffix}", bucket, (batch, table, np.int32(plan.num_steps))))
+        else:
+            dispatches.append(Dispatch(f"sample{suffix}", bucket, (batch,)))
+    return Layout(dispatches, sampling, rows)
+
+
+def lay_out_pass(chunk: Chunk, shapes: RunnerShapes) -> list[Dispatch]:
+    """A forward pass over one chunk of a request that samples nothing, and keeps every token's hidden state."""
+    bucket = bucket_for(chunk.count, shapes.scoring_buckets)
+    batch = ragged_batch(by_replica([chunk], shapes), bucket, shapes)
+    every_token = np.arange(bucket, dtype=np.int32)
+    return [admission(chunk.request, shapes), Dispatch("hidden", bucket, (replace(batch, sample_at=every_token),))]
+
+
+def admission(request: Request, shapes: RunnerShapes) -> Dispatch:
+    """The tokens of a request that is new to its slot."""
+    tokens_L = np.zeros(shapes.max_model_len, np.int32)
+    tokens_L[: len(request.token_ids)] = request.token_ids
+    return Dispatch("admit", 1, (np.int32(request.slot), tokens_L))
+
+
+def by_replica(chunks: Iterable[Chunk], shapes: RunnerShapes) -> list[list[Chunk]]:
     """The chunks of each replica, in their order."""
-    if num_replicas == 1:
-        return [chunks]
-    parts: list[list[Chunk]] = [[] for _ in range(num_replicas)]
+    sections: list[list[Chunk]] = [[] for _ in range(shapes.num_replicas)]
     for chunk in chunks:
-        parts[chunk.request.replica].append(chunk)
-    return list(parts)
+        sections[chunk.request.replica].append(chunk)
+    return sections
 
 
-def fullest(chunks: Sequence[Chunk], num_replicas: int) -> int:
-    """Rows of the replica that has most."""
-    return max(map(len, by_replica(chunks, num_replicas)))
+def _row_numbers(sections: Sequence[Sequence[Chunk]], num_rows: int) -> dict[int, int]:
+    """In which row each chunk (by identity) stands where every section has `num_rows`."""
+    return {id(chunk): z * num_rows + i for z, part in enumerate(sections) for i, chunk in enumerate(part)}
 
 
-def row_numbers(chunks: Sequence[Chunk], num_rows: int, num_replicas: int) -> Sequence[int]:
-    """In which row of the sections (of `num_rows` each) every chunk stands."""
-    if num_replicas == 1:
-        return range(len(chunks))
-    at = {
-        id(c): z * num_rows + i for z, part in enumerate(by_replica(chunks, num_replicas)) for i, c in enumerate(part)
-    }
-    return [at[id(chunk)] for chunk in chunks]
+def _copies(pairs: Sequence[tuple[int, int]]) -> Iterator[Dispatch]:
+    for i in range(0, len(pairs), MOVE_BATCH):
+        sides = zip(*pairs[i : i + MOVE_BATCH], strict=True)
+        yield Dispatch("copy", MOVE_BATCH, tuple(padded_pages(side) for side in sides))
 
 
-def page_tables(chunks: Sequence[Chunk], num_rows: int, width: int, num_replicas: int = 1) -> np.ndarray:
-    """`[R, M]` page numbers of the chunks' requests, `num_rows` rows for each replica."""
-    parts = by_replica(chunks, num_replicas)
-    return np.concatenate([page_table([chunk.request for chunk in part], num_rows, width) for part in parts])
+def padded_pages(pages: Sequence[int]) -> np.ndarray:
+    """Page numbers as the programs that move pages take them `[G]`; page 0 belongs to nobody."""
+    return _pad(pages, MOVE_BATCH)
 
 
-def page_table(requests: Sequence[Request], num_rows: int, width: int) -> np.ndarray:
-    """`[R, M]` page numbers, zero where a row has none."""
+def _masks(chunks: Iterable[Chunk], shapes: RunnerShapes) -> Iterator[Dispatch]:
+    """The next token's bit mask into the slot of each request that has a constraint."""
+    constrained = [chunk.request for chunk in chunks if chunk.request.constraint is not None]
+    for i in range(0, len(constrained), MASK_BATCH):
+        batch = constrained[i : i + MASK_BATCH]
+        masks_GW = np.zeros((MASK_BATCH, shapes.mask_words), np.int32)
+        for mask, request in zip(masks_GW, batch, strict=False):
+            assert request.constraint is not None
+            request.constraint.fill_mask(mask)
+        slots = _pad([request.slot for request in batch], MASK_BATCH, fill=shapes.spare_slot)
+        yield Dispatch("mask", MASK_BATCH, (slots, masks_GW))
+
+
+def _ragged(chunks: Sequence[Chunk], shapes: RunnerShapes) -> Dispatch:
+    sections = by_replica(chunks, shapes)
+    most = max(sum(chunk.count for chunk in part) for part in sections)
+    bucket = bucket_for(most, shapes.token_buckets)
+    return Dispatch("ragged", bucket, (ragged_batch(sections, bucket, shapes),))
+
+
+def ragged_batch(sections: Sequence[Sequence[Chunk]], num_tokens: int, shapes: RunnerShapes) -> RaggedBatch:
+    """Lay each replica's chunks end to end: one row per chunk, one entry per token, `num_tokens` for each replica."""
+    replicas, num_rows = len(sections), shapes.row_buckets[-1]
+    tokens, rows = np.zeros((2, replicas, num_tokens), np.int32), np.zeros((5, replicas, num_rows), np.int32)
+    token_row, token_position = tokens
+    slot, q_start, q_len, kv_len, sample_at = rows
+    totals, singles = np.zeros((2, replicas), np.int32)
+    table = np.zeros((replicas * num_rows, shapes.pages_per_row), np.int32)
+    for z, part in enumerate(sections):
+        if not part:
+            continue
+        counts = np.array([chunk.count for chunk in part], np.int32)
+        starts = np.array([chunk.start for chunk in part], np.int32)
+        offsets = np.cumsum(counts, dtype=np.int32) - counts
+        total, used = int(counts.sum()), len(part)
+        of_token = np.repeat(np.arange(used, dtype=np.int32), counts)
+        token_row[z, :total] = of_token
+        token_row[z] += z * num_rows
+        token_position[z, :total] = np.arange(total, dtype=np.int32) - (offsets - starts)[of_token]
+        slot[z, :used] = [chunk.request.slot for chunk in part]
+        q_start[z, :used], q_len[z, :used], kv_len[z, :used] = offsets, counts, starts + counts
+        ends = [int(end) for end, chunk in zip(offsets + counts - 1, part, strict=True) if chunk.num_samples]
+        sample_at[z, : len(ends)] = ends
+        sample_at[z] += z * num_tokens
+        totals[z], singles[z] = total, (counts == 1).sum() if shapes.singles_first else 0
+        _fill_table(table[z * num_rows :], (chunk.request for chunk in part), range(used))
+    return RaggedBatch(
+        token_row=token_row.reshape(-1),
+        token_position=token_position.reshape(-1),
+        num_tokens=totals,
+        slot=slot.reshape(-1),
+        q_start=q_start.reshape(-1),
+        q_len=q_len.reshape(-1),
+        kv_len=kv_len.reshape(-1),
+        num_single=singles,
+        page_table=table,
+        sample_at=sample_at.reshape(-1),
+    )
+
+
+def page_table(requests: Iterable[Request], rows: Iterable[int], num_rows: int, width: int) -> np.ndarray:
+    """`[R, M]` page numbers, each request's in its row; zero where a row has none."""
     table = np.zeros((num_rows, width), np.int32)
-    for row, request in enumerate(requests):
-        table[row, : len(request.pages)] = request.pages
+    _fill_table(table, requests, rows)
     return table
 
 
-def ragged_batch(plan: IterationPlan, num_tokens: int, num_rows: int, width: int, num_replicas: int = 1) -> RaggedBatch:
-    """Lay the plan's chunks end to end: one row per chunk, one entry per token; sizes are those of one replica."""
-    parts = [_section(part, num_tokens, num_rows, width) for part in by_replica(plan.chunks, num_replicas)]
-    if num_replicas == 1:
-        return parts[0]
-    for z, part in enumerate(parts):
-        part.token_row[:] += z * num_rows
-        part.sample_at[:] += z * num_tokens
-    return jax.tree.map(lambda *sections: np.concatenate([np.atleast_1d(a) for a in sections]), *parts)
+def _fill_table(table: np.ndarray, requests: Iterable[Request], rows: Iterable[int]) -> None:
+    for row, request in zip(rows, requests, strict=True):
+        table[row, : len(request.pages)] = request.pages
 
 
-def _section(chunks: Sequence[Chunk], num_tokens: int, num_rows: int, width: int) -> RaggedBatch:
-    counts = np.array([chunk.count for chunk in chunks], np.int32)
-    starts = np.array([chunk.start for chunk in chunks], np.int32)
-    offsets = np.cumsum(counts, dtype=np.int32) - counts
-    total, rows = int(counts.sum()), len(counts)
-    token_row = np.repeat(np.arange(rows, dtype=np.int32), counts)
-    position = np.arange(total, dtype=np.int32) - (offsets - starts)[token_row]
-    ends = [int(offsets[i] + counts[i]) - 1 for i, chunk in enumerate(chunks) if chunk.num_samples]
-    return RaggedBatch(
-        token_row=_pad(token_row, num_tokens),
-        token_position=_pad(position, num_tokens),
-        num_tokens=np.int32(total),
-        slot=_pad([chunk.request.slot for chunk in chunks], num_rows),
-        q_start=_pad(offsets, num_rows),
-        q_len=_pad(counts, num_rows),
-        kv_len=_pad(starts + counts, num_rows),
-        num_single=np.int32((counts == 1).sum()),
-        page_table=page_table([chunk.request for chunk in chunks], num_rows, width),
-        sample_at=_pad(ends, num_rows),
-    )
-
-
-def row_batch(
-    chunks: Sequence[Chunk], num_rows: int, spare_slot: int, vocab_size: int, num_replicas: int = 1, *,
-    greedy: bool = True,
-) -> RowBatch:  # fmt: skip
-    """The sampling rows of a plan, `num_rows` for each replica: `length` is where each row's next token goes.
-
-    Where `greedy` allows it, rows that are all plainly greedy need no sampling parameters.
-    """
-    greedy = greedy and all(chunk.request.params.plain_greedy for chunk in chunks)
-    parts = [_rows(part, num_rows, spare_slot, vocab_size, greedy) for part in by_replica(chunks, num_replicas)]
-    return parts[0] if num_replicas == 1 else jax.tree.map(lambda *sections: np.concatenate(sections), *parts)
-
-
-def _rows(chunks: Sequence[Chunk], num_rows: int, spare_slot: int, vocab_size: int, greedy: bool) -> RowBatch:
+def row_batch(chunks: Sequence[Chunk], rows: Sequence[int], num_rows: int, shapes: RunnerShapes) -> RowBatch:
+    """The sampling rows of a plan, each chunk in its row: `length` is where each row's next token goes."""
     requests = [chunk.request for chunk in chunks]
+    greedy = shapes.separate_greedy and all(r.params.plain_greedy and r.constraint is None for r in requests)
     stop_ids = np.full((num_rows, MAX_STOP_IDS), -1, np.int32)
-    for row, request in enumerate(requests):
+    for row, request in zip(rows, requests, strict=True):
         ids = sorted(request.stop_ids)[:MAX_STOP_IDS]
         stop_ids[row, : len(ids)] = ids
     return RowBatch(
-        slot=_pad([request.slot for request in requests], num_rows, fill=spare_slot),
-        length=_pad([chunk.start + chunk.count for chunk in chunks], num_rows, fill=1),
-        limit=_pad([request.limit for request in requests], num_rows),
+        slot=_at(rows, [request.slot for request in requests], num_rows, fill=shapes.spare_slot),
+        length=_at(rows, [chunk.start + chunk.count for chunk in chunks], num_rows, fill=1),
+        limit=_at(rows, [request.limit for request in requests], num_rows),
         stop_ids=stop_ids,
-        sampling=None if greedy else sampling_rows(requests, num_rows, vocab_size),
+        sampling=None if greedy else sampling_rows(requests, rows, num_rows, shapes.vocab_size),
     )
 
 
-def sampling_rows(requests: Sequence[Request], num_rows: int, vocab_size: int) -> SamplingRows:
+def sampling_rows(
+    requests: Sequence[Request], rows: Sequence[int], num_rows: int, vocab_size: int
+) -> SamplingRows:  # fmt: skip
     """The requests' sampling parameters as arrays; padding rows are greedy."""
     params = [request.params for request in requests]
-    masked = [request.constraint is not None for request in requests]
-    allowed = np.zeros((num_rows, -(-vocab_size // 32)), np.int32)
-    for row, request in enumerate(requests):
-        if request.constraint is not None:
-            request.constraint.fill_mask(allowed[row])
     bias_ids = np.full((num_rows, MAX_LOGIT_BIAS), vocab_size, np.int32)
     bias_values = np.zeros((num_rows, MAX_LOGIT_BIAS), np.float32)
-    for row, p in enumerate(params):
+    for row, p in zip(rows, params, strict=True):
         if p.logit_bias:
             bias_ids[row, : len(p.logit_bias)] = list(p.logit_bias)
             bias_values[row, : len(p.logit_bias)] = list(p.logit_bias.values())
 
     def floats(name: str, fill: float) -> np.ndarray:
-        return _pad([getattr(p, name) for p in params], num_rows, fill, np.float32)
+        return _at(rows, [getattr(p, name) for p in params], num_rows, fill, np.float32)
 
     return SamplingRows(
         temperature=floats("temperature", 0.0),
@@ -213,27 +266,33 @@ def sampling_rows(requests: Sequence[Request], num_rows: int, vocab_size: int) -
         presence=floats("presence_penalty", 0.0),
         frequency=floats("frequency_penalty", 0.0),
         repetition=floats("repetition_penalty", 1.0),
-        top_k=_pad([min(p.top_k, vocab_size) for p in params], num_rows),
-        seed=_seeds(requests, num_rows),
-        prompt_len=_pad([request.num_prompt for request in requests], num_rows),
-        min_len=_pad([r.num_prompt + r.params.min_tokens for r in requests], num_rows),
-        num_logprobs=_pad([-1 if p.logprobs is None else p.logprobs for p in params], num_rows, -1),
+        top_k=_at(rows, [min(p.top_k, vocab_size) for p in params], num_rows),
+        seed=_seeds(requests, rows, num_rows),
+        prompt_len=_at(rows, [request.num_prompt for request in requests], num_rows),
+        min_len=_at(rows, [r.num_prompt + r.params.min_tokens for r in requests], num_rows),
+        num_logprobs=_at(rows, [-1 if p.logprobs is None else p.logprobs for p in params], num_rows, -1),
         bias_ids=bias_ids,
         bias_values=bias_values,
-        masked=_pad(masked, num_rows, False, np.bool_),
-        allowed=allowed,
+        masked=_at(rows, [request.constraint is not None for request in requests], num_rows, False, np.bool_),
+        allowed=None,
     )
 
 
-def _seeds(requests: Sequence[Request], num_rows: int) -> np.ndarray:
+def _seeds(requests: Sequence[Request], rows: Sequence[int], num_rows: int) -> np.ndarray:
     """Upper and lower half of each seed modulo 2^64."""
     seeds = np.zeros((num_rows, 2), np.uint32)
-    for row, request in enumerate(requests):
+    for row, request in zip(rows, requests, strict=True):
         seeds[row] = request.seed >> 32 & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
     return seeds
 
 
-def _pad(values: Sequence | np.ndarray, size: int, fill: float = 0, dtype: type = np.int32) -> np.ndarray:
+def _pad(values: Sequence[int], size: int, fill: int = 0) -> np.ndarray:
+    return np.array([*values, *[fill] * (size - len(values))], np.int32)
+
+
+def _at(
+    rows: Sequence[int], values: Sequence[float], size: int, fill: float = 0, dtype: type = np.int32
+) -> np.ndarray:  # fmt: skip
     out = np.full(size, fill, dtype)
-    out[: len(values)] = values
+    out[rows] = values
     return out

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 from jaxllm.kv.page_programs import device_bytes
-from jaxllm.runner.programs import abstract_arrays
+from jaxllm.runner.programs import abstract_state
 from jaxllm.runner.shapes import RunnerShapes
 from jaxllm.weights.loader import AbstractModel
 
@@ -70,9 +70,9 @@ class Needed:
 
 def needed(model: AbstractModel, shapes: RunnerShapes, devices: int = 1) -> Needed:
     """What the engine takes of the memory that so many of its devices share."""
-    _, pages, state = abstract_arrays(model, shapes)
+    state = abstract_state(model, shapes)
     size = model.placement.mesh.size
-    all_pages = device_bytes(pages)
+    all_pages = device_bytes(state.pages)
     tokens = shapes.num_pages * shapes.page_size * shapes.num_replicas
     copies = all_pages // max(1, tokens) * shapes.num_replicas  # bytes of a token of every replica, on all devices
     cut = model.placement.parts("heads") if model.cfg.cache_row.is_cut else 1
@@ -80,7 +80,7 @@ def needed(model: AbstractModel, shapes: RunnerShapes, devices: int = 1) -> Need
     return Needed(
         weights=devices * model.parameter_bytes_per_device(),
         pages=devices * all_pages // size,
-        slots=devices * device_bytes(state) // size,
+        slots=devices * device_bytes(state.slots) // size,
         logits=devices * rows * model.cfg.vocab_size * _LOGITS_BYTES,
         cache_setting=all_pages // size * cut,
         least_pages=devices * (shapes.pages_per_row + 1) * shapes.page_size * copies // size,

@@ -1,36 +1,61 @@
-"""One dispatch as bytes, for processes that follow another: program key and host arrays, in a fixed schema.
+"""What process 0 tells the others, as bytes: run a program on these host arrays, compile, start anew, stop.
 
-A message is a header (program, bucket, greedy, number of arrays) and for each array its dtype, shape and bytes, in the
-order of the fields of the program's inputs. No names, no code, no pickle: both ends know the schema, and what does
-not fit it is refused. Little-endian.
+A message is its kind, and of a program its number in the table, its bucket, and for each array its dtype, shape and
+bytes in the order of the fields of the program's inputs. No names, no code, no pickle: both ends know the schema, and
+what does not fit it is refused. Little-endian.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxllm.runner.batch import RaggedBatch, RowBatch
-from jaxllm.runner.sampler import SamplingRows
+from jaxllm.runner.batch import Dispatch
+from jaxllm.runner.programs import PROGRAMS, SAMPLING, SCORING, TIERS
 
-Key = tuple[str, int, bool]
-# Every message there is; the last three say what to do with the programs instead of naming one.
-NAMES = ("admit", "ragged", "hidden", "sample", "decode", "score", "pool", "copy", "reset", "warm_up", "stop")
+Structure = Callable[[str], Any]  # the `PyTreeDef` of a program's inputs
+_NAMES = tuple(PROGRAMS)
 _DTYPES = tuple(np.dtype(name) for name in ("int32", "uint32", "float32", "bool"))
-_HEADER = struct.Struct("<BIBB")
+_DISPATCH = struct.Struct("<BBIB")  # kind, program, bucket, number of arrays
 _ARRAY = struct.Struct("<BB")
+_KINDS = _RUN, _WARM_UP, _RESET, _STOP = range(4)
+_GROUPS = (SAMPLING, SCORING, TIERS)
 
 
-def encode(key: Key, inputs: tuple[Any, ...]) -> bytes:
-    """A message. A mask that no row looks at is left out: it is the largest array by far."""
-    name, bucket, greedy = key
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(_without_idle_masks(inputs))]
-    parts = [_HEADER.pack(NAMES.index(name), bucket, greedy, len(leaves))]
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """Compile these groups of programs, and those that are always compiled."""
+
+    groups: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reset:
+    """Empty pages and slots."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """There is no more to do."""
+
+
+Message = Dispatch | WarmUp | Reset | Stop
+
+
+def encode(message: Message) -> bytes:
+    """A message as bytes."""
+    if isinstance(message, WarmUp):
+        return bytes([_WARM_UP, sum(1 << _GROUPS.index(group) for group in message.groups)])
+    if not isinstance(message, Dispatch):
+        return bytes([_RESET if isinstance(message, Reset) else _STOP])
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(message.inputs)]
+    parts = [_DISPATCH.pack(_RUN, _NAMES.index(message.program), message.bucket, len(leaves))]
     for leaf in leaves:
         parts.append(_ARRAY.pack(_DTYPES.index(leaf.dtype), leaf.ndim))
         parts.append(struct.pack(f"<{leaf.ndim}I", *leaf.shape))
@@ -38,55 +63,34 @@ def encode(key: Key, inputs: tuple[Any, ...]) -> bytes:
     return b"".join(parts)
 
 
-def decode(message: bytes, vocab_size: int) -> tuple[Key, tuple[Any, ...]]:
-    """The reverse. Raises ValueError for what is no message."""
+def decode(data: bytes, structure: Structure) -> Message:
+    """The reverse; `structure` gives that of a program's inputs. Raises ValueError for what is no message."""
     try:
-        code, bucket, greedy, count = _HEADER.unpack_from(message)
-        name, at, leaves = NAMES[code], _HEADER.size, []
-        for _ in range(count):
-            dtype, ndim = _ARRAY.unpack_from(message, at)
-            shape = struct.unpack_from(f"<{ndim}I", message, at + _ARRAY.size)
-            at += _ARRAY.size + 4 * ndim
-            leaves.append(np.frombuffer(message, _DTYPES[dtype], math.prod(shape), at).reshape(shape))
-            at += leaves[-1].nbytes
-        structure = jax.tree.structure(_template(name, bool(greedy)))
-        if at != len(message) or structure.num_leaves != count:
-            raise ValueError(f"{len(message)} bytes and {count} arrays")
+        kind = _KINDS[data[0]]
+        if kind == _RUN:
+            return _dispatch(data, structure)
+        if len(data) != 1 + (kind == _WARM_UP):
+            raise ValueError(f"{len(data)} bytes")
+        if kind == _WARM_UP:
+            return WarmUp(tuple(group for i, group in enumerate(_GROUPS) if data[1] >> i & 1))
+        return Reset() if kind == _RESET else Stop()
     except (struct.error, IndexError, ValueError) as error:
         raise ValueError(f"not a message between processes of one version: {error}") from None
-    return (name, bucket, bool(greedy)), _with_masks(jax.tree.unflatten(structure, leaves), vocab_size)
 
 
-def _template(name: str, greedy: bool) -> tuple[Any, ...]:
-    """The inputs of a program, with a number where each array stands."""
-    sampling = None if greedy else SamplingRows(*range(len(dataclasses.fields(SamplingRows))))
-    rows = RowBatch(0, 1, 2, 3, sampling)
-    if name in ("ragged", "hidden"):
-        return (RaggedBatch(*range(len(dataclasses.fields(RaggedBatch)))),)
-    return {
-        "admit": (0, 1),
-        "sample": (rows,),
-        "decode": (rows, 0, 1),
-        "score": (0,),
-        "pool": (0,),
-        "copy": (0, 1),
-    }.get(name, ())
+def _dispatch(data: bytes, structure: Structure) -> Dispatch:
+    _, code, bucket, count = _DISPATCH.unpack_from(data)
+    name, at, leaves = _NAMES[code], _DISPATCH.size, []
+    for _ in range(count):
+        dtype, ndim = _ARRAY.unpack_from(data, at)
+        shape = struct.unpack_from(f"<{ndim}I", data, at + _ARRAY.size)
+        at += _ARRAY.size + 4 * ndim
+        leaves.append(np.frombuffer(data, _DTYPES[dtype], math.prod(shape), at).reshape(shape))
+        at += leaves[-1].nbytes
+    inputs = structure(name)
+    if at != len(data) or inputs.num_leaves != count:
+        raise ValueError(f"{len(data)} bytes and {count} arrays")
+    return Dispatch(name, bucket, jax.tree.unflatten(inputs, leaves))
 
 
-def _without_idle_masks(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    rows = inputs[0] if inputs else None
-    if not isinstance(rows, RowBatch) or rows.sampling is None or rows.sampling.masked.any():
-        return inputs
-    allowed = np.zeros((len(rows.slot), 0), np.int32)
-    return (dataclasses.replace(rows, sampling=dataclasses.replace(rows.sampling, allowed=allowed)), *inputs[1:])
-
-
-def _with_masks(inputs: tuple[Any, ...], vocab_size: int) -> tuple[Any, ...]:
-    rows = inputs[0] if inputs else None
-    if not isinstance(rows, RowBatch) or rows.sampling is None or rows.sampling.allowed.size:
-        return inputs
-    allowed = np.zeros((len(rows.slot), -(-vocab_size // 32)), np.int32)
-    return (dataclasses.replace(rows, sampling=dataclasses.replace(rows.sampling, allowed=allowed)), *inputs[1:])
-
-
-STOP = encode(("stop", 0, True), ())
+STOP = encode(Stop())

@@ -1,33 +1,79 @@
-"""One program of the engine, lowered from shapes alone: enough for any compiler, this machine's or a TPU slice's.
+"""The compiled programs of an engine, as one table: whatever lowers, runs, sends or warms up programs loops over it.
 
-A model, its `RunnerShapes` and a `Key` -> what `jax.jit(...).lower` returns. Knows nothing of weights, threads or
-requests.
+A program is a pure function `(steps, *what it reads, *host inputs) -> (*what it writes, output)`. What it reads and
+writes are fields of `DeviceState`; a field that is both is donated. To add one, write its function (in `steps`, say)
+and its entry here. Knows nothing of weights' values, threads or requests.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 
-from jaxllm.kv.page_programs import MOVES, lower_move
+from jaxllm.kv.page_programs import MOVE_BATCH, copy_pages, put_pages, slab_struct, take_pages
 from jaxllm.runner import batch as batches
 from jaxllm.runner.shapes import RunnerShapes
-from jaxllm.runner.steps import Programs, SlotState
-from jaxllm.scheduling.scheduler import IterationPlan
+from jaxllm.runner.steps import Pages, SlotState, Steps
 from jaxllm.weights.loader import AbstractModel
 
-Key = tuple[str, int, bool]  # program, bucket, plainly greedy
+Key = tuple[str, int]  # program, bucket
+Inputs = tuple[Any, ...]
+START, ALWAYS, SAMPLING, SCORING, TIERS = "start", "always", "sampling", "scoring", "tiers"
 
 
-def make_programs(model: AbstractModel, shapes: RunnerShapes) -> Programs:
+@dataclass(slots=True)
+class DeviceState:
+    """All that lies on the devices between two programs.
+
+    Attributes:
+        params: leaves of the parameters. Flattening the module at every dispatch would cost more than the dispatch.
+        pages: per layer an array, or a pytree of page-major arrays.
+        slots: what is remembered of each running request.
+        hidden: `[Z * R, D]`, hidden states of the sampling rows of the last ragged step.
+        scored: `[T, D]`, hidden states of every token of the last scoring pass.
+    """
+
+    params: Any = None
+    pages: Any = None
+    slots: Any = None
+    hidden: Any = None
+    scored: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """One entry of the table.
+
+    Attributes:
+        name: also in messages between processes and in logs.
+        run: the function.
+        reads, writes: fields of `DeviceState`.
+        inputs: what the host gives it, empty, for a bucket; arrays of device memory as shapes with shardings.
+        buckets: the sizes that it is compiled for; none: this engine does not use it.
+        output: shardings of what it gives back beside `writes`, or None where it gives nothing.
+        warm_up: for whom it is compiled ahead of time; `START` is what the first short request needs.
+    """
+
+    name: str
+    run: Callable[..., tuple[Any, ...]]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...] = ()
+    inputs: Callable[[AbstractModel, RunnerShapes, int], Inputs]
+    buckets: Callable[[RunnerShapes], Sequence[int]]
+    output: Callable[[AbstractModel, RunnerShapes], Any] | None = None
+    warm_up: str = ALWAYS
+
+
+def make_steps(model: AbstractModel, shapes: RunnerShapes) -> Steps:
     """The step functions of one model."""
-    return Programs(
+    return Steps(
         cfg=model.cfg,
         graph=model.graph,
         params_tree=jax.tree.structure(model.parameters),
@@ -35,23 +81,24 @@ def make_programs(model: AbstractModel, shapes: RunnerShapes) -> Programs:
         residual_dtype=shapes.residual_dtype,
         max_steps=shapes.max_decode_steps,
         longest=shapes.max_model_len,
-        # Deterministic iterations have a tile for every decode.
-        backend=dataclasses.replace(shapes.attention, query_tile=16) if shapes.deterministic else shapes.attention,
+        backend=shapes.attention,
     )
 
 
-def abstract_arrays(model: AbstractModel, shapes: RunnerShapes) -> tuple[Any, Any, Any]:
-    """Parameter leaves, pages and state as shapes with shardings: enough to compile without any weights."""
-
-    def shaped(variable: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(variable.shape, variable.dtype, sharding=sharding)
-
-    state = jax.eval_shape(functools.partial(zero_state, shapes))
+def abstract_state(model: AbstractModel, shapes: RunnerShapes, bucket: int = 1) -> DeviceState:
+    """Shapes with shardings, enough to compile without any weights; `bucket` is that of the scoring pass."""
     whole = model.placement.replicated
-    return (
-        jax.tree.leaves(model.parameters),
-        abstract_pages(model, shapes),
-        jax.tree.map(lambda s: shaped(s, whole), state),
+
+    def hidden(rows: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, model.cfg.hidden_size), shapes.residual_dtype, sharding=whole)
+
+    slots = jax.eval_shape(functools.partial(zero_slots, shapes))
+    return DeviceState(
+        params=jax.tree.leaves(model.parameters),
+        pages=abstract_pages(model, shapes),
+        slots=jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), slots),
+        hidden=hidden(shapes.num_replicas * shapes.row_buckets[-1]),
+        scored=hidden(bucket),
     )
 
 
@@ -60,64 +107,210 @@ def abstract_pages(model: AbstractModel, shapes: RunnerShapes) -> list[Any]:
     return [shapes.page_layout(model.cfg.cache_row, model.kv_copies).abstract(model.placement)] * model.cfg.num_layers
 
 
-def zero_state(shapes: RunnerShapes) -> SlotState:
+def zero_slots(shapes: RunnerShapes) -> SlotState:
     """No slot taken, the spare one included."""
     slots = shapes.spare_slot + 1
-    return SlotState(jnp.zeros((slots, shapes.max_model_len), jnp.int32), jnp.zeros(slots, jnp.bool))
+    return SlotState(
+        history=jnp.zeros((slots, shapes.max_model_len), jnp.int32),
+        done=jnp.zeros(slots, jnp.bool),
+        allowed=jnp.zeros((slots, shapes.mask_words), jnp.int32),
+    )
 
 
-def lower(model: AbstractModel, shapes: RunnerShapes, key: Key) -> Any:
-    """Lower one program; `.compile()` what comes back."""
-    name, bucket, _ = key
-    params, pages, state = abstract_arrays(model, shapes)
-    if name in MOVES:
-        return lower_move(name, pages)
-    programs, whole = make_programs(model, shapes), model.placement.replicated
-    paged = jax.tree.map(lambda leaf: leaf.sharding, pages)
-    inputs = _whole(host_inputs(shapes, model.cfg.vocab_size, key), whole)
+def lower(model: AbstractModel, shapes: RunnerShapes, key: Key) -> jax.stages.Lowered:
+    """Lower one program; `.compile()` what comes back, with any compiler: this machine's or a TPU slice's."""
+    name, bucket = key
+    program, state, whole = PROGRAMS[name], abstract_state(model, shapes, bucket), model.placement.replicated
 
-    def hidden(rows: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, model.cfg.hidden_size), shapes.residual_dtype, sharding=whole)
+    def given(leaf: Any) -> Any:
+        """What comes from the host comes whole to every device; else the compiler would choose a cut."""
+        if isinstance(leaf, jax.ShapeDtypeStruct) or whole.mesh.size == 1:
+            return leaf
+        return jax.ShapeDtypeStruct(np.shape(leaf), np.asarray(leaf).dtype, sharding=whole)
 
-    if name == "admit":
-        return jax.jit(programs.admit, donate_argnums=0, out_shardings=whole).lower(state, *inputs)
-    if name in ("ragged", "hidden"):
-        jitted = jax.jit(programs.ragged_step, donate_argnums=1, out_shardings=(whole, paged))
-        return jitted.lower(params, pages, state, *inputs)
-    if name in ("score", "pool"):
-        function = programs.score if name == "score" else programs.pool
-        return jax.jit(function, out_shardings=whole).lower(params, hidden(bucket), *inputs)
-    if name == "sample":
-        jitted = jax.jit(programs.sample_step, donate_argnums=2, out_shardings=whole)
-        return jitted.lower(params, hidden(shapes.num_replicas * shapes.row_buckets[-1]), state, *inputs)
-    jitted = jax.jit(programs.decode_loop, donate_argnums=(1, 2), out_shardings=(whole, paged, whole))
-    return jitted.lower(params, pages, state, *inputs)
+    written = tuple(jax.tree.map(lambda leaf: leaf.sharding, getattr(state, field)) for field in program.writes)
+    output = () if program.output is None else (program.output(model, shapes),)
+    jitted = jax.jit(
+        functools.partial(program.run, make_steps(model, shapes)),
+        donate_argnums=[i for i, field in enumerate(program.reads) if field in program.writes],
+        out_shardings=(*written, *output),
+    )
+    inputs = jax.tree.map(given, program.inputs(model, shapes, bucket))
+    return jitted.lower(*(getattr(state, field) for field in program.reads), *inputs)
 
 
-def host_inputs(shapes: RunnerShapes, vocab_size: int, key: Key) -> tuple[Any, ...]:
-    """What one program takes from the host beside the device's arrays: the empty one of each."""
-    name, bucket, greedy = key
-    replicas, width = shapes.num_replicas, shapes.pages_per_row
-    if name == "admit":
-        return np.int32(0), np.zeros(shapes.max_model_len, np.int32)
-    if name in ("ragged", "hidden"):
-        batch = batches.ragged_batch(IterationPlan([]), bucket, shapes.row_buckets[-1], width, replicas)
-        if name == "hidden":
-            batch = dataclasses.replace(batch, sample_at=np.zeros(bucket, np.int32))
-        return (batch,)
-    if name in ("score", "pool"):
-        return (np.zeros(bucket, np.int32 if name == "score" else np.float32),)
-    rows = batches.row_batch([], bucket, shapes.spare_slot, vocab_size, replicas)
-    if not greedy:
-        rows = dataclasses.replace(rows, sampling=batches.sampling_rows([], replicas * bucket, vocab_size))
-    if name == "sample":
-        return (rows,)
-    assert name == "decode", name
-    return rows, np.zeros((replicas * bucket, width), np.int32), np.int32(1)
+def all_keys(shapes: RunnerShapes, groups: Sequence[str]) -> list[Key]:
+    """Every program of these groups in every size, smallest first."""
+    wanted = {*groups} if shapes.separate_greedy else {*groups, SAMPLING}
+    chosen = [program for program in PROGRAMS.values() if program.warm_up in wanted]
+    return [(program.name, bucket) for program in chosen for bucket in program.buckets(shapes)]
 
 
-def _whole(inputs: tuple[Any, ...], whole: NamedSharding) -> tuple[Any, ...]:
-    """What comes from the host comes whole to every device; else the compiler would choose a cut."""
-    if whole.mesh.size == 1:
-        return inputs
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), np.asarray(a).dtype, sharding=whole), inputs)
+def first_keys(shapes: RunnerShapes) -> list[Key]:
+    """What the first short request needs."""
+    return list({name: (name, bucket) for name, bucket in reversed(all_keys(shapes, [START]))}.values())[::-1]
+
+
+# What programs are given by the host, and their sizes.
+
+
+def _admission(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
+    return np.int32(0), np.zeros(shapes.max_model_len, np.int32)
+
+
+def _masks(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
+    return np.zeros(bucket, np.int32), np.zeros((bucket, shapes.mask_words), np.int32)
+
+
+def _ragged(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
+    return (batches.ragged_batch(batches.by_replica([], shapes), bucket, shapes),)
+
+
+def _whole_pass(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
+    (batch,) = _ragged(model, shapes, bucket)
+    return (dataclasses.replace(batch, sample_at=np.zeros(bucket, np.int32)),)
+
+
+def _greedy_rows(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
+    (batch,) = _rows(model, shapes, bucket)
+    return (dataclasses.replace(batch, sampling=None),)
+
+
+def _rows(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
+    size = shapes.num_replicas * bucket
+    sampling = batches.sampling_rows([], [], size, shapes.vocab_size)
+    return (dataclasses.replace(batches.row_batch([], [], size, shapes), sampling=sampling),)
+
+
+def _decoding(
+    rows: Callable[[AbstractModel, RunnerShapes, int], Inputs],
+) -> Callable[[AbstractModel, RunnerShapes, int], Inputs]:
+    def inputs(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
+        table = np.zeros((shapes.num_replicas * bucket, shapes.pages_per_row), np.int32)
+        return *rows(model, shapes, bucket), table, np.int32(1)
+
+    return inputs
+
+
+def _page_numbers(count: int) -> Callable[[AbstractModel, RunnerShapes, int], Inputs]:
+    return lambda model, shapes, bucket: (np.zeros(bucket, np.int32),) * count
+
+
+def _slabs_to_put(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
+    return np.zeros(bucket, np.int32), [slab_struct(abstract_pages(model, shapes))] * bucket
+
+
+def _of_every_token(dtype: type) -> Callable[[AbstractModel, RunnerShapes, int], Inputs]:
+    return lambda model, shapes, bucket: (np.zeros(bucket, dtype),)
+
+
+def _one(size: int) -> Callable[[RunnerShapes], Sequence[int]]:
+    return lambda shapes: (size,)
+
+
+def _token_buckets(shapes: RunnerShapes) -> Sequence[int]:
+    return shapes.token_buckets
+
+
+def _scoring_buckets(shapes: RunnerShapes) -> Sequence[int]:
+    return shapes.scoring_buckets
+
+
+def _row_buckets(shapes: RunnerShapes) -> Sequence[int]:
+    return shapes.row_buckets
+
+
+def _greedy_buckets(shapes: RunnerShapes) -> Sequence[int]:
+    return shapes.row_buckets if shapes.separate_greedy else ()
+
+
+def _loop_buckets(shapes: RunnerShapes) -> Sequence[int]:
+    return shapes.row_buckets if shapes.max_decode_steps else ()
+
+
+def _greedy_loop_buckets(shapes: RunnerShapes) -> Sequence[int]:
+    return _loop_buckets(shapes) if shapes.separate_greedy else ()
+
+
+# What programs give back.
+
+
+def _whole(model: AbstractModel, shapes: RunnerShapes) -> Any:
+    return model.placement.replicated
+
+
+def _slabs(model: AbstractModel, shapes: RunnerShapes) -> Any:
+    slab = slab_struct(abstract_pages(model, shapes))
+    return [jax.tree.map(lambda leaf: leaf.sharding, slab)] * MOVE_BATCH
+
+
+# Functions that are not steps of a model.
+
+
+def _copy(_: Steps, pages: Pages, source_G: jax.Array, target_G: jax.Array) -> tuple[Pages]:
+    return (copy_pages(pages, source_G, target_G),)
+
+
+def _take(_: Steps, pages: Pages, index_G: jax.Array) -> tuple[list[Any]]:
+    return (take_pages(pages, index_G),)
+
+
+def _put(_: Steps, pages: Pages, index_G: jax.Array, slabs: Sequence[Any]) -> tuple[Pages]:
+    return (put_pages(pages, index_G, slabs),)
+
+
+_ENTRIES = (
+    Program(
+        name="admit", run=Steps.admit, reads=("slots",), writes=("slots",), inputs=_admission, buckets=_one(1),
+        warm_up=START,
+    ),
+    Program(
+        name="ragged", run=Steps.ragged_step, reads=("params", "pages", "slots"), writes=("hidden", "pages"),
+        inputs=_ragged, buckets=_token_buckets, warm_up=START,
+    ),
+    Program(
+        name="sample_greedy", run=Steps.sample_step, reads=("params", "hidden", "slots"), writes=("slots",),
+        inputs=_greedy_rows, buckets=_greedy_buckets, output=_whole, warm_up=START,
+    ),
+    Program(
+        name="decode_greedy", run=Steps.decode_loop, reads=("params", "pages", "slots"), writes=("pages", "slots"),
+        inputs=_decoding(_greedy_rows), buckets=_greedy_loop_buckets, output=_whole, warm_up=START,
+    ),
+    Program(
+        name="sample", run=Steps.sample_step, reads=("params", "hidden", "slots"), writes=("slots",),
+        inputs=_rows, buckets=_row_buckets, output=_whole, warm_up=SAMPLING,
+    ),
+    Program(
+        name="decode", run=Steps.decode_loop, reads=("params", "pages", "slots"), writes=("pages", "slots"),
+        inputs=_decoding(_rows), buckets=_loop_buckets, output=_whole, warm_up=SAMPLING,
+    ),
+    Program(
+        name="mask", run=Steps.set_masks, reads=("slots",), writes=("slots",), inputs=_masks,
+        buckets=_one(batches.MASK_BATCH), warm_up=SAMPLING,
+    ),
+    Program(
+        name="hidden", run=Steps.ragged_step, reads=("params", "pages", "slots"), writes=("scored", "pages"),
+        inputs=_whole_pass, buckets=_scoring_buckets, warm_up=SCORING,
+    ),
+    Program(
+        name="score", run=Steps.score, reads=("params", "scored"), inputs=_of_every_token(np.int32),
+        buckets=_scoring_buckets, output=_whole, warm_up=SCORING,
+    ),
+    Program(
+        name="pool", run=Steps.pool, reads=("params", "scored"), inputs=_of_every_token(np.float32),
+        buckets=_scoring_buckets, output=_whole, warm_up=SCORING,
+    ),
+    Program(
+        name="copy", run=_copy, reads=("pages",), writes=("pages",), inputs=_page_numbers(2),
+        buckets=_one(MOVE_BATCH),
+    ),
+    Program(
+        name="take", run=_take, reads=("pages",), inputs=_page_numbers(1), buckets=_one(MOVE_BATCH), output=_slabs,
+        warm_up=TIERS,
+    ),
+    Program(
+        name="put", run=_put, reads=("pages",), writes=("pages",), inputs=_slabs_to_put, buckets=_one(MOVE_BATCH),
+        warm_up=TIERS,
+    ),
+)  # fmt: skip
+PROGRAMS = {program.name: program for program in _ENTRIES}

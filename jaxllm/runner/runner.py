@@ -1,15 +1,15 @@
 """The model runner: owns the device arrays, and turns plans into dispatched programs.
 
-`IterationPlan` -> `InFlight` at once (nothing is waited for) -> tokens when read. Knows nothing of text, users or
-scheduling policy.
+`IterationPlan` -> `InFlight` at once (nothing is waited for) -> tokens when read. What is dispatched is laid out in
+`batch`, what each program is stands in `programs`; here they are executed. Knows nothing of text, users or scheduling
+policy.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -17,19 +17,28 @@ import numpy as np
 
 from jaxllm.kv.memory import allocate_pages
 from jaxllm.kv.page_programs import MOVE_BATCH, device_bytes, slab_struct
-from jaxllm.runner import batch as batches
+from jaxllm.runner.batch import Dispatch, lay_out, lay_out_pass, padded_pages
 from jaxllm.runner.compiler import Compiler
 from jaxllm.runner.in_flight import InFlight
-from jaxllm.runner.messages import decode, encode
-from jaxllm.runner.programs import Key, abstract_pages, make_programs, zero_state
+from jaxllm.runner.messages import Message, Reset, Stop, Structure, WarmUp, decode, encode
+from jaxllm.runner.programs import (
+    PROGRAMS,
+    SAMPLING,
+    SCORING,
+    TIERS,
+    DeviceState,
+    abstract_pages,
+    make_steps,
+    zero_slots,
+)
 from jaxllm.runner.sampler import Sampled
 from jaxllm.runner.shapes import RunnerShapes
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan
+from jaxllm.scheduling.scheduler import IterationPlan
 from jaxllm.weights.loader import AbstractModel
 
 
 class ModelRunner:
-    """Parameters, pages and slot state on the mesh, and the programs that run on them.
+    """Parameters, pages and slots on the mesh, and the programs that run on them.
 
     `compiler` can begin while the weights are still being read; `start` takes the weights and allocates the rest.
     `announce` is given each message to the processes that follow this one, if there are any.
@@ -38,111 +47,71 @@ class ModelRunner:
     def __init__(self, model: AbstractModel, shapes: RunnerShapes, announce: Callable[[bytes], None] | None = None):
         self.model = model
         self.shapes = shapes
-        self.programs = make_programs(model, shapes)
+        self.steps = make_steps(model, shapes)
         self.compiler = Compiler(model, shapes)
-        self._params: list[jax.Array] = []
-        self._pages: list[Any] = []  # per layer an array, or a pytree of page-major arrays
-        self._state: Any = None
-        self._hidden: Any = None  # what the last ragged step left
+        self.state = DeviceState()
         self._announce = announce
-        self._no_masks: dict[int, jax.Array] = {}
 
     def start(self, params: Any) -> None:
-        """Take the parameters and allocate pages and state."""
-        self._params = jax.tree.leaves(params)
+        """Take the parameters and allocate pages and slots."""
+        self.state.params = jax.tree.leaves(params)
         self._allocate()
 
     def reset(self) -> None:
         """Empty pages and slots, after a failed iteration took the donated ones with it."""
-        if self._announce is not None:
-            self._announce(encode(("reset", 0, True), ()))
+        self._tell(Reset())
         self._allocate()
 
     def _allocate(self) -> None:
-        self._pages, self._state, self._hidden = [], None, None  # free the old ones first
+        self.state = DeviceState(params=self.state.params)  # free the old ones first
         model = self.model
-        self._pages = allocate_pages(
-            model.cfg.num_layers, self.shapes.page_layout(model.cfg.cache_row, model.kv_copies), model.placement
-        )
-        empty_state = functools.partial(zero_state, self.shapes)
-        self._state = jax.jit(empty_state, out_shardings=model.placement.replicated)()
+        layout = self.shapes.page_layout(model.cfg.cache_row, model.kv_copies)
+        self.state.pages = allocate_pages(model.cfg.num_layers, layout, model.placement)
+        empty = functools.partial(zero_slots, self.shapes)
+        self.state.slots = jax.jit(empty, out_shardings=model.placement.replicated)()
 
     def dispatch(self, plan: IterationPlan) -> InFlight:
         """Put one plan's work on the device queue."""
         started = time.perf_counter()
-        self._copy_pages(plan.copies)
-        for request in plan.admitted:
-            row = np.zeros(self.shapes.max_model_len, np.int32)
-            row[: len(request.token_ids)] = request.token_ids
-            self.execute(("admit", 0, True), np.int32(request.slot), row)
-        sampling = [chunk for chunk in plan.chunks if chunk.num_samples]
-        result = self._decode(plan) if plan.is_decode_loop else self._ragged(plan, sampling)
-        if isinstance(result, Sampled):
-            for array in jax.tree.leaves(result):
-                array.copy_to_host_async()
-        replicas = self.shapes.num_replicas
-        num_rows = batches.bucket_for(batches.fullest(sampling, replicas), self.shapes.row_buckets)
-        return InFlight(plan, sampling, batches.row_numbers(sampling, num_rows, replicas), result, started)
-
-    def _ragged(self, plan: IterationPlan, sampling: Sequence[Chunk]) -> Sampled | jax.Array:
-        parts = batches.by_replica(plan.chunks, self.shapes.num_replicas)
-        tokens = max(sum(chunk.count for chunk in part) for part in parts)
-        bucket = batches.bucket_for(tokens, self.shapes.token_buckets)
-        batch = self._batch(plan, bucket)
-        hidden_RD = self.execute(("ragged", bucket, True), batch)
-        if not sampling:
-            return hidden_RD
-        bucket, rows = self._rows(sampling)
-        return self.execute(("sample", bucket, rows.sampling is None), rows)
+        layout = lay_out(plan, self.shapes)
+        sampled = self._execute_all(layout.dispatches)
+        for array in jax.tree.leaves(sampled):
+            array.copy_to_host_async()
+        result = self.state.hidden if sampled is None else sampled
+        return InFlight(plan, layout.sampling, layout.rows, result, started)
 
     def hidden_states(self, plan: IterationPlan) -> jax.Array:
         """Forward one chunk of a request in the spare slot of the first replica; every token's hidden state `[T, D]`.
 
-        For scoring passes, which sample nothing: T is the token bucket, rows past the chunk mean nothing.
+        For scoring passes, which sample nothing: T is the token bucket, rows past the chunk mean nothing. `score` and
+        `pool` say more of the last such pass.
         """
         (chunk,) = plan.chunks
-        row = np.zeros(self.shapes.max_model_len, np.int32)
-        row[: len(chunk.request.token_ids)] = chunk.request.token_ids
-        self.execute(("admit", 0, True), np.int32(chunk.request.slot), row)
-        bucket = batches.bucket_for(plan.num_tokens, self.shapes.scoring_buckets)
-        batch = dataclasses.replace(self._batch(plan, bucket), sample_at=np.arange(bucket, dtype=np.int32))
-        return self.execute(("hidden", bucket, True), batch)
+        self._execute_all(lay_out_pass(chunk, self.shapes))
+        return self.state.scored
 
-    def _batch(self, plan: IterationPlan, bucket: int) -> batches.RaggedBatch:
-        shapes = self.shapes
-        batch = batches.ragged_batch(plan, bucket, shapes.row_buckets[-1], shapes.pages_per_row, shapes.num_replicas)
-        # A token must not know whether it came as a decode or in a chunk: its row is attended in the same way.
-        return dataclasses.replace(batch, num_single=batch.num_single * 0) if shapes.deterministic else batch
+    def score(self, targets_T: np.ndarray) -> Sampled:
+        """See `Steps.score`; of the last `hidden_states`."""
+        return self.execute(Dispatch("score", len(targets_T), (targets_T,)))
 
-    def score(self, hidden_TD: jax.Array, targets_T: np.ndarray) -> Sampled:
-        """See `Programs.score`."""
-        assert hidden_TD is self._hidden, "other work came in between"
-        return self.execute(("score", len(targets_T), True), targets_T)
-
-    def pool(self, hidden_TD: jax.Array, weights_T: np.ndarray) -> jax.Array:
-        """See `Programs.pool`."""
-        assert hidden_TD is self._hidden, "other work came in between"
-        return self.execute(("pool", len(weights_T), True), weights_T)
-
-    def _copy_pages(self, pairs: Sequence[tuple[int, int]]) -> None:
-        for i in range(0, len(pairs), MOVE_BATCH):
-            source_G, target_G = (_padded(side) for side in zip(*pairs[i : i + MOVE_BATCH], strict=True))
-            self.execute(("copy", MOVE_BATCH, True), source_G, target_G)
+    def pool(self, weights_T: np.ndarray) -> jax.Array:
+        """See `Steps.pool`; of the last `hidden_states`."""
+        return self.execute(Dispatch("pool", len(weights_T), (weights_T,)))
 
     def take_pages(self, pages: Sequence[int]) -> list[Any]:
         """A copy of each page as it is after what was dispatched so far: slabs, see `jaxllm.kv.page_programs`."""
         slabs: list[Any] = []
         for i in range(0, len(pages), MOVE_BATCH):
             batch = pages[i : i + MOVE_BATCH]
-            slabs += self.compiler.program(("take", MOVE_BATCH, True))(self._pages, _padded(batch))[: len(batch)]
+            slabs += self.execute(Dispatch("take", MOVE_BATCH, (padded_pages(batch),)))[: len(batch)]
         return slabs
 
     def put_pages(self, pages: Sequence[int], slabs: Sequence[Any]) -> None:
         """Write slabs into pages, before what is dispatched next."""
         for i in range(0, len(pages), MOVE_BATCH):
-            batch, index_G = list(slabs[i : i + MOVE_BATCH]), _padded(pages[i : i + MOVE_BATCH])
+            batch = list(slabs[i : i + MOVE_BATCH])
             batch += batch[:1] * (MOVE_BATCH - len(batch))
-            self._pages = self.compiler.program(("put", MOVE_BATCH, True))(self._pages, index_G, batch)
+            self.execute(Dispatch("put", MOVE_BATCH, (padded_pages(pages[i : i + MOVE_BATCH]), batch)))
 
     @functools.cached_property
     def page_bytes(self) -> int:
@@ -154,61 +123,47 @@ class ModelRunner:
         """Shapes and shardings of one page over all layers."""
         return slab_struct(abstract_pages(self.model, self.shapes))
 
-    def _decode(self, plan: IterationPlan) -> Sampled:
-        bucket, rows = self._rows(plan.chunks)
-        table = batches.page_tables(plan.chunks, bucket, self.shapes.pages_per_row, self.shapes.num_replicas)
-        return self.execute(("decode", bucket, rows.sampling is None), rows, table, np.int32(plan.num_steps))
+    def _execute_all(self, dispatches: Iterable[Dispatch]) -> Any:
+        output = None
+        for dispatch in dispatches:
+            output = self.execute(dispatch)
+        return output
 
-    def execute(self, key: Key, *inputs: Any) -> Any:
-        """Dispatch one program on what lies on the devices and these host arrays: the same on every process."""
+    def execute(self, dispatch: Dispatch) -> Any:
+        """Run one program on what lies on the devices and these host arrays: the same on every process."""
+        self._tell(dispatch)
+        return self._run(dispatch)
+
+    def _run(self, dispatch: Dispatch) -> Any:
+        program, state = PROGRAMS[dispatch.program], self.state
+        compiled = self.compiler.program((dispatch.program, dispatch.bucket))
+        results = compiled(*(getattr(state, field) for field in program.reads), *dispatch.inputs)
+        for field, value in zip(program.writes, results, strict=False):
+            setattr(state, field, value)
+        return None if program.output is None else results[-1]
+
+    def _tell(self, message: Message) -> None:
         if self._announce is not None:
-            self._announce(encode(key, inputs))
-        program, name = self.compiler.program(key), key[0]
-        if name == "admit":
-            self._state = program(self._state, *inputs)
-            return None
-        if name == "copy":
-            self._pages = program(self._pages, *inputs)
-            return None
-        if name in ("ragged", "hidden"):
-            self._hidden, self._pages = program(self._params, self._pages, self._state, *inputs)
-            return self._hidden
-        if name in ("score", "pool"):
-            return program(self._params, self._hidden, *inputs)
-        rows = self._without_idle_masks(key[1], inputs[0])
-        if name == "sample":
-            sampled, self._state = program(self._params, self._hidden, self._state, rows)
-        else:
-            sampled, self._pages, self._state = program(self._params, self._pages, self._state, rows, *inputs[1:])
-        return sampled
+            self._announce(encode(message))
 
-    def obey(self, message: bytes) -> bool:
+    def obey(self, data: bytes) -> bool:
         """Do what the runner of process 0 did (see `jaxllm.runner.processes`). False: it has stopped."""
-        key, inputs = decode(message, self.model.cfg.vocab_size)
-        if key[0] == "reset":
-            self.reset()
-        elif key[0] == "warm_up":
-            self.warm_up(sampling=bool(key[1] & 1), scoring=bool(key[1] & 2))
-        elif key[0] != "stop":
-            self.execute(key, *inputs)
-        return key[0] != "stop"
+        message = decode(data, self._structure)
+        if isinstance(message, Dispatch):
+            self._run(message)
+        elif isinstance(message, WarmUp):
+            self.compiler.warm_up(message.groups)
+        elif isinstance(message, Reset):
+            self._allocate()
+        return not isinstance(message, Stop)
 
-    def _rows(self, chunks: Sequence[Chunk]) -> tuple[int, batches.RowBatch]:
-        """Rows of each replica's section, and the sections."""
-        shapes = self.shapes
-        bucket = batches.bucket_for(batches.fullest(chunks, shapes.num_replicas), shapes.row_buckets)
-        return bucket, batches.row_batch(
-            chunks, bucket, shapes.spare_slot, self.model.cfg.vocab_size, shapes.num_replicas,
-            greedy=not shapes.deterministic,
-        )  # fmt: skip
+    @functools.cached_property
+    def _structure(self) -> Structure:
+        @functools.cache
+        def structure(name: str) -> Any:
+            return jax.tree.structure(PROGRAMS[name].inputs(self.model, self.shapes, 1))
 
-    def _without_idle_masks(self, bucket: int, rows: batches.RowBatch) -> batches.RowBatch:
-        if rows.sampling is None or rows.sampling.masked.any():
-            return rows
-        if bucket not in self._no_masks:  # stays on the device: no row looks at it
-            self._no_masks[bucket] = jax.device_put(rows.sampling.allowed, self.model.placement.replicated)
-        sampling = dataclasses.replace(rows.sampling, allowed=self._no_masks[bucket])
-        return dataclasses.replace(rows, sampling=sampling)
+        return structure
 
     def warm_up(self, *, sampling: bool = True, scoring: bool = False, tiers: bool = False) -> None:
         """Compile every program there is, in threads; afterwards a compilation is a defect.
@@ -218,9 +173,10 @@ class ModelRunner:
             scoring: also those of embeddings and prompt logprobs.
             tiers: also those that move pages off the device and back.
         """
-        if self._announce is not None:
-            self._announce(encode(("warm_up", sampling + 2 * scoring, True), ()))
-        self.compiler.warm_up(sampling=sampling, scoring=scoring, tiers=tiers)
+        wanted = {SAMPLING: sampling, SCORING: scoring, TIERS: tiers}
+        groups = tuple(group for group, is_wanted in wanted.items() if is_wanted)
+        self._tell(WarmUp(groups))
+        self.compiler.warm_up(groups)
 
     @property
     def num_compilations(self) -> int:
@@ -234,8 +190,4 @@ class ModelRunner:
 
     def block_until_ready(self) -> None:
         """Wait for everything dispatched so far."""
-        jax.block_until_ready((self._pages, self._state))
-
-
-def _padded(pages: Sequence[int]) -> np.ndarray:
-    return np.array([*pages, *[0] * (MOVE_BATCH - len(pages))], np.int32)
+        jax.block_until_ready((self.state.pages, self.state.slots))

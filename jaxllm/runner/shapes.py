@@ -1,37 +1,55 @@
 """Every static size of an engine's programs, and the few sizes of batch they are compiled for.
 
-Plain numbers in, buckets and layouts out. Knows nothing of devices, programs or requests.
+An `EngineConfig`, a model and the memory of its devices -> `RunnerShapes`. What the configuration says in words
+(`deterministic`, `auto`) is turned into plain numbers and facts here, once. Knows nothing of programs or requests.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from jaxllm.config import CacheRow
-from jaxllm.kv.layout import PageLayout
-from jaxllm.ops.attention import XLA, AttentionBackend
-from jaxllm.runner.batch import make_buckets
+from jaxllm.config import CacheRow, EngineConfig
+from jaxllm.kv.layout import PageLayout, token_bytes
+from jaxllm.ops.attention import XLA, AttentionBackend, choose_backend, fit_backend
+from jaxllm.runner.connections import Alone, Connection
+from jaxllm.weights.loader import AbstractModel
+
+_CPU_CACHE_BYTES = 384 << 20  # the default model's longest request; a server sets its own
+_TEMPORARY_BYTES = 1 << 30  # left free on an accelerator for activations and logits
+_DETERMINISTIC_TILE = 16  # queries of one tile of attention: every decode has a tile of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunnerShapes:
-    """Every static size of the compiled programs; requests, tokens and pages are those of one replica."""
+    """Every static size of the compiled programs; requests, tokens and pages are those of one replica.
+
+    Attributes:
+        token_buckets: sizes of the ragged step.
+        row_buckets: sizes of the sampling step and the decode loop.
+        max_decode_steps: iterations of one decode loop; 0: there is none, every iteration is a ragged step.
+        separate_greedy: whether rows that are all plainly greedy have programs of their own.
+        singles_first: whether rows of one query are attended to apart from longer ones, as in a decode loop.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
+    vocab_size: int
     num_pages: int
     page_size: int
+    token_buckets: tuple[int, ...]
+    row_buckets: tuple[int, ...]
     max_decode_steps: int
     kv_dtype: jnp.dtype
     residual_dtype: jnp.dtype
-    deterministic: bool = False
     attention: AttentionBackend = XLA
     num_replicas: int = 1
-    token_multiple: int = 1
-    single_row: bool = False  # whether a program for one row pays: XLA's products cost for 1 row what they do for 4
+    separate_greedy: bool = True
+    singles_first: bool = True
 
     def page_layout(self, row: CacheRow, kv_copies: int) -> PageLayout:
         """Of one layer's cache, the pages of all replicas."""
@@ -51,27 +69,118 @@ class RunnerShapes:
         return -(-self.max_model_len // self.page_size)
 
     @property
-    def token_buckets(self) -> tuple[int, ...]:
-        """Sizes of the ragged step, rounded up to what the token cuts of the mesh divide."""
-        largest = self.max_num_batched_tokens
-        buckets = (largest,) if self.deterministic else make_buckets(min(64, largest), largest, 4)
-        return tuple(dict.fromkeys(-(-size // self.token_multiple) * self.token_multiple for size in buckets))
-
-    @property
-    def row_buckets(self) -> tuple[int, ...]:
-        """Sizes of the sampling step and the decode loop."""
-        if self.deterministic:
-            return (max(4, self.max_num_seqs),)
-        buckets = make_buckets(4, max(4, self.max_num_seqs), 2)
-        return (1, *buckets) if self.single_row else buckets
-
-    @property
-    def sampling_programs(self) -> tuple[str, ...]:
-        """Programs that sample; without a decode loop every iteration is a ragged step."""
-        return ("sample", "decode") if self.max_decode_steps else ("sample",)
+    def mask_words(self) -> int:
+        """Words of a bit mask over the vocabulary."""
+        return -(-self.vocab_size // 32)
 
     @property
     def scoring_buckets(self) -> tuple[int, ...]:
         """Sizes of scoring passes: two, since every size is one more program."""
         buckets = self.token_buckets
         return tuple(dict.fromkeys((buckets[len(buckets) // 2], buckets[-1])))
+
+
+def bucket_for(size: int, buckets: Sequence[int]) -> int:
+    """Smallest bucket that holds `size`."""
+    for bucket in buckets:
+        if size <= bucket:
+            return bucket
+    raise AssertionError(f"{size} exceeds the largest bucket {buckets[-1]}")
+
+
+def make_buckets(smallest: int, largest: int, factor: int) -> tuple[int, ...]:
+    """Geometric sizes from `smallest` to exactly `largest`."""
+    sizes = [largest]
+    while sizes[-1] > smallest:
+        sizes.append(max(smallest, sizes[-1] // factor))
+    return tuple(reversed(sizes))
+
+
+def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connection | None = None) -> RunnerShapes:
+    """Fix every static size, the same on all processes.
+
+    Raises ValueError where the cache cannot hold one request of `max_model_len`.
+    """
+    platform = model.placement.mesh.devices.flat[0].platform
+    weights = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
+    on_cpu = jnp.dtype(jnp.float32) if platform == "cpu" else weights
+    kv_dtype = _kv_dtype(config, on_cpu)
+    cache_bytes = (connection or Alone()).least(_cache_bytes(config, model))
+    num_pages, max_model_len = _lengths(config, model, cache_bytes, token_bytes(model.cfg, kv_dtype, model.kv_copies))
+    return RunnerShapes(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.token_budget,
+        max_model_len=max_model_len,
+        vocab_size=model.cfg.vocab_size,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        token_buckets=_token_buckets(config, model.placement.token_multiple()),
+        row_buckets=_row_buckets(config, single_row=model.is_packed),
+        max_decode_steps=0 if config.deterministic else config.max_decode_steps,
+        kv_dtype=kv_dtype,
+        residual_dtype=on_cpu,
+        attention=_attention(config, model, kv_dtype, platform),
+        num_replicas=model.placement.parts("pages"),
+        separate_greedy=not config.deterministic,
+        # Deterministic: a token must not know whether it came as a decode or in a chunk, so its row is attended alike.
+        singles_first=not config.deterministic,
+    )
+
+
+def _kv_dtype(config: EngineConfig, default: jnp.dtype) -> jnp.dtype:
+    """On a CPU float32: XLA's backend there converts a whole bfloat16 cache to write one row."""
+    if config.kv_dtype == "auto":
+        return default
+    return jnp.dtype("float8_e4m3fn" if config.kv_dtype == "fp8" else config.kv_dtype)
+
+
+def _cache_bytes(config: EngineConfig, model: AbstractModel) -> int:
+    """Bytes for the pages of one replica, over all devices that share them."""
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    devices = model.placement.mesh.local_devices  # another process's cannot be asked
+    known = [stats for device in devices if device.platform != "cpu" and (stats := device.memory_stats())]
+    if not known:
+        return _CPU_CACHE_BYTES // model.placement.parts("pages")
+    taken = model.parameter_bytes_per_device() + _TEMPORARY_BYTES
+    left = (int(stats["bytes_limit"] * config.gpu_memory_utilization) - stats["bytes_in_use"] for stats in known)
+    return max(min(left) - taken, 0) * (model.placement.parts("heads") if model.cfg.cache_row.is_cut else 1)
+
+
+def _lengths(config: EngineConfig, model: AbstractModel, cache_bytes: int, bytes_per_token: int) -> tuple[int, int]:
+    """Pages of one replica, and tokens of the longest request."""
+    num_pages = cache_bytes // (bytes_per_token * config.page_size)
+    capacity = (num_pages - 1) * config.page_size
+    max_model_len = config.max_model_len or min(model.cfg.max_position_embeddings, max(capacity, 0))
+    if max_model_len > (limit := model.cfg.position_limit):
+        raise ValueError(f"max_model_len={max_model_len} exceeds the {limit} positions of the model; lower it")
+    if capacity < max_model_len or capacity < 1:
+        needed = bytes_per_token * (max_model_len + 2 * config.page_size)
+        raise ValueError(
+            f"the KV cache holds {max(capacity, 0)} tokens, fewer than max_model_len={max_model_len}; raise "
+            f"kv_cache_memory_bytes to {needed} or lower max_model_len"
+        )
+    return num_pages, max_model_len
+
+
+def _token_buckets(config: EngineConfig, multiple: int) -> tuple[int, ...]:
+    """Rounded up to what the token cuts of the mesh divide; deterministic: one size for everything."""
+    largest = config.token_budget
+    sizes = (largest,) if config.deterministic else make_buckets(min(64, largest), largest, 4)
+    return tuple(dict.fromkeys(-(-size // multiple) * multiple for size in sizes))
+
+
+def _row_buckets(config: EngineConfig, *, single_row: bool) -> tuple[int, ...]:
+    """A size of one row only where it pays: XLA's products cost for 1 row what they do for 4."""
+    largest = max(4, config.max_num_seqs)
+    if config.deterministic:
+        return (largest,)
+    return (1,) * single_row + make_buckets(4, largest, 2)
+
+
+def _attention(config: EngineConfig, model: AbstractModel, kv_dtype: jnp.dtype, platform: str) -> AttentionBackend:
+    local_heads = model.cfg.num_kv_heads * model.kv_copies // model.placement.parts("heads")
+    backend = fit_backend(choose_backend(config.attention_backend, platform), model.cfg, kv_dtype, local_heads)
+    if model.placement.ring_size() > 1:
+        backend = XLA  # the ring reads pages as XLA's attention does
+    return dataclasses.replace(backend, query_tile=_DETERMINISTIC_TILE) if config.deterministic else backend

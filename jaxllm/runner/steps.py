@@ -6,7 +6,8 @@ grow as a sum: the ragged step is compiled per token bucket, sampling and the de
 Tokens, rows and pages come in sections, one per data-parallel replica; only the cache writes and attention, which
 run on each device by itself, look at one section at a time.
 
-Dimension letters: T tokens, R rows, M pages per row, D model width, V vocabulary, S slots, L positions.
+Dimension letters: T tokens, R rows, M pages per row, D model width, V vocabulary, S slots, L positions, G slots
+set together, W words of a bit mask.
 """
 
 from __future__ import annotations
@@ -46,14 +47,16 @@ class SlotState:
     Attributes:
         history: int32 `[S + 1, L]`, the tokens of the sequence: prompt, then samples as they come.
         done: bool `[S + 1]`, a stop token was sampled: iterations already in flight must leave it alone.
+        allowed: int32 `[S + 1, W]`, the bit mask of the next token, for requests that have a constraint.
     """
 
     history: jax.Array
     done: jax.Array
+    allowed: jax.Array
 
 
 @dataclass(frozen=True, slots=True)
-class Programs:
+class Steps:
     """The functions to compile for one model on one placement.
 
     Parameters come as plain leaves: flattening the module tree again at every dispatch would cost the host more
@@ -69,9 +72,7 @@ class Programs:
     backend: AttentionBackend = XLA
     longest: int | None = None  # tokens of the longest sequence
 
-    def ragged_step(
-        self, params: Any, pages: Pages, state: SlotState, batch: RaggedBatch
-    ) -> tuple[jax.Array, list[Any]]:
+    def ragged_step(self, params: Any, pages: Pages, state: SlotState, batch: RaggedBatch) -> tuple[jax.Array, Pages]:
         """One forward over a flat batch: hidden states of the sampling rows `[R, D]`, and the pages."""
         position, row = batch.token_position, batch.token_row
         rows = RaggedRows(batch.q_start, batch.q_len, batch.kv_len, batch.num_single, batch.page_table)
@@ -90,7 +91,7 @@ class Programs:
 
     def sample_step(
         self, params: Any, hidden_RD: jax.Array, state: SlotState, batch: RowBatch
-    ) -> tuple[sampling.Sampled, SlotState]:
+    ) -> tuple[SlotState, sampling.Sampled]:
         """LM head and sampler on the first rows of `hidden_RD`; the tokens go into the state and out."""
         num_rows, sections = batch.slot.shape[0], self.placement.parts("pages")
         hidden_RD = hidden_RD.reshape(sections, -1, hidden_RD.shape[1])[:, : num_rows // sections]
@@ -101,7 +102,7 @@ class Programs:
 
     def decode_loop(
         self, params: Any, pages: Pages, state: SlotState, batch: RowBatch, table_RM: jax.Array, num_steps: jax.Array
-    ) -> tuple[sampling.Sampled, list[Any], SlotState]:
+    ) -> tuple[Pages, SlotState, sampling.Sampled]:
         """Up to `num_steps` iterations of one token per row; rows that stop stay idle, all idle ends the loop.
 
         Returns samples with a leading step dim `[max_steps, R]`; tokens are -1 where a row was idle.
@@ -121,7 +122,7 @@ class Programs:
             tokens = state.history[batch.slot, position]
             x_RD, pages = self._forward(params, pages, tokens, position, targets, rows)
             logits_RV = self._model(params).logits(x_RD, self.placement.fitted(num_rows).shard)
-            sampled, state = self._sample_and_store(logits_RV, state, batch, length, active)
+            state, sampled = self._sample_and_store(logits_RV, state, batch, length, active)
             out = jax.tree.map(lambda all_steps, step: all_steps.at[i].set(step), out, sampled)
             return i + 1, length + 1, pages, state, out
 
@@ -132,9 +133,9 @@ class Programs:
         out = _empty_samples(self.max_steps, num_rows, with_logprobs=batch.sampling is not None)
         carry = (jnp.int32(0), jnp.asarray(batch.length), list(pages), state, out)
         _, _, pages, state, out = jax.lax.while_loop(more, one_step, carry)
-        return out, pages, state
+        return pages, state, out
 
-    def score(self, params: Any, hidden_TD: jax.Array, targets_T: jax.Array) -> sampling.Sampled:
+    def score(self, params: Any, hidden_TD: jax.Array, targets_T: jax.Array) -> tuple[sampling.Sampled]:
         """Log-probability of a given next token at every position, and the likeliest ones, a few rows at a time."""
         model, (num_tokens, width) = self._model(params), hidden_TD.shape
         block = math.gcd(num_tokens, 32)
@@ -143,30 +144,36 @@ class Programs:
             return sampling.with_logprobs(model.logits(rows[0], self.placement.fitted(block).shard), rows[1])
 
         scored = jax.lax.map(some, (hidden_TD.reshape(-1, block, width), targets_T.reshape(-1, block)))
-        return jax.tree.map(lambda a: a.reshape(num_tokens, *a.shape[2:]), scored)
+        return (jax.tree.map(lambda a: a.reshape(num_tokens, *a.shape[2:]), scored),)
 
-    def pool(self, params: Any, hidden_TD: jax.Array, weights_T: jax.Array) -> jax.Array:
+    def pool(self, params: Any, hidden_TD: jax.Array, weights_T: jax.Array) -> tuple[jax.Array]:
         """Weighted sum of final-norm hidden states: float32 `[D]`."""
         normed_TD = self._model(params).normed(hidden_TD).astype(jnp.float32)
-        return jnp.sum(jnp.where(weights_T[:, None] != 0, normed_TD * weights_T[:, None], 0.0), axis=0)
+        return (jnp.sum(jnp.where(weights_T[:, None] != 0, normed_TD * weights_T[:, None], 0.0), axis=0),)
 
-    def admit(self, state: SlotState, slot: jax.Array, tokens_L: jax.Array) -> SlotState:
+    def admit(self, state: SlotState, slot: jax.Array, tokens_L: jax.Array) -> tuple[SlotState]:
         """Give a slot to a new request: its known tokens become the slot's history."""
-        return SlotState(state.history.at[slot].set(tokens_L), state.done.at[slot].set(False))
+        history, done = state.history.at[slot].set(tokens_L), state.done.at[slot].set(False)
+        return (dataclasses.replace(state, history=history, done=done),)
+
+    def set_masks(self, state: SlotState, slots_G: jax.Array, masks_GW: jax.Array) -> tuple[SlotState]:
+        """Say which tokens may come next in these slots."""
+        return (dataclasses.replace(state, allowed=state.allowed.at[slots_G].set(masks_GW)),)
 
     def _sample_and_store(
         self, logits_RV: jax.Array, state: SlotState, batch: RowBatch, length: jax.Array, active: jax.Array
-    ) -> tuple[sampling.Sampled, SlotState]:
+    ) -> tuple[SlotState, sampling.Sampled]:
         if batch.sampling is None:
             sampled = sampling.sample_greedy(logits_RV)
         else:
-            sampled = sampling.sample(logits_RV, batch.sampling, state.history[batch.slot], length, batch.stop_ids)
+            rows = dataclasses.replace(batch.sampling, allowed=state.allowed[batch.slot])
+            sampled = sampling.sample(logits_RV, rows, state.history[batch.slot], length, batch.stop_ids)
         tokens = self.placement.shard(sampled.tokens, None)
         stopped = active & (jnp.any(tokens[:, None] == batch.stop_ids, axis=1) | (tokens == sampling.NOT_FINITE))
         slot = jnp.where(active, batch.slot, state.done.shape[0] - 1)
         history = state.history.at[slot, length].set(jnp.maximum(tokens, 0))
-        state = SlotState(history, state.done.at[slot].max(stopped))
-        return dataclasses.replace(sampled, tokens=jnp.where(active, tokens, sampling.IDLE)), state
+        state = dataclasses.replace(state, history=history, done=state.done.at[slot].max(stopped))
+        return state, dataclasses.replace(sampled, tokens=jnp.where(active, tokens, sampling.IDLE))
 
     def _model(self, params: Any) -> Decoder:
         return nnx.merge(self.graph, jax.tree.unflatten(self.params_tree, params))

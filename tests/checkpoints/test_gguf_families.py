@@ -160,7 +160,7 @@ def test_logits_equal_transformers(name: str, saved_model, tmp_path: Path) -> No
         str(path), dtype="float32", skip_tokenizer_init=True, max_num_seqs=32, max_num_batched_tokens=64,
         max_model_len=64, kv_cache_memory_bytes=8 << 20,
     )  # fmt: skip
-    np.testing.assert_allclose(engine_logits(llm, prompt), expected, atol=1e-3, rtol=0)
+    np.testing.assert_allclose(engine_logits(llm.engine, prompt), expected, atol=1e-3, rtol=0)
 
 
 WRONG = ["text", -1, 0, 2**40, 2.5, float("nan"), float("inf"), True, [], [1, "a"], [[1]], None]

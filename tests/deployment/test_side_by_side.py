@@ -24,7 +24,7 @@ settings = dict(model=sys.argv[1], max_model_len=64, kv_cache_memory_bytes=1 << 
                 max_num_batched_tokens=64, dtype="float32", use_tqdm=False)
 params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 engines = [LLM(mesh="tp=2", **settings), LLM(mesh="tp=2", device_offset=2, **settings)]
-params_at = [sorted(d.id for d in engine.engine.runner._params[0].devices()) for engine in engines]
+params_at = [sorted(d.id for d in engine.engine.runner.state.params[0].devices()) for engine in engines]
 tokens = [[list(out.outputs[0].token_ids) for out in llm.generate(["hello", "a b c"], params)] for llm in engines]
 print(json.dumps([params_at, tokens]))
 """

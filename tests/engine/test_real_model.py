@@ -83,7 +83,7 @@ def test_logits_equal_transformers_on_the_same_weights(smollm2_path: Path, refer
     tokens = llm.get_tokenizer().encode("The capital of France is Paris, and the capital of Italy is Rome.")
     with torch.inference_mode():
         expected = theirs(torch.tensor([tokens])).logits[0].numpy()
-    assert np.abs(engine_logits(llm, tokens) - expected).max() < 1e-3
+    assert np.abs(engine_logits(llm.engine, tokens) - expected).max() < 1e-3
 
 
 def test_the_default_model_knows_the_capital_of_france(smollm2_path: Path) -> None:

@@ -71,24 +71,9 @@ class Loaded:
 
     def logits(self, prompt: list[int]) -> np.ndarray:
         """Logits of every position, through the compiled ragged step, chunk by chunk over the paged cache."""
-        import jax
-        from flax import nnx
+        from tests.helpers.logits import engine_logits
 
-        from jaxllm.runner.steps import SlotState
-
-        runner = self.engine.runner
-        shapes, programs = runner.shapes, runner.programs
-        state = SlotState(np.zeros((CHUNK + 1, shapes.max_model_len), np.int32), np.zeros(CHUNK + 1, bool))
-        state.history[0, : len(prompt)] = prompt
-        step = runner.compiler.program(("ragged", CHUNK, True))
-        pages, rows = runner._pages, []
-        head = jax.jit(lambda params, x: nnx.merge(programs.graph, params).logits(x, programs.placement.shard))
-        for start in range(0, len(prompt), CHUNK):
-            hidden, pages = step(runner._params, pages, jax.device_put(state, self.model.placement.replicated),
-                                 _chunk(start, min(CHUNK, len(prompt) - start), shapes))  # fmt: skip
-            rows.append(np.asarray(head(self.params, hidden)))
-        runner._pages = pages
-        return np.concatenate(rows)[: len(prompt)]
+        return engine_logits(self.engine, prompt)
 
     def generate(self, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
         """Greedy tokens of all prompts together, through scheduler, chunked prefill and the decode loop."""
@@ -101,30 +86,6 @@ class Loaded:
         return [request.token_ids[request.num_prompt :] for request in requests]
 
 
-def _chunk(start: int, count: int, shapes: Any) -> Any:
-    from jaxllm.runner.batch import RaggedBatch
-
-    def padded(*values: int) -> np.ndarray:
-        out = np.zeros(shapes.max_num_seqs, np.int32)
-        out[: len(values)] = values
-        return out
-
-    table = np.zeros((shapes.max_num_seqs, shapes.pages_per_row), np.int32)
-    table[0] = 1 + np.arange(shapes.pages_per_row)
-    return RaggedBatch(
-        token_row=np.zeros(CHUNK, np.int32),
-        token_position=np.int32(start) + np.arange(CHUNK, dtype=np.int32),
-        num_tokens=np.int32(count),
-        slot=padded(0),
-        q_start=padded(0),
-        q_len=padded(count),
-        kv_len=padded(start + count),
-        num_single=np.int32(count == 1),
-        page_table=table,
-        sample_at=np.arange(CHUNK, dtype=np.int32),
-    )
-
-
 @pytest.fixture(scope="session")
 def load() -> Callable[..., Loaded]:
     """`load(folder, mesh)`: a model in float32 with an engine of small pages and chunks."""
@@ -133,10 +94,11 @@ def load() -> Callable[..., Loaded]:
     def make(folder: Path, mesh: str = "tp=1", rules: str = "megatron") -> Loaded:
         from jaxllm.checkpoints import open_checkpoint
         from jaxllm.config import EngineConfig
-        from jaxllm.engine.build import make_model, runner_shapes
+        from jaxllm.engine.build import make_model
         from jaxllm.engine.engine import Engine
         from jaxllm.families import read_config
         from jaxllm.runner.runner import ModelRunner
+        from jaxllm.runner.shapes import runner_shapes
         from jaxllm.sharding.mesh import Placement, make_mesh
         from jaxllm.sharding.rules import load_rules
         from jaxllm.weights.loader import load_parameters

@@ -15,7 +15,7 @@ T, N, R, NOPE, ROPE, VALUE, C = 37, 4, 24, 16, 8, 12, 4  # tokens, heads, ranks 
 def test_the_cache_holds_rank_plus_rope_elements_per_token_and_layer(tiny_model, load) -> None:
     runner = load(tiny_model("deepseek_v3").folder).engine.runner
     slots = runner.shapes.num_pages * runner.shapes.page_size
-    assert [pages.size // slots for pages in runner._pages] == [24 + 8] * 3
+    assert [pages.size // slots for pages in runner.state.pages] == [24 + 8] * 3
 
 
 def test_a_deepseek_v3_token_takes_70_kilobytes_in_bfloat16() -> None:

@@ -39,7 +39,7 @@ def test_logits_equal_transformers(tmp_path: Path, overrides: dict[str, Any], me
     tokens = np.random.default_rng(3).integers(0, 256, 50).tolist()
     with torch.inference_mode():
         expected = theirs(torch.tensor([tokens])).logits[0].numpy()
-    assert np.abs(engine_logits(llm, tokens) - expected).max() < 1e-3
+    assert np.abs(engine_logits(llm.engine, tokens) - expected).max() < 1e-3
 
 
 BASE = {

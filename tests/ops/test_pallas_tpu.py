@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.build import make_model, runner_shapes
+from jaxllm.engine.build import make_model
 from jaxllm.families.presets import preset
 from jaxllm.kv.memory import write_pages
 from jaxllm.ops.attention import (
@@ -28,6 +28,7 @@ from jaxllm.ops.attention import (
     ragged_paged_attention,
 )
 from jaxllm.runner.programs import lower
+from jaxllm.runner.shapes import runner_shapes
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import load_rules
 
@@ -45,7 +46,7 @@ def v5e():
 
 # Programs compiled for devices that are not there go into the compilation cache, but cannot be read back from it.
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
-@pytest.mark.parametrize("name", ["ragged", "decode"])
+@pytest.mark.parametrize("name", ["ragged", "decode_greedy"])
 def test_programs_with_the_kernel_compile_for_a_v5e(v5e, name):
     mesh = jax.sharding.Mesh(np.array(v5e).reshape(4), ("tp",))
     cfg = dataclasses.replace(preset("llama-3.1-8b"), num_layers=1, vocab_size=1024)
@@ -53,7 +54,7 @@ def test_programs_with_the_kernel_compile_for_a_v5e(v5e, name):
     model = make_model(config, cfg, Placement(mesh, load_rules("megatron")))
     shapes = runner_shapes(config, model)
     assert shapes.attention == AttentionBackend("pallas_tpu") and shapes.kv_dtype == jnp.bfloat16
-    key = (name, {"ragged": 64, "decode": 32}[name], True)
+    key = (name, {"ragged": 64, "decode_greedy": 32}[name])
     program = lower(model, shapes, key).compile()
     assert "tpu_custom_call" in program.as_text()
 

@@ -203,7 +203,7 @@ def test_failure_on_the_device_is_survived_too(tiny_model):
             want = await final(llm, "abc")
             task = asyncio.create_task(final(llm, "xyz", SamplingParams(max_tokens=400, ignore_eos=True)))
             await asyncio.sleep(0.05)
-            for page in llm.engine.runner._pages:
+            for page in llm.engine.runner.state.pages:
                 page.delete()
             with pytest.raises(EngineError):
                 await task

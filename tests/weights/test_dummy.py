@@ -27,7 +27,7 @@ SIZES = {"max_num_seqs": 4, "max_num_batched_tokens": 8, "page_size": 4, "kv_cac
 def test_a_preset_runs_on_random_weights_made_in_their_sharding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
     llm = LLM("tiny", load_format="dummy", mesh="ep=2,tp=2", **SIZES)
-    params = jax.tree.leaves(llm.engine.runner._params)
+    params = jax.tree.leaves(llm.engine.runner.state.params)
     assert any(not leaf.sharding.is_fully_replicated for leaf in params)
     (output,) = llm.generate(
         [{"prompt_token_ids": [1, 2, 3]}], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
