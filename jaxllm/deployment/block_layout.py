@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxllm.config import ModelConfig
-from jaxllm.deployment.collectives import Found
+from jaxllm.deployment.program_text import Found
 from jaxllm.sharding.mesh import Dims, Placement
 
 # The step that a matrix product makes, by its einsum as the compiler names it.

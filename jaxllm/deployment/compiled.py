@@ -12,32 +12,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.config import EngineConfig
-from jaxllm.deployment.collectives import Found, find_collectives
+from jaxllm.deployment.deployment import Deployment, open_deployment
+from jaxllm.deployment.program_text import CompiledProgram, Found, find_collectives
 from jaxllm.deployment.topology import no_program_cache, parse_overflow
 
 if TYPE_CHECKING:
-    from jaxllm.deployment.plan import Deployment
     from jaxllm.runner.programs import Key
     from jaxllm.runner.shapes import RunnerShapes
     from jaxllm.weights.loader import AbstractModel
 
 _LAYERS_WORTH_A_PROCESS = 16  # below, starting one takes longer than compiling
-
-
-@dataclass(frozen=True, slots=True)
-class CompiledProgram:
-    """What the compiler said of one program, in bytes of one device."""
-
-    temporaries: int
-    arguments: int
-    donated: int
-    code: int
-    collectives: list[Found]
-    page_layouts: int
 
 
 class Overflow(Exception):
@@ -72,8 +59,6 @@ def compiling_elsewhere(deployment: Deployment, num_pages: int, key: Key) -> Ite
 
 def _compile_for_parent() -> None:
     """The other end of `compiling_elsewhere`: a task on standard input, a `CompiledProgram` as JSON on the output."""
-    from jaxllm.deployment.plan import open_deployment
-
     task = json.load(sys.stdin)
     deployment = open_deployment(EngineConfig(**task["config"]), task["topology"])
     shapes = dataclasses.replace(deployment.shapes, num_pages=task["num_pages"])

@@ -286,7 +286,7 @@ _ENTRIES = (
     ),
     Program(
         name="mask", run=Steps.set_masks, reads=("slots",), writes=("slots",), inputs=_masks,
-        buckets=_one(batches.MASK_BATCH), warm_up=SAMPLING,
+        buckets=_one(batches.MASK_BATCH),
     ),
     Program(
         name="hidden", run=Steps.ragged_step, reads=("params", "pages", "slots"), writes=("scored", "pages"),

@@ -9,7 +9,8 @@ import pytest
 
 from jaxllm.cli import main
 from jaxllm.config import EngineConfig
-from jaxllm.deployment.collectives import KINDS, count_collectives, find_collectives, format_counts
+from jaxllm.deployment.collectives import count_collectives, format_counts
+from jaxllm.deployment.program_text import KINDS, find_collectives
 from tests.helpers.tiny_model import HIDDEN, write_tiny_model
 
 pytestmark = pytest.mark.optimized

@@ -15,8 +15,9 @@ import pytest
 from jaxllm.cli import main
 from jaxllm.config import EngineConfig
 from jaxllm.deployment import plan as planning
-from jaxllm.deployment.compiled import Program
-from jaxllm.deployment.plan import bounds, make_plan, measure_memory, open_deployment
+from jaxllm.deployment.deployment import bounds, open_deployment
+from jaxllm.deployment.plan import make_plan, measure_memory
+from jaxllm.deployment.program_text import CompiledProgram
 from jaxllm.deployment.search import search
 from jaxllm.deployment.topology import open_topology, parse_overflow, parse_topology
 from jaxllm.families.presets import model_config
@@ -117,8 +118,8 @@ def test_cache_that_was_asked_for_and_is_too_big_does_not_fit(one_layer, monkeyp
     assert make_plan(replace(config, kv_cache_memory_bytes=20 * GIB), "v5e:2x2")["fits"]
 
 
-def _programs(temporaries: int, layouts: int = 1) -> dict[str, Program]:
-    one = Program(temporaries, 0, 0, 0, [], layouts)
+def _programs(temporaries: int, layouts: int = 1) -> dict[str, CompiledProgram]:
+    one = CompiledProgram(temporaries, 0, 0, 0, [], layouts)
     return {"prefill": one, "decode": one, "sampler": replace(one, temporaries=0)}
 
 

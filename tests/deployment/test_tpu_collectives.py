@@ -17,7 +17,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxllm.config import EngineConfig
-from jaxllm.deployment.collectives import KINDS, count_collectives
+from jaxllm.deployment.collectives import count_collectives
+from jaxllm.deployment.program_text import KINDS
 
 pytestmark = pytest.mark.optimized
 
