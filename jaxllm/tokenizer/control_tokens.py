@@ -12,8 +12,10 @@ most models, may be quoted in a history and stay tokens.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
 if TYPE_CHECKING:
@@ -32,8 +34,7 @@ class ControlTokens:
         added = backend.get_added_tokens_decoder().values()
         self._backend = backend
         self._words = {token.content for token in added if token.special and token.content.strip()}
-        longest_first = sorted(self._words, key=lambda word: (-len(word), word))
-        words = "|".join(map(re.escape, longest_first)) or r"(?!)"
+        words = _any_of(sorted(self._words)) or r"(?!)"
         self._word = re.compile(words)
         self._marked = re.compile(f"{START}({words}){END}|({words})|[{START}{END}]")
 
@@ -77,6 +78,19 @@ class ControlTokens:
 
     def _spelled(self, text: str) -> str:
         return START + text if text in self._words else text
+
+
+def _any_of(words: Sequence[str]) -> str:
+    """A pattern for the longest of sorted words, by common beginnings: 250 words cost no more than one."""
+    rest = [word for word in words if word]
+    if not rest:
+        return ""
+    branches = [
+        re.escape(first) + _any_of([word[1:] for word in group])
+        for first, group in itertools.groupby(rest, key=lambda word: word[0])
+    ]
+    pattern = branches[0] if len(branches) == 1 and len(rest) == len(words) else f"(?:{'|'.join(branches)})"
+    return pattern if len(rest) == len(words) else f"{pattern}?"  # one of the words ends here
 
 
 def _respelled(match: re.Match[str]) -> str:

@@ -96,9 +96,7 @@ class Browser:
         return json.loads(message)
 
 
-@contextlib.contextmanager
-def browser(profile: Path) -> Iterator[Browser]:
-    """A running browser with an empty profile."""
+def _launched(profile: Path) -> tuple[subprocess.Popen[bytes], Browser]:
     to_browser, from_browser = os.pipe(), os.pipe()
     command = [str(find_chromium()), *_FLAGS, f"--user-data-dir={profile}"]
     # The browser reads commands on descriptor 3 and answers on 4.
@@ -112,16 +110,30 @@ def browser(profile: Path) -> Iterator[Browser]:
     )
     os.close(to_browser[0])
     os.close(from_browser[1])
-    tab = None
+    return child, Browser(from_browser[0], to_browser[1])
+
+
+def _end(child: subprocess.Popen[bytes], tab: Browser) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        tab.close()
     try:
-        tab = Browser(from_browser[0], to_browser[1])
-        tab.start()
+        child.wait(10)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+@contextlib.contextmanager
+def browser(profile: Path) -> Iterator[Browser]:
+    """A running browser with an empty profile."""
+    child, tab = _launched(profile)
+    try:
+        try:
+            tab.start()
+        except (AssertionError, BrokenPipeError):  # on a busy machine it may go away while it starts: once more
+            _end(child, tab)
+            child, tab = _launched(profile / "again")
+            tab.start()
         yield tab
     finally:
-        if tab is not None:
-            tab.close()
-        try:
-            child.wait(10)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+        _end(child, tab)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,31 @@ def test_a_template_that_cuts_at_a_typed_token_leaves_no_mark(folder: Path):
     prompt = load_tokenizer(folder).chat_prompt(ask(f"a{EOS}b"))
     assert prompt["prompt"] == f"a+b{EOS}"
     assert prompt["prompt_token_ids"] == [*b"a+b", EOS_ID]
+
+
+def test_longest_control_token_is_the_one_that_is_found():
+    import tokenizers
+    from tokenizers import models
+
+    backend = tokenizers.Tokenizer(models.BPE({}, []))
+    words = ["<a>", "<a>b", "<", "<ab", "[x", "[xy]"]
+    backend.add_special_tokens([tokenizers.AddedToken(word, special=True) for word in words])
+    control = ControlTokens(backend)
+    marked = control.mark("<a>bc <a> <abc [xy [xy] [z")
+    assert re.findall(f"{START}(.*?){END}", marked) == ["<a>b", "<a>", "<ab", "[x", "[xy]"]
+    assert control.unmarked(marked) == "<a>bc <a> <abc [xy [xy] [z"
+
+
+def test_many_control_tokens_and_a_text_that_begins_like_them_take_no_time():
+    import tokenizers
+    from tokenizers import models
+
+    backend = tokenizers.Tokenizer(models.BPE({}, []))
+    words = [f"<|reserved_special_token_{i}|>" for i in range(250)]
+    backend.add_special_tokens([tokenizers.AddedToken(word, special=True) for word in words])
+    start = time.process_time()
+    ControlTokens(backend).mark("<|reserved_special_token_" * 40_000 + "<" * 1_000_000)
+    assert time.process_time() - start < 2
 
 
 def test_lone_surrogates_are_refused_in_conversations_too(tokenizer: Tokenizer):
