@@ -9,11 +9,17 @@ from jaxllm.families.field_rules import FieldRules
 _OFF = (False,)
 
 
-def _rules(config_class: str, model_type: str, computed: str, **rest: Any) -> FieldRules:
-    """`rest` as FieldRules, the sets as words of one string."""
+def _rules(
+    config_class: str, model_type: str, computed: str, *, length: int, eps: float = 1e-6, **rest: Any
+) -> FieldRules:
+    """`rest` as FieldRules, the sets as words of one string. `length` and `eps`: transformers' defaults of the longest
+    sequence and of the norms."""
+    fields = frozenset(computed.split())
     sets = {name: frozenset(rest.pop(name, "").split()) for name in ("nullable", "undeclared", "harmless")}
+    common = {"max_position_embeddings": length, "n_positions": length, "rms_norm_eps": eps, "layer_norm_eps": eps}
+    defaults = {name: value for name, value in common.items() if name in fields} | rest.pop("defaults", {})
     return FieldRules(
-        config_class=config_class, model_type=model_type, computed=frozenset(computed.split()), **sets, **rest
+        config_class=config_class, model_type=model_type, computed=fields, defaults=defaults, **sets, **rest
     )
 
 
@@ -48,6 +54,7 @@ RULES: dict[str, FieldRules] = {
         "llama",
         _DENSE + "attention_bias mlp_bias",
         nullable="head_dim num_key_value_heads",
+        length=2048,
     ),
     "MistralForCausalLM": _rules(
         "MistralConfig",
@@ -55,6 +62,7 @@ RULES: dict[str, FieldRules] = {
         _DENSE + "sliding_window",
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
         nullable="head_dim",
+        length=131072,
     ),
     "Qwen2ForCausalLM": _rules(
         "Qwen2Config",
@@ -64,6 +72,7 @@ RULES: dict[str, FieldRules] = {
         foreign={"attention_bias": (True,), "qkv_bias": (True,)},
         defaults={"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
         nullable="num_key_value_heads",
+        length=32768,
     ),
     "Qwen3ForCausalLM": _rules(
         "Qwen3Config",
@@ -72,6 +81,7 @@ RULES: dict[str, FieldRules] = {
         foreign={"use_qk_norm": (True,)},
         defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
         nullable="num_key_value_heads",
+        length=32768,
     ),
     "GemmaForCausalLM": _rules(
         "GemmaConfig",
@@ -80,6 +90,7 @@ RULES: dict[str, FieldRules] = {
         undeclared="hidden_activation",
         neutral=_ONE_WAY,
         defaults={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True},
+        length=8192,
     ),
     "Gemma2ForCausalLM": _rules(
         "Gemma2Config",
@@ -88,6 +99,7 @@ RULES: dict[str, FieldRules] = {
         neutral=_ONE_WAY,
         foreign=_GELU,
         defaults=_GEMMA_DEFAULTS | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+        length=8192,
     ),
     "Gemma3ForCausalLM": _rules(
         "Gemma3TextConfig",
@@ -97,6 +109,7 @@ RULES: dict[str, FieldRules] = {
         neutral=_ONE_WAY,
         foreign=_GELU,
         defaults=_GEMMA_DEFAULTS,
+        length=131072,
     ),
     "Phi3ForCausalLM": _rules(
         "Phi3Config",
@@ -106,6 +119,8 @@ RULES: dict[str, FieldRules] = {
         harmless="resid_pdrop embd_pdrop",
         defaults={"original_max_position_embeddings": 4096},
         nullable="num_key_value_heads",
+        length=4096,
+        eps=1e-05,
     ),
     "Olmo2ForCausalLM": _rules(
         "Olmo2Config",
@@ -113,6 +128,8 @@ RULES: dict[str, FieldRules] = {
         _SIZES + "hidden_act attention_bias",
         undeclared="head_dim",
         nullable="num_key_value_heads",
+        length=2048,
+        eps=1e-05,
     ),
     "Olmo3ForCausalLM": _rules(
         "Olmo3Config",
@@ -121,6 +138,8 @@ RULES: dict[str, FieldRules] = {
         undeclared="head_dim",
         defaults={"sliding_window": 4096},
         nullable="num_key_value_heads",
+        length=2048,
+        eps=1e-05,
     ),
     "GPT2LMHeadModel": _rules(
         "GPT2Config",
@@ -138,6 +157,7 @@ RULES: dict[str, FieldRules] = {
             "num_attention_heads": "n_head",
             "num_hidden_layers": "n_layer",
         },
+        length=1024,
     ),
     "MixtralForCausalLM": _rules(
         "MixtralConfig",
@@ -146,6 +166,8 @@ RULES: dict[str, FieldRules] = {
         defaults={"num_key_value_heads": 8},
         spellings={"num_experts": "num_local_experts"},
         nullable="head_dim",
+        length=131072,
+        eps=1e-05,
     ),
     "Qwen2MoeForCausalLM": _rules(
         "Qwen2MoeConfig",
@@ -160,6 +182,7 @@ RULES: dict[str, FieldRules] = {
             "shared_expert_intermediate_size": 5632,
         },
         nullable="num_key_value_heads",
+        length=32768,
     ),
     "Qwen3MoeForCausalLM": _rules(
         "Qwen3MoeConfig",
@@ -170,6 +193,7 @@ RULES: dict[str, FieldRules] = {
         foreign={"use_qk_norm": (True,)},
         defaults={"num_key_value_heads": 4, "sliding_window": 4096},
         spellings={"num_local_experts": "num_experts"},
+        length=32768,
     ),
     "DeepseekV2ForCausalLM": _rules(
         "DeepseekV2Config",
@@ -181,6 +205,7 @@ RULES: dict[str, FieldRules] = {
         defaults={"q_lora_rank": 1536, "n_shared_experts": 2},
         spellings={"num_experts": "n_routed_experts"},
         nullable="head_dim num_experts_per_tok num_key_value_heads",
+        length=2048,
     ),
     "DeepseekV3ForCausalLM": _rules(
         "DeepseekV3Config",
@@ -202,6 +227,7 @@ RULES: dict[str, FieldRules] = {
         spellings={"num_local_experts": "n_routed_experts", "num_nextn_predict_layers": "num_mtp_layers"},
         nullable="first_k_dense_replace norm_topk_prob num_experts_per_tok num_key_value_heads rope_interleave "
         "v_head_dim",
+        length=4096,
     ),
     "GptOssForCausalLM": _rules(
         "GptOssConfig",
@@ -220,6 +246,8 @@ RULES: dict[str, FieldRules] = {
             "swiglu_limit": 7.0,
         },
         spellings={"num_experts": "num_local_experts"},
+        length=131072,
+        eps=1e-05,
     ),
     "SmolLM3ForCausalLM": _rules(
         "SmolLM3Config",
@@ -230,6 +258,7 @@ RULES: dict[str, FieldRules] = {
         harmless="max_window_layers",
         defaults={"num_key_value_heads": 4, "tie_word_embeddings": True, "no_rope_layer_interval": 4},
         nullable="num_key_value_heads",
+        length=32768,
     ),
     "GraniteForCausalLM": _rules(
         "GraniteConfig",
@@ -238,6 +267,7 @@ RULES: dict[str, FieldRules] = {
         "attention_multiplier",
         undeclared="head_dim",
         nullable="num_key_value_heads",
+        length=2048,
     ),
     "GlmForCausalLM": _rules(
         "GlmConfig",
@@ -245,6 +275,8 @@ RULES: dict[str, FieldRules] = {
         _DENSE + "attention_bias",
         defaults=_GLM_DEFAULTS,
         nullable="head_dim num_key_value_heads",
+        length=131072,
+        eps=1.5625e-07,
     ),
     "GraniteMoeForCausalLM": _rules(
         "GraniteMoeConfig",
@@ -255,22 +287,34 @@ RULES: dict[str, FieldRules] = {
         defaults={"num_local_experts": 8, "num_experts_per_tok": 2},
         nullable="attention_multiplier embedding_multiplier logits_scaling residual_multiplier num_experts_per_tok "
         "num_local_experts num_key_value_heads",
+        length=2048,
     ),
     "CohereForCausalLM": _rules(
         "CohereConfig",
         "cohere",
         _COHERE + "use_qk_norm",
         undeclared="head_dim",
-        defaults={"logit_scale": 0.0625, "layer_norm_eps": 1e-5, "tie_word_embeddings": True},
+        defaults={"logit_scale": 0.0625, "tie_word_embeddings": True},
         nullable="layer_norm_eps logit_scale num_key_value_heads use_qk_norm",
+        length=8192,
+        eps=1e-05,
     ),
     "Cohere2ForCausalLM": _rules(
         "Cohere2Config",
         "cohere2",
         _COHERE + "sliding_window layer_types",
         undeclared="head_dim sliding_window_pattern",
-        defaults={"logit_scale": 0.0625, "layer_norm_eps": 1e-5, "tie_word_embeddings": True, "sliding_window": 4096},
+        defaults={"logit_scale": 0.0625, "tie_word_embeddings": True, "sliding_window": 4096},
         nullable="num_key_value_heads",
+        length=8192,
+        eps=1e-05,
     ),
-    "Glm4ForCausalLM": _rules("Glm4Config", "glm4", _DENSE + "attention_bias", defaults=_GLM_DEFAULTS),
+    "Glm4ForCausalLM": _rules(
+        "Glm4Config",
+        "glm4",
+        _DENSE + "attention_bias",
+        defaults=_GLM_DEFAULTS,
+        length=131072,
+        eps=1.5625e-07,
+    ),
 }

@@ -69,7 +69,9 @@ class Family:
 
 
 # Names that files give to what is supported under another one.
-_SYNONYMS = {"LLaMAForCausalLM": "LlamaForCausalLM"}
+_SYNONYMS = {"LLaMAForCausalLM": "LlamaForCausalLM", "GPT2Model": "GPT2LMHeadModel"} | {
+    name.replace("ForCausalLM", "Model"): name for name in ARCHITECTURES if name.endswith("ForCausalLM")
+}
 _TYPE_SYNONYMS = {"kimi_k2": "deepseek_v3"}
 
 

@@ -143,7 +143,12 @@ def _check_tensors(sources: WeightMap, checkpoint: Checkpoint, family: Family) -
     for name, shape in expected.items():
         info = checkpoint.tensors.get(name)
         if info is None:
-            raise ValueError(f"the checkpoint has no tensor {name}; it is incomplete or not of family {family.name}")
+            reason = (
+                "a model without a head embeds but does not generate"
+                if name == "lm_head.weight"
+                else (f"it is incomplete or not of family {family.name}")
+            )
+            raise ValueError(f"the checkpoint has no tensor {name}; {reason}")
         if tuple(info.shape) != shape:
             raise ValueError(f"tensor {name} has shape {tuple(info.shape)}; the configuration says {shape}")
         if not info.dtype.startswith(("float", "bfloat")) or info.dtype.startswith("float8"):
