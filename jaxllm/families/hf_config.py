@@ -46,10 +46,11 @@ class Fields:
                 self._hf[name] = value
         self._read: set[str] = set()
         self._partial = 1.0
-        if quantization := hf.get("quantization_config"):
-            method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        if quantization := hf.get("quantization_config") or hf.get("quantization"):  # the second is MLX's
+            is_named = isinstance(quantization, Mapping) and "quant_method" in quantization
+            method = quantization["quant_method"] if is_named else quantization
             raise ValueError(
-                f"config.json has quantization_config {method!r}, which is not supported; use the unquantised weights, "
+                f"config.json has quantization_config {_short(method)}, which is not supported; use the unquantised weights, "
                 "or dequantise with transformers and save again"
             )
 
