@@ -50,8 +50,8 @@ class Fields:
             is_named = isinstance(quantization, Mapping) and "quant_method" in quantization
             method = quantization["quant_method"] if is_named else quantization
             raise ValueError(
-                f"config.json has quantization_config {_short(method)}, which is not supported; use the unquantised weights, "
-                "or dequantise with transformers and save again"
+                f"config.json has quantization_config {_short(method)}, which is not supported; use the unquantised "
+                "weights, or dequantise with transformers and save again"
             )
 
     def get(self, key: str, default: Any = None) -> Any:
