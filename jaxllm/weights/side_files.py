@@ -25,8 +25,8 @@ _COPIED_FOLDERS = ("additional_chat_templates",)
 def write_side_files(checkpoint: Checkpoint, folder: Path, dtype: str | None) -> None:
     """Write them below `folder`; `dtype` is what `convert` was asked for, None where the files do not keep it."""
     config = dict(checkpoint.config)  # with its nulls: transformers has other defaults for some keys
-    if dtype is not None and not checkpoint.path.is_dir():  # how transformers loads it unless told otherwise
-        config["dtype"] = "bfloat16" if dtype == "auto" else dtype
+    if dtype is not None:  # how transformers loads it unless told otherwise, under the name that the file has for it
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = _matrix_dtype(checkpoint, dtype)
     generation = checkpoint.generation_config
     if checkpoint.path.is_dir():
         _copy(checkpoint.path, folder)
@@ -38,6 +38,14 @@ def write_side_files(checkpoint: Checkpoint, folder: Path, dtype: str | None) ->
     _write_json(folder / "config.json", config)
     if generation:
         _write_json(folder / "generation_config.json", generation)
+
+
+def _matrix_dtype(checkpoint: Checkpoint, dtype: str) -> str:
+    """What `convert` makes of matrices: "auto" keeps the narrow ones and makes bfloat16 of others."""
+    kinds = {info.dtype for info in checkpoint.tensors.values() if len(info.shape) > 1}
+    if dtype != "auto":
+        return dtype
+    return kinds.pop() if kinds in ({"bfloat16"}, {"float16"}) else "bfloat16"
 
 
 def _copy(source: Path, folder: Path) -> None:

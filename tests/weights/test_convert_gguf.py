@@ -140,3 +140,10 @@ def test_orbax_and_back_gives_the_tensors_of_the_file(name: str, saved_model, tm
     assert back.tensors == expected.tensors
     for key in expected.tensors:
         np.testing.assert_allclose(back.read(key), expected.read(key), rtol=0, atol=1e-6, err_msg=key)
+
+
+def test_the_configuration_says_the_dtype_that_was_written(saved_model, tmp_path: Path) -> None:
+    source = saved_model("llama")[0]  # float32
+    for dtype, expected in (("auto", torch.bfloat16), ("float16", torch.float16)):
+        folder = convert(str(source), tmp_path / dtype, to="safetensors", dtype=dtype)
+        assert transformers.AutoModelForCausalLM.from_pretrained(folder).dtype == expected
