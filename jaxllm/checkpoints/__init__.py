@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxllm.checkpoints.base import Checkpoint, CheckpointError, TensorInfo
 from jaxllm.checkpoints.download import pull
-from jaxllm.checkpoints.gguf_names import part_files
+from jaxllm.checkpoints.gguf_names import is_gguf, part_files
 from jaxllm.checkpoints.registry import DEFAULT_MODEL, MODELS, cache_home
 from jaxllm.checkpoints.resolve import resolve_model
 
@@ -40,7 +40,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         from jaxllm.checkpoints.safetensors_folder import SafetensorsCheckpoint
 
         return SafetensorsCheckpoint.open(path)
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         from jaxllm.checkpoints.gguf_checkpoint import GGUFCheckpoint
 
         return GGUFCheckpoint.open(path)

@@ -79,6 +79,8 @@ def read_header(path: Path) -> GGUFHeader:
 
 def _parse(cursor: _Cursor) -> GGUFHeader:
     magic = cursor.take(4, "magic")
+    if magic == b"vers":
+        cursor.fail("not a GGUF file but perhaps a Git LFS pointer to one: fetch the file itself (git lfs pull)")
     if magic != b"GGUF":
         cursor.fail(f"not a GGUF file: it starts with {magic!r}, expected b'GGUF'")
     version = cursor.number("<u4", "version")

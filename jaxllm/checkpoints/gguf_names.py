@@ -1,4 +1,4 @@
-"""The names of the parts of a split GGUF model: `NAME-00001-of-00003.gguf`. Opens no file."""
+"""Which files are GGUF, and the names of the parts of a split model: `NAME-00001-of-00003.gguf`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from pathlib import Path
 
 PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.ASCII | re.DOTALL)
 _MAX_PARTS = 10_000
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF by its name or, where other programs keep it under another one, by how it begins."""
+    if path.suffix.lower() == ".gguf":
+        return True
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def is_later_part(path: Path) -> bool:

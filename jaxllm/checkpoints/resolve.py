@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxllm.checkpoints.base import PICKLE_SUFFIXES, CheckpointError, refuse_pickle
 from jaxllm.checkpoints.download import pull, unknown_model
-from jaxllm.checkpoints.gguf_names import is_later_part
+from jaxllm.checkpoints.gguf_names import is_gguf, is_later_part
 from jaxllm.checkpoints.registry import DEFAULT_MODEL, MODELS
 
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -46,22 +46,27 @@ def resolve_model(name: str | Path, *, progress: bool = True) -> Path:
 
 def _local(path: Path) -> Path:
     if path.is_dir():
-        if (path / "config.json").is_file():
-            return path
         files = [file for file in sorted(path.glob("*.gguf")) if not _belongs_to_another(file)]
+        # Beside a GGUF file a config.json alone is only for information.
+        if (path / "config.json").is_file() and not (len(files) == 1 and _has_no_weights(path)):
+            return path
         if len(files) == 1:
             return files[0]
         raise CheckpointError(
             f"{path}: no config.json and {len(files)} .gguf files; expected a Hugging Face folder or one "
             ".gguf file: name the file itself"
         )
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         return path
     if path.suffix in PICKLE_SUFFIXES:
         raise refuse_pickle(path)
     raise CheckpointError(
         f"{path}: not a checkpoint; pass a .gguf file, or the folder that holds config.json and the .safetensors files"
     )
+
+
+def _has_no_weights(folder: Path) -> bool:
+    return not (any(folder.glob("*.safetensors")) or (folder / "parameters").is_dir())
 
 
 def _belongs_to_another(file: Path) -> bool:

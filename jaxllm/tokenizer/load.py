@@ -33,7 +33,9 @@ def _read(path: Path) -> Tokenizer:
         from jaxllm.tokenizer.hf_folder import tokenizer_from_folder
 
         return tokenizer_from_folder(path)
-    if path.suffix == ".gguf" and path.is_file():
+    from jaxllm.checkpoints.gguf_names import is_gguf
+
+    if path.is_file() and is_gguf(path):
         from jaxllm.checkpoints.gguf_file import read_header
         from jaxllm.tokenizer.gguf import tokenizer_from_metadata
 

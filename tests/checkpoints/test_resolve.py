@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 
 import jaxllm.checkpoints.resolve as resolve_module
-from jaxllm.checkpoints import DEFAULT_MODEL, CheckpointError, resolve_model
+from jaxllm.checkpoints import DEFAULT_MODEL, CheckpointError, open_checkpoint, resolve_model
 
 
 def model_folder(path: Path) -> Path:
@@ -34,6 +34,32 @@ def test_folder_with_one_gguf_is_that_file(tmp_path: Path) -> None:
     (tmp_path / "y.gguf").touch()
     with pytest.raises(CheckpointError, match=r"2 \.gguf files"):
         resolve_model(str(tmp_path))
+
+
+def test_a_gguf_file_is_known_by_how_it_begins(tmp_path: Path) -> None:
+    blob = tmp_path / "sha256-0123"
+    blob.write_bytes(b"GGUF\x03\0\0\0" + bytes(16))
+    assert resolve_model(blob) == blob
+    with pytest.raises(CheckpointError, match=r"general\.architecture=None"):
+        open_checkpoint(blob)
+    blob.write_bytes(b"something else")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        resolve_model(blob)
+
+
+def test_a_configuration_beside_a_gguf_file_is_only_for_information(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "m")
+    (folder / "x.gguf").touch()
+    assert resolve_model(folder) == folder / "x.gguf"
+    (folder / "model.safetensors").touch()
+    assert resolve_model(folder) == folder
+
+
+def test_a_pointer_to_a_large_file_says_so(tmp_path: Path) -> None:
+    pointer = tmp_path / "x.gguf"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(CheckpointError, match="Git LFS pointer"):
+        open_checkpoint(pointer)
 
 
 def test_short_name_is_pulled_unless_a_local_model_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
