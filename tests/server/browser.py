@@ -59,9 +59,17 @@ class Browser:
     def wait(self, script: str, seconds: float = 30.0) -> None:
         """Until `script` is true."""
         deadline = time.monotonic() + seconds
-        while not self.run(script):
+        while not self._holds(script):
             assert time.monotonic() < deadline, f"never became true: {script}"
             time.sleep(0.1)
+
+    def _holds(self, script: str) -> bool:
+        try:
+            return bool(self.run(script))
+        except AssertionError as error:
+            if "navigated" not in str(error):  # the page is being loaded anew: not yet
+                raise
+            return False
 
     def screenshot(self, path: Path) -> None:
         """Write a PNG."""
@@ -96,7 +104,9 @@ class Browser:
         return json.loads(message)
 
 
-def _launched(profile: Path) -> tuple[subprocess.Popen[bytes], Browser]:
+@contextlib.contextmanager
+def browser(profile: Path) -> Iterator[Browser]:
+    """A running browser with an empty profile."""
     to_browser, from_browser = os.pipe(), os.pipe()
     command = [str(find_chromium()), *_FLAGS, f"--user-data-dir={profile}"]
     # The browser reads commands on descriptor 3 and answers on 4.
@@ -110,30 +120,16 @@ def _launched(profile: Path) -> tuple[subprocess.Popen[bytes], Browser]:
     )
     os.close(to_browser[0])
     os.close(from_browser[1])
-    return child, Browser(from_browser[0], to_browser[1])
-
-
-def _end(child: subprocess.Popen[bytes], tab: Browser) -> None:
-    with contextlib.suppress(BrokenPipeError):
-        tab.close()
+    tab = None
     try:
-        child.wait(10)
-    except subprocess.TimeoutExpired:
-        child.kill()
-        child.wait()
-
-
-@contextlib.contextmanager
-def browser(profile: Path) -> Iterator[Browser]:
-    """A running browser with an empty profile."""
-    child, tab = _launched(profile)
-    try:
-        try:
-            tab.start()
-        except (AssertionError, BrokenPipeError):  # on a busy machine it may go away while it starts: once more
-            _end(child, tab)
-            child, tab = _launched(profile / "again")
-            tab.start()
+        tab = Browser(from_browser[0], to_browser[1])
+        tab.start()
         yield tab
     finally:
-        _end(child, tab)
+        if tab is not None:
+            tab.close()
+        try:
+            child.wait(10)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            child.wait()
