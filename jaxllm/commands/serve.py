@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import ssl
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.commands.flags import add_engine_flags, engine_arguments
+from jaxllm.commands.startup import Startup
 from jaxllm.config import EngineConfig
+from jaxllm.server.listen import Listen
 
 if TYPE_CHECKING:
+    import socket
+
     from jaxllm.engine.async_llm import AsyncLLM
-    from jaxllm.server.context import Settings
-    from jaxllm.server.run import Listen
+    from jaxllm.server.context import CrossOrigin, Settings
 
 
 HELP = "Answer OpenAI clients over HTTP."
@@ -30,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--uds", metavar="PATH", help="listen on a unix socket instead")
     group.add_argument("--ssl-keyfile", metavar="FILE")
     group.add_argument("--ssl-certfile", metavar="FILE")
+    group.add_argument("--ssl-keyfile-password", metavar="TEXT")
+    lists: dict[str, Any] = {"type": _json, "default": ["*"], "metavar": "JSON"}
+    group.add_argument("--allowed-origins", **lists, help="web pages that may call (CORS): '[\"*\"]' all, '[]' none")
+    group.add_argument("--allowed-methods", **lists, help="methods that they may use")
+    group.add_argument("--allowed-headers", **lists, help="headers that they may send")
+    group.add_argument("--allow-credentials", action="store_true", help="let them send cookies and keys of their own")
     group.add_argument(
         "--api-key", action="append", metavar="KEY", help="required from clients; repeatable; also JAXLLM_API_KEY"
     )
@@ -64,50 +74,92 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_flags(parser, max_decode_steps=4)  # whoever arrives waits for the dispatches under way
 
 
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not JSON") from None
+
+
 def run(args: argparse.Namespace) -> int:
-    """Load, warm up, serve; returns the exit code."""
+    """Bind, load, warm up, serve; returns the exit code."""
+    _start_log(args.log_level)
+    engine = engine_arguments(args)
+    listen = _listen(args)
+    bound = listen.bind() if _is_first(engine) else None
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ValueError(f"the server needs {error.name}; install it with: pip install 'jaxllm[server]'") from None
+    return start(args, engine, listen, _settings(args, engine), bound)
+
+
+def _start_log(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(_plain_name)
     logging.basicConfig(
-        level=args.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+        level=level.upper(), handlers=[handler], format="%(asctime)s %(levelname)s %(name)s %(message)s"
     )
-    engine = engine_arguments(args)
-    listen, settings = _listen(args), _settings(args, engine)
-    return start(args, engine, listen, settings)
+
+
+def _plain_name(record: logging.LogRecord) -> bool:
+    """uvicorn logs everything under `uvicorn.error`, errors or not."""
+    record.name = record.name.replace("uvicorn.error", "uvicorn")
+    return True
+
+
+def _is_first(engine: dict[str, Any]) -> bool:
+    """Whether this process is the one of several that listens."""
+    from jaxllm.runner.members import member_of
+
+    member = member_of(EngineConfig.from_kwargs(dict(engine)))
+    return member is None or member.process_id == 0
 
 
 def start(
-    args: argparse.Namespace, engine: dict[str, Any], listen: Listen, settings: Settings, **hooks: Any
+    args: argparse.Namespace, engine: dict[str, Any], listen: Listen, settings: Settings,
+    bound: socket.socket | None, **hooks: Any,
 ) -> int:  # fmt: skip
-    """Build the engine and serve it; `hooks` are `AsyncLLM`'s, for tests."""
+    """Serve on the bound socket while the engine is built and from then on; `hooks` are `AsyncLLM`'s, for tests."""
+    from jaxllm.server.door import Door
+    from jaxllm.server.run import serving
+
+    if bound is None:  # does not come back: the first process speaks for all
+        _load(args, engine, Startup(lambda _: None), hooks)
+        return 0
+    door = Door()
+    startup = Startup(lambda stage: setattr(door, "stage", stage))
+    with serving(door, listen, bound) as server:
+        llm = _load(args, engine, startup, hooks)
+        try:
+            from jaxllm.server.app import make_app
+
+            door.open(make_app(llm, settings))
+            server.attach(llm)
+            where = f"serving {settings.served_model_names[0]} on {listen.uds or listen.url}"
+            startup.ready(where if listen.uds else f"{where}; a page to chat is at {listen.url}/")
+            return server.wait()
+        finally:
+            llm.shutdown()
+
+
+def _load(args: argparse.Namespace, engine: dict[str, Any], startup: Startup, hooks: dict[str, Any]) -> AsyncLLM:
     from jaxllm.engine.async_llm import AsyncLLM
-    from jaxllm.server.app import make_app
-    from jaxllm.server.run import serve
 
     llm = AsyncLLM(
-        max_num_queued_requests=args.max_num_queued_requests, stuck_seconds=args.stuck_seconds, **hooks, **engine
-    )
-    _warm_up(llm, args.warm_up)
+        max_num_queued_requests=args.max_num_queued_requests, stuck_seconds=args.stuck_seconds,
+        on_stage=startup.stage, **hooks, **engine,
+    )  # fmt: skip
+    if args.warm_up:
+        startup.stage("compiling")
+        llm.engine.runner.warm_up(scoring=True, tiers=llm.engine.tiers is not None, on_compiled=startup.compiled)
     llm.thread.measure_when_idle()
-    where = listen.uds or f"http{'s' if listen.ssl_certfile else ''}://{listen.host}:{listen.port}"
-    print(f"jaxllm: serving {settings.served_model_names[0]} on {where}", file=sys.stderr, flush=True)
-    return serve(make_app(llm, settings), llm, listen)
-
-
-def _warm_up(llm: AsyncLLM, wanted: bool) -> None:
-    if not wanted:
-        return
-    print("jaxllm: compiling", file=sys.stderr, flush=True)
-    llm.engine.runner.warm_up(scoring=True, tiers=llm.engine.tiers is not None)
+    return llm
 
 
 def _listen(args: argparse.Namespace) -> Listen:
-    from jaxllm.server.run import Listen
-
     if not 1 <= args.port <= 65535:
         raise ValueError(f"--port is {args.port}; it must be between 1 and 65535")
     for name in ("request_timeout", "shutdown_timeout", "stuck_seconds", "max_body_bytes"):
@@ -118,7 +170,7 @@ def _listen(args: argparse.Namespace) -> Listen:
     _check_tls(args)
     return Listen(
         host=args.host, port=args.port, uds=args.uds, ssl_keyfile=args.ssl_keyfile, ssl_certfile=args.ssl_certfile,
-        shutdown_timeout=args.shutdown_timeout,
+        ssl_keyfile_password=args.ssl_keyfile_password, shutdown_timeout=args.shutdown_timeout,
     )  # fmt: skip
 
 
@@ -128,9 +180,29 @@ def _check_tls(args: argparse.Namespace) -> None:
     if not args.ssl_certfile:
         return
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(args.ssl_certfile, args.ssl_keyfile)
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+            args.ssl_certfile, args.ssl_keyfile, args.ssl_keyfile_password or _no_password
+        )
     except (OSError, ssl.SSLError) as error:
         raise ValueError(f"cannot use --ssl-certfile {args.ssl_certfile}: {error}") from None
+
+
+def _no_password() -> str:
+    """Instead of a question on the terminal."""
+    raise ValueError("the key is encrypted; give --ssl-keyfile-password")
+
+
+def _cors(args: argparse.Namespace) -> CrossOrigin:
+    from jaxllm.server.context import CrossOrigin
+
+    for name in ("allowed_origins", "allowed_methods", "allowed_headers"):
+        value = getattr(args, name)
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise ValueError(f"--{name.replace('_', '-')} is {value!r}; give a JSON list of texts, such as '[\"*\"]'")
+    return CrossOrigin(
+        origins=tuple(args.allowed_origins), methods=tuple(args.allowed_methods),
+        headers=tuple(args.allowed_headers), credentials=args.allow_credentials,
+    )  # fmt: skip
 
 
 def _settings(args: argparse.Namespace, engine: dict[str, Any]) -> Settings:
@@ -147,4 +219,5 @@ def _settings(args: argparse.Namespace, engine: dict[str, Any]) -> Settings:
         served_model_names=tuple(dict.fromkeys(names)), api_keys=tuple(keys), max_body_bytes=args.max_body_bytes,
         request_timeout=args.request_timeout, tool_call_parser=args.tool_call_parser,
         reasoning_parser=args.reasoning_parser, pooling=args.pooling, metrics_namespace=args.metrics_namespace,
+        cross_origin=_cors(args),
     )  # fmt: skip

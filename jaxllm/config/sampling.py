@@ -176,7 +176,7 @@ class SamplingParams:
         if self.truncate_prompt_tokens == 0:
             raise ValueError("truncate_prompt_tokens=0 leaves no prompt; give at least 1, or -1 for what fits")
         object.__setattr__(self, "bad_words", words)
-        object.__setattr__(self, "allowed_token_ids", allowed)
+        object.__setattr__(self, "allowed_token_ids", allowed or None)
 
     @property
     def greedy(self) -> bool:

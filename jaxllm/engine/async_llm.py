@@ -108,6 +108,7 @@ class AsyncLLM(Frontend):
         max_num_queued_requests: requests that may wait beside those that run.
         stuck_seconds: without progress for so long, while there is work, the engine counts as stuck.
         before_step: a hook for tests that inject faults; called on the engine's thread.
+        on_stage: told what is being done while the model is loaded.
         **kwargs: the fields of `EngineConfig`.
     """
 
@@ -118,10 +119,11 @@ class AsyncLLM(Frontend):
         max_num_queued_requests: int = 512,
         stuck_seconds: float = 30.0,
         before_step: Callable[[], None] | None = None,
+        on_stage: Callable[[str], None] | None = None,
         use_tqdm: bool = True,
         **kwargs: Any,
     ):
-        super().__init__(model, use_tqdm=use_tqdm, **kwargs)
+        super().__init__(model, use_tqdm=use_tqdm, on_stage=on_stage, **kwargs)
         self._capacity = self.engine.runner.shapes.spare_slot + max_num_queued_requests  # slots of all replicas
         self._stuck_seconds = stuck_seconds
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="prepare")

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,20 @@ class BuiltEngine:
     generation_config: dict
 
 
-def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
-    """Load a model and start an engine. Raises ValueError with one line that says what to do."""
+def build_engine(
+    config: EngineConfig, *, progress: bool = True, on_stage: Callable[[str], None] | None = None
+) -> BuiltEngine:
+    """Load a model and start an engine. Raises ValueError with one line that says what to do.
+
+    `on_stage` is told what is being done.
+    """
     from jaxllm.sharding.rules import load_rules, parse_mesh
 
     parse_mesh(config.mesh)
     rules = load_rules(config.sharding_rules)
     connection = _join(config)
+    say = on_stage or (lambda _: None)
+    say(f"resolving {config.model}")
     source = _dummy(config, progress) if config.load_format == "dummy" else _weights(config, progress)
     model_config = read_config(source.hf_config)
     with ThreadPoolExecutor(1) as pool:  # the tokenizer is built while the weights are read
@@ -65,6 +73,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> BuiltEngine:
         runner = ModelRunner(model, runner_shapes(config, model, connection), announce=connection.announce)
         check_memory(model, runner.shapes)
         runner.compiler.prepare()  # programs compile while the weights are read
+        say(f"loading {source.path.name if source.path else config.model}")
         with out_of_memory_explained(model, runner.shapes):
             params = _parameters(config, source, model)
         generation = source.checkpoint.generation_config if source.checkpoint else {}

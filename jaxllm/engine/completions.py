@@ -232,7 +232,7 @@ class Jobs:
         if asked.token_ids is not None:
             return asked.token_ids
         assert asked.text is not None
-        return self.tokenizer.encode(asked.text)
+        return self.tokenizer.encode(asked.text, add_special_tokens=asked.add_special_tokens)
 
     def refused(self, text: str | None, params: SamplingParams, error: ValueError) -> Job:
         """A job that ended before it began."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxllm.config import EngineConfig
@@ -17,17 +17,25 @@ class Frontend:
     Args:
         model: a short name, a folder, a `.gguf` file or a Hugging Face id; the default is a small real model.
         use_tqdm: progress bars on a terminal.
+        on_stage: told what is being done while the model is loaded.
         **kwargs: the fields of `EngineConfig`.
 
     Raises:
         ValueError: in one line, what cannot be done and what to do instead.
     """
 
-    def __init__(self, model: str | None = None, *, use_tqdm: bool = True, **kwargs: Any):
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        use_tqdm: bool = True,
+        on_stage: Callable[[str], None] | None = None,
+        **kwargs: Any,
+    ):
         if model is not None:
             kwargs["model"] = model
         self.config = EngineConfig.from_kwargs(kwargs)
-        built = build_engine(self.config, progress=use_tqdm)
+        built = build_engine(self.config, progress=use_tqdm, on_stage=on_stage)
         self.engine, self.model_config = built.engine, built.model_config
         self._jobs = Jobs(built.engine, built.tokenizer)
         self._generation_config = built.generation_config

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
-FIELDS = ("prompt", "prompt_token_ids", "cache_salt", "priority")
+FIELDS = ("prompt", "prompt_token_ids", "cache_salt", "priority", "add_special_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class Asked:
     token_ids: Any
     cache_salt: str = ""
     priority: int = 0
+    add_special_tokens: bool = True
 
 
 def as_prompts(prompts: Any) -> list[Any]:
@@ -51,7 +52,10 @@ def read_prompt(prompt: Any) -> Asked:
             raise ValueError("the prompt is empty; give at least one character")
     if unknown := [name for name in fields if name not in FIELDS]:
         raise ValueError(f"a prompt has no field {unknown[0]!r}; it may have {', '.join(FIELDS)}")
-    return Asked(text, ids, _salt(fields.get("cache_salt", "")), _priority(fields.get("priority", 0)))
+    special = fields.get("add_special_tokens", True)
+    return Asked(
+        text, ids, _salt(fields.get("cache_salt", "")), _priority(fields.get("priority", 0)), special is not False
+    )
 
 
 def text_of(prompt: Any) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -55,10 +55,16 @@ class Compiler:
         for key in first_keys(self._shapes):
             self.submit(key)
 
-    def warm_up(self, groups: Sequence[str]) -> None:
-        """Compile what is always needed, and the programs of these groups; afterwards a compilation is a defect."""
-        for future in [self.submit(key) for key in all_keys(self._shapes, (START, ALWAYS, *groups))]:
+    def warm_up(self, groups: Sequence[str], on_compiled: Callable[[int, int], None] | None = None) -> None:
+        """Compile what is always needed, and the programs of these groups; afterwards a compilation is a defect.
+
+        `on_compiled` is told how many of how many are done.
+        """
+        futures = [self.submit(key) for key in all_keys(self._shapes, (START, ALWAYS, *groups))]
+        for done, future in enumerate(futures, 1):
             future.result()
+            if on_compiled is not None:
+                on_compiled(done, len(futures))
         self._warm = True
 
     def _compile(self, key: Key) -> jax.stages.Compiled:

@@ -165,18 +165,22 @@ class ModelRunner:
 
         return structure
 
-    def warm_up(self, *, sampling: bool = True, scoring: bool = False, tiers: bool = False) -> None:
+    def warm_up(
+        self, *, sampling: bool = True, scoring: bool = False, tiers: bool = False,
+        on_compiled: Callable[[int, int], None] | None = None,
+    ) -> None:  # fmt: skip
         """Compile every program there is, in threads; afterwards a compilation is a defect.
 
         Args:
             sampling: also the programs of requests that are not plainly greedy.
             scoring: also those of embeddings and prompt logprobs.
             tiers: also those that move pages off the device and back.
+            on_compiled: told how many of how many are done.
         """
         wanted = {SAMPLING: sampling, SCORING: scoring, TIERS: tiers}
         groups = tuple(group for group, is_wanted in wanted.items() if is_wanted)
         self._tell(WarmUp(groups))
-        self.compiler.warm_up(groups)
+        self.compiler.warm_up(groups, on_compiled)
 
     @property
     def num_compilations(self) -> int:

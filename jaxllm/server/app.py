@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from jaxllm import __version__
 from jaxllm.engine.async_llm import AsyncLLM
 from jaxllm.server import errors
-from jaxllm.server.context import Context, Settings
+from jaxllm.server.context import Context, CrossOrigin, Settings
 from jaxllm.server.middleware import Gate
 from jaxllm.server.prometheus import Metrics
-from jaxllm.server.routes import chat, completions, embeddings, page, responses, status, tokens
+from jaxllm.server.routes import chat, completions, embeddings, messages, page, responses, status, tokens
 from jaxllm.server.schema.openapi import complete
 
-_ROUTERS = (completions, chat, responses, embeddings, tokens, status, page)
+_ROUTERS = (completions, chat, responses, messages, embeddings, tokens, status, page)
 
 
-def make_app(llm: AsyncLLM, settings: Settings) -> Gate:
+def make_app(llm: AsyncLLM, settings: Settings) -> Any:
     """The ASGI app that serves `llm`."""
     app = FastAPI(title="jaxllm", version=__version__, docs_url=None, redoc_url=None)
     metrics = Metrics(llm, settings.served_model_names[0], settings.metrics_namespace)
@@ -26,4 +29,15 @@ def make_app(llm: AsyncLLM, settings: Settings) -> Gate:
     errors.install(app)
     build = app.openapi
     app.openapi = lambda: complete(build(), app.state.context)
-    return Gate(app, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
+    gate = Gate(app, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
+    return _cross_origin(gate, settings.cross_origin)
+
+
+def _cross_origin(app: Any, allowed: CrossOrigin) -> Any:
+    """Answers of pages of other origins, before the key is asked for: browsers send none with their first question."""
+    if not allowed.origins:
+        return app
+    return CORSMiddleware(
+        app, allow_origins=allowed.origins, allow_methods=allowed.methods, allow_headers=allowed.headers,
+        allow_credentials=allowed.credentials, expose_headers=("x-request-id", "x-jaxllm-warning", "retry-after"),
+    )  # fmt: skip

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from fastapi import Request
 
+from jaxllm import __version__
 from jaxllm.server.errors import ApiError
 from jaxllm.server.parsing.registry import AnswerFormat
+from jaxllm.server.response_store import ResponseStore
 
 if TYPE_CHECKING:
     from jaxllm.engine.async_llm import AsyncLLM
     from jaxllm.server.prometheus import Metrics
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CrossOrigin:
+    """Which web pages of other origins may call the server, and how: the flags' names and meaning are vLLM's."""
+
+    origins: tuple[str, ...] = ("*",)
+    methods: tuple[str, ...] = ("*",)
+    headers: tuple[str, ...] = ("*",)
+    credentials: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +41,7 @@ class Settings:
     reasoning_parser: str = "auto"
     pooling: str = "mean"
     metrics_namespace: str = "jaxllm"
+    cross_origin: CrossOrigin = field(default_factory=CrossOrigin)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +51,7 @@ class Context:
     llm: AsyncLLM
     settings: Settings
     metrics: Metrics
+    responses: ResponseStore = field(default_factory=ResponseStore)
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -45,10 +60,15 @@ class Context:
         template, settings = self.llm.get_tokenizer().chat_template, self.settings
         return AnswerFormat.chosen(template, settings.tool_call_parser, settings.reasoning_parser)
 
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's `system_fingerprint`: changes where answers may, with the version and the engine's configuration."""
+        return f"fp_{hashlib.sha256(f'{__version__} {self.llm.config}'.encode()).hexdigest()[:10]}"
+
     def check_model(self, name: str | None) -> str:
-        """The name to answer under. Raises 404 for a model that is not served."""
+        """The name to answer under; no name is the first. Raises 404 for a model that is not served."""
         names = self.settings.served_model_names
-        if name is not None and name not in names:
+        if name and name not in names:
             raise ApiError(
                 404, f"the model {name[:100]!r} is not served here; use {names[0]!r}",
                 param="model", code="model_not_found",

@@ -21,6 +21,11 @@ from jaxllm.server.schema.validation import explain
 log = logging.getLogger(__name__)
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 500: "internal_error"}
+_ANTHROPIC_PATH = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+    503: "overloaded_error",
+}  # fmt: skip
 _UNREADABLE = "the body cannot be read as JSON; send UTF-8, less nesting and numbers of fewer than 4300 digits"
 
 
@@ -41,9 +46,16 @@ class ApiError(Exception):
         kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
-        """As a plain response."""
-        return JSONResponse(self.body, self.status, self.headers)
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """The same as clients of Anthropic's API read it; OpenAI's keys stay beside."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": self.body["error"] | {"type": kind}}
+
+    def response(self, path: str = "") -> Response:
+        """As a plain response to a request of `path`."""
+        body = self.anthropic_body if path.startswith(_ANTHROPIC_PATH) else self.body
+        return JSONResponse(body, self.status, self.headers)
 
     def event(self) -> bytes:
         """As the last events of a stream."""
@@ -74,21 +86,21 @@ def as_api_error(error: Exception) -> ApiError:
 def install(app: FastAPI) -> None:
     """Answer every exception in the documented shape."""
 
-    async def on_error(_: Request, error: Exception) -> Response:
-        return as_api_error(error).response()
+    async def on_error(request: Request, error: Exception) -> Response:
+        return as_api_error(error).response(request.url.path)
 
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         headers = dict(error.headers) if error.headers else None
         if error.status_code in (400, 422):  # raised where a body cannot even be decoded
-            return ApiError(400, _UNREADABLE, code="invalid_json").response()
+            return ApiError(400, _UNREADABLE, code="invalid_json").response(request.url.path)
         return ApiError(
             error.status_code, _misplaced(error, request, list(app.openapi()["paths"])), headers=headers
-        ).response()
+        ).response(request.url.path)
 
-    async def on_invalid(_: Request, error: Exception) -> Response:
+    async def on_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _invalid(error).response()
+        return _invalid(error).response(request.url.path)
 
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)

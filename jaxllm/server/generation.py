@@ -70,15 +70,16 @@ class Generation:
         """Over all prompts."""
         return sum(len(output.prompt_token_ids) for output in self.outputs)
 
-    def usage(self, num_generated: int | None = None) -> dict[str, Any]:
-        """OpenAI's usage object."""
-        prompt, generated = self.num_prompt_tokens, self.num_generated if num_generated is None else num_generated
+    def usage(self, num_reasoning: int = 0) -> dict[str, Any]:
+        """OpenAI's usage object, of what has been generated so far."""
+        prompt, generated = self.num_prompt_tokens, self.num_generated
         cached = sum(output.num_cached_tokens for output in self.outputs)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
             "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": num_reasoning},
         }
 
     def _observe(self, news: News) -> None:

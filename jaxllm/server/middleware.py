@@ -56,7 +56,7 @@ class Gate:
         try:
             await self._pass(scope, headers, receive, send_with_id)
         except ApiError as error:
-            await error.response()(scope, receive, send_with_id)
+            await error.response(scope["path"])(scope, receive, send_with_id)
         except Exception:
             # The app's own handler has answered and logged already, unless nothing was sent.
             if not status:
@@ -68,7 +68,7 @@ class Gate:
             log.info("%s", json.dumps(entry | {"ms": took}))
 
     async def _pass(self, scope: Any, headers: dict[bytes, bytes], receive: Any, send: Any) -> None:
-        if self._keys and scope["path"] not in _OPEN_PATHS and not self._known(headers.get(b"authorization", b"")):
+        if self._keys and scope["path"] not in _OPEN_PATHS and not self._known(headers):
             raise ApiError(
                 401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'", code="invalid_api_key",
                 headers={"www-authenticate": 'Basic realm="jaxllm", charset="UTF-8"'},
@@ -113,11 +113,11 @@ class Gate:
         except TimeoutError:
             raise ApiError(400, f"the body did not arrive within {_BODY_SECONDS:g} s") from None
 
-    def _known(self, authorization: bytes) -> bool:
-        scheme, _, value = authorization.partition(b" ")
-        given = (
-            value.strip() if scheme.lower() == b"bearer" else _password(value) if scheme.lower() == b"basic" else b""
-        )
+    def _known(self, headers: dict[bytes, bytes]) -> bool:
+        scheme, _, value = headers.get(b"authorization", b"").partition(b" ")
+        if not (given := headers.get(b"x-api-key", b"")):  # as Anthropic's clients send it
+            kinds = {b"bearer": value.strip(), b"basic": _password(value)}
+            given = kinds.get(scheme.lower(), b"")
         matches = [hmac.compare_digest(given, key) for key in self._keys]  # all of them, whatever the first says
         return any(matches)
 

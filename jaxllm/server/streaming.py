@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -24,20 +24,30 @@ def event(data: Any, name: str | None = None) -> bytes:
     return f"{head}{_dumps(data)}\n\n".encode(errors="replace")
 
 
+def failed_event(error: Exception) -> bytes:
+    """How an OpenAI stream ends that cannot go on."""
+    return as_api_error(error).event()
+
+
 class EventStream(Response):
     """Sends what an iterator yields; a client that goes away ends it at once, an exception becomes an error event.
 
     Args:
         events: encoded events, any number in one piece.
         on_close: called exactly once at the end, whatever that is.
+        headers: more of them.
+        failed: how an exception goes out.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncIterator[bytes], on_close: Callable[[], None]):
-        super().__init__(headers={"cache-control": "no-store"})
+    def __init__(
+        self, events: AsyncIterator[bytes], on_close: Callable[[], None], headers: Mapping[str, str] | None = None, *,
+        failed: Callable[[Exception], bytes] | None = None,
+    ):  # fmt: skip
+        super().__init__(headers={"cache-control": "no-store", **(headers or {})})
         del self.headers["content-length"]
-        self._events, self._on_close = events, on_close
+        self._events, self._on_close, self._failed = events, on_close, failed or failed_event
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Serve it as ASGI."""
@@ -53,7 +63,7 @@ class EventStream(Response):
             async for piece in self._events:
                 await send({"type": "http.response.body", "body": piece, "more_body": True})
         except Exception as error:
-            await send({"type": "http.response.body", "body": as_api_error(error).event(), "more_body": True})
+            await send({"type": "http.response.body", "body": self._failed(error), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 

@@ -38,8 +38,11 @@ def test_completion_is_reproducible_and_streams_the_same_text(client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_several_tokens_at_a_time_only_for_who_waits_for_the_whole_answer(http, live, route, stream):
     name = f"decode-{route.replace('/', '-')}-{stream}"
-    body = {"model": "tiny", "prompt": "hello", "messages": HI, "input": "hi", "temperature": 0, "stream": stream}
-    body |= {"max_tokens": 24, "max_output_tokens": 24}
+    asked = {
+        "completions": {"prompt": "hello", "max_tokens": 24},
+        "chat/completions": {"messages": HI, "max_tokens": 24},
+    }
+    body = asked.get(route, {"input": "hi", "max_output_tokens": 24}) | {"temperature": 0, "stream": stream}
     http.post(f"/v1/{route}", json=body, headers={"x-request-id": name}).raise_for_status()
     steps = [r.num_steps for r in live.llm.engine.records if any(name in request for request in r.request_ids)]
     assert steps and (max(steps) > 1) is not stream

@@ -22,8 +22,9 @@ def schema(value: Any) -> dict[str, Any]:
 MISTAKES = [
     (COMPLETION, X | {"temperature": -1}, "temperature is -1; it must be at least 0"),
     (COMPLETION, X | {"temperature": "hot"}, "temperature is a string; it must be a number"),
-    (COMPLETION, X | {"max_tokens": "10"}, "max_tokens is a string; it must be a whole number"),
-    (COMPLETION, X | {"max_tokens": 10.0}, "max_tokens is 10.0; write it without a decimal point"),
+    (COMPLETION, X | {"max_tokens": "ten"}, "max_tokens is a string; it must be a whole number"),
+    (COMPLETION, X | {"max_tokens": 10.5}, "max_tokens is 10.5; it must be a whole number"),
+    (COMPLETION, X | {"max_tokens": True}, "max_tokens is true; it must be a whole number"),
     (COMPLETION, X | {"n": 1000}, "n is 1000; it must be at most 128"),
     (COMPLETION, X | {"logit_bias": {"yes": 5}}, "logit_bias.yes is 'yes'; it must be a match of the pattern"),
     (COMPLETION, {"prompt": 5}, "prompt is 5; it must be a string or a list"),
@@ -39,7 +40,7 @@ MISTAKES = [
     (CHAT, HI | {"max_token": 5}, "max_token is not a field here; use max_tokens"),
     (CHAT, HI | {"stream_options": {"include_usage": True}}, "stream_options needs stream: true"),
     (CHAT, {"messages": ["hi"]}, "messages.0 is a string; it must be an object"),
-    (CHAT, {"messages": [{"role": "bot", "content": "x"}]}, "messages.0.role is 'bot'; it must be 'system', "),
+    (CHAT, {"messages": [{"role": "bot", "content": "x"}]}, "messages[0] has role 'bot'; expected one of system, "),
     (CHAT, {"messages": [{"role": "user", "content": None}]}, "messages[0] has no content; give text"),
     (
         CHAT,

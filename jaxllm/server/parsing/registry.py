@@ -158,7 +158,7 @@ class AnswerFormat:
         return Reading(lambda src: read_answer(src, self.thinking, calls, tools, opened), opened=opened)
 
     def forced_parser(self, tools: Tools) -> Parser:
-        """The parser of an answer that `forced_schema` made one call."""
+        """The parser of an answer that `ToolUse.form` made calls."""
         return Reading(lambda src: read_forced(src, tools, self.calls.new_id))
 
 

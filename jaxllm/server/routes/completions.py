@@ -7,18 +7,19 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.outputs import CompletionDelta, CompletionOutput, RequestOutput
-from jaxllm.server.context import Context, context_of, request_id_of
+from jaxllm.server.context import Context
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Generation
+from jaxllm.server.respond import respond
 from jaxllm.server.schema.answers import Completion, answered
-from jaxllm.server.schema.logprobs import completion_logprobs
+from jaxllm.server.schema.logprobs import completion_logprobs, prompt_logprobs
 from jaxllm.server.schema.requests import CompletionRequest
-from jaxllm.server.schema.sampling_fields import prompt_extras, sampling_params
-from jaxllm.server.streaming import DONE, EventStream, event, unless_disconnected
+from jaxllm.server.schema.sampling_fields import continuous, final_usage, prompt_extras, sampling_params
+from jaxllm.server.streaming import DONE, event
 
 router = APIRouter()
 
@@ -26,21 +27,16 @@ router = APIRouter()
 @router.post("/v1/completions", responses=answered(Completion, streams=True))
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """Continue one prompt or several."""
-    ctx = context_of(request)
-    model = ctx.check_model(body.model)
-    call = _Call(ctx, body, model, f"cmpl-{request_id_of(request)}")
-    if body.stream:
-        generation = await call.start()
-        return EventStream(call.events(generation), generation.close)
-    return JSONResponse(await unless_disconnected(request, call.answer()))
+    return await respond(request, body, _Call)
 
 
 class _Call:
     """One request on its way to an answer."""
 
-    def __init__(self, ctx: Context, body: CompletionRequest, model: str, name: str):
-        self._ctx, self._body, self._name = ctx, body, name
-        self._head = {"id": name, "object": "text_completion", "created": int(time.time()), "model": model}
+    def __init__(self, ctx: Context, body: CompletionRequest, model: str, request_id: str):
+        self._ctx, self._body, self._name = ctx, body, f"cmpl-{request_id}"
+        self._head = {"id": self._name, "object": "text_completion", "created": int(time.time()), "model": model}
+        self._head["system_fingerprint"] = ctx.fingerprint
         if body.suffix:
             raise ApiError(400, "suffix is not supported; leave it out", param="suffix")
         if (body.best_of or 1) > (body.n or 1):
@@ -51,7 +47,8 @@ class _Call:
 
     def _sampling(self) -> SamplingParams:
         body = self._body
-        scores = body.logprobs if body.echo else None
+        counts = [body.prompt_logprobs, body.logprobs if body.echo else None]
+        scores = max((count for count in counts if count is not None), default=None)
         max_tokens = body.max_tokens if body.max_tokens is not None else 16
         return sampling_params(
             self._ctx, body, max_tokens=max(max_tokens, 1), logprobs=body.logprobs, prompt_logprobs=scores
@@ -59,11 +56,12 @@ class _Call:
 
     async def start(self) -> Generation:
         extras = prompt_extras(self._body)
+        if self._body.add_special_tokens is not None:
+            extras["add_special_tokens"] = self._body.add_special_tokens
         prompts = [extras | prompt for prompt in as_prompts(self._body.prompt)]
         return await Generation.open(self._ctx, prompts, self._params, self._name, streamed=bool(self._body.stream))
 
-    async def answer(self) -> dict[str, Any]:
-        generation = await self.start()
+    async def answer(self, generation: Generation) -> dict[str, Any]:
         results = await generation.collect()
         if self._body.max_tokens == 0:
             results = [[CompletionOutput(c.index, finish_reason="length") for c in one] for one in results]
@@ -85,8 +83,17 @@ class _Call:
             if self._body.echo:
                 ids = output.prompt_token_ids + ids
                 entries = [*(output.prompt_logprobs or []), *entries]
-            logprobs = completion_logprobs(ids, entries, self._body.logprobs, 0, self._token_text)
-        return self._shaped(prompt, completion, text, logprobs)
+            logprobs = self._logprobs(ids, entries, 0)
+        choice = self._shaped(prompt, completion, text, logprobs)
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
+        if self._body.return_token_ids:
+            choice["prompt_token_ids"] = output.prompt_token_ids
+        return choice
+
+    def _logprobs(self, ids: list[int], entries: list[Any], offset: int) -> dict[str, Any]:
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        return completion_logprobs(ids, entries, self._body.logprobs or 0, offset, self._token_text, as_ids=as_ids)
 
     def _shaped(
         self, prompt: int, part: CompletionOutput | CompletionDelta, text: str, logprobs: dict[str, Any] | None
@@ -110,16 +117,16 @@ class _Call:
 
     async def events(self, generation: Generation) -> AsyncIterator[bytes]:
         """The stream: an optional echo, deltas, an optional usage chunk, the end."""
-        options = self._body.stream_options
         lengths: dict[tuple[int, int], int] = {}
         async for news in generation:
             pieces = []
             for prompt, delta in news:
                 choices = self._delta_choices(generation, prompt, delta, lengths)
-                pieces += [event(self._head | {"choices": [choice]}) for choice in choices]
+                usage = {"usage": generation.usage()} if continuous(self._body) else {}
+                pieces += [event(self._head | {"choices": [choice]} | usage) for choice in choices]
             yield b"".join(pieces)
         tail = b""
-        if options and options.include_usage:
+        if final_usage(self._body):
             tail = event(self._head | {"choices": [], "usage": generation.usage()})
         yield tail + DONE
 
@@ -132,16 +139,14 @@ class _Call:
             text = self._prompt_text(output)
             echoed = None
             if count is not None:
-                echoed = completion_logprobs(
-                    output.prompt_token_ids, output.prompt_logprobs or [], count, 0, self._token_text
-                )
+                echoed = self._logprobs(output.prompt_token_ids, output.prompt_logprobs or [], 0)
             choices.append(self._shaped(prompt, CompletionDelta(delta.index, "", []), text, echoed))
             lengths[key] = len(text)
         offset = lengths.get(key, 0)
         lengths[key] = offset + len(delta.text)
         logprobs = None
         if count is not None:
-            logprobs = completion_logprobs(delta.token_ids, delta.logprobs or [], count, offset, self._token_text)
+            logprobs = self._logprobs(delta.token_ids, delta.logprobs or [], offset)
         if delta.text or delta.token_ids or delta.finish_reason:
             choices.append(self._shaped(prompt, delta, delta.text, logprobs))
         return choices

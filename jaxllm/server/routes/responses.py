@@ -1,4 +1,4 @@
-"""`POST /v1/responses`: OpenAI's newer face, for plain text. Nothing is stored."""
+"""`POST /v1/responses`: OpenAI's newer API, with tools, reasoning and a bounded memory of its answers."""
 
 from __future__ import annotations
 
@@ -10,155 +10,176 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
-from jaxllm.config.sampling import SamplingParams, StructuredOutputs
-from jaxllm.server.context import Context, context_of, request_id_of
+from jaxllm.server.context import Context, context_of
+from jaxllm.server.conversation import Conversation, Turn
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Generation
+from jaxllm.server.parsing.forced import ToolUse
+from jaxllm.server.respond import respond
+from jaxllm.server.response_store import StoredResponse
+from jaxllm.server.responses_items import ItemWriter, messages_of
 from jaxllm.server.schema.answers import ResponseAnswer, answered
 from jaxllm.server.schema.fields import JsonSchema, ResponseFormat
-from jaxllm.server.schema.requests import ResponsesRequest
-from jaxllm.server.schema.sampling_fields import of_response_format
-from jaxllm.server.streaming import EventStream, event, unless_disconnected
+from jaxllm.server.schema.responses_request import ResponsesRequest
+from jaxllm.server.schema.sampling_fields import of_response_format, prompt_extras, sampling_params
+from jaxllm.server.schema.tools import Tool
+from jaxllm.server.streaming import event
 
 router = APIRouter()
+_ELSEWHERE = {
+    "background": "wait for the answer, or use /v1/batches",
+    "conversation": "use previous_response_id",
+    "prompt": "use input",
+    "top_logprobs": "use /v1/chat/completions",
+}
 
 
 @router.post("/v1/responses", responses=answered(ResponseAnswer, streams=True))
 async def responses(body: ResponsesRequest, request: Request) -> Response:
     """Answer an input."""
-    ctx = context_of(request)
-    model = ctx.check_model(body.model)
-    for name in ("tools", "previous_response_id", "background"):
-        if getattr(body, name):
-            raise ApiError(400, f"{name} is not supported here; use /v1/chat/completions", param=name)
-    call = _Call(ctx, body, model, request_id_of(request))
-    if body.stream:
-        generation = await call.start()
-        return EventStream(call.events(generation), generation.close)
-    return JSONResponse(await unless_disconnected(request, call.answer()))
+    return await respond(request, body, _Call)
+
+
+@router.get("/v1/responses/{response_id}")
+async def stored_response(response_id: str, request: Request) -> Response:
+    """An answer that was stored."""
+    return JSONResponse(context_of(request).responses.get(response_id).answer)
+
+
+@router.delete("/v1/responses/{response_id}")
+async def forget_response(response_id: str, request: Request) -> Response:
+    """Forget a stored answer."""
+    context_of(request).responses.remove(response_id)
+    return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
 
 class _Call:
     """One request on its way to an answer."""
 
-    def __init__(self, ctx: Context, body: ResponsesRequest, model: str, name: str):
-        self._ctx, self._body, self._model = ctx, body, model
-        self._id, self._message_id = f"resp_{name}", f"msg_{name}"
+    def __init__(self, ctx: Context, body: ResponsesRequest, model: str, request_id: str):
+        for name, instead in _ELSEWHERE.items():
+            if getattr(body, name):
+                raise ApiError(400, f"{name} is not supported here; {instead}", param=name)
+        self._ctx, self._body, self._model, self._id = ctx, body, model, f"resp_{request_id}"
         self._created = int(time.time())
-        given = {"temperature": body.temperature, "top_p": body.top_p}
-        chosen = {key: value for key, value in given.items() if value is not None}
-        defaults = ctx.llm.generation_defaults()
-        form = self._form()
-        limit = body.max_output_tokens
-        self._params = SamplingParams(**{**defaults, **chosen}, max_tokens=limit, structured_outputs=form)
+        self._tools = [_tool(tool.model_dump()) for tool in body.tools or []]
+        self._messages = self._history()
+        params = sampling_params(ctx, body, max_tokens=body.max_output_tokens, **self._form(), **self._truncation())
+        use = ToolUse.chosen(self._tools, body.tool_choice, body.parallel_tool_calls)
+        self._turn = Turn(ctx, self._conversation(use), params)
 
-    def _form(self) -> StructuredOutputs | None:
+    def _form(self) -> dict[str, Any]:
         wanted = self._body.text.format if self._body.text else None
-        if wanted is None:
-            return None
+        if wanted is None or wanted.type == "text":
+            return {}
+        if self._body.structured_outputs is not None:
+            raise ApiError(400, "set text.format or structured_outputs, not both", param="text.format")
         if wanted.type == "json_schema" and wanted.schema_ is None:
             raise ApiError(400, "text.format has no schema; put the JSON schema there", param="text.format")
         schema = JsonSchema(schema=wanted.schema_) if wanted.schema_ is not None else None
-        return of_response_format(ResponseFormat(type=wanted.type, json_schema=schema))
+        return {"structured_outputs": of_response_format(ResponseFormat(type=wanted.type, json_schema=schema))}
+
+    def _truncation(self) -> dict[str, Any]:
+        return {"truncate_prompt_tokens": -1} if self._body.truncation == "auto" else {}
+
+    def _history(self) -> list[dict[str, Any]]:
+        """The conversation so far and the request's own input, without its instructions."""
+        body, store = self._body, self._ctx.responses
+        before = store.get(body.previous_response_id).messages if body.previous_response_id else []
+        if isinstance(body.input, str):
+            return [*before, {"role": "user", "content": body.input}]
+        return [*before, *messages_of(body.input, store.items)]
+
+    def _conversation(self, use: ToolUse) -> Conversation:
+        body = self._body
+        effort = body.reasoning.effort if body.reasoning else None
+        first = [{"role": "system", "content": body.instructions}] if body.instructions else []
+        return Conversation(
+            messages=[*first, *self._messages], use=use, extras=prompt_extras(body),
+            variables={"reasoning_effort": effort} if effort else {},
+        )  # fmt: skip
 
     async def start(self) -> Generation:
-        prompt = await self._ctx.llm.in_thread(self._render)
-        streamed = bool(self._body.stream)
-        return await Generation.open(self._ctx, [prompt], self._params, self._id, streamed=streamed)
+        return await self._turn.open(self._id, streamed=bool(self._body.stream))
 
-    def _render(self) -> dict[str, Any]:
-        body, tokenizer = self._body, self._ctx.llm.get_tokenizer()
-        messages: list[dict[str, Any]] = []
-        if body.instructions:
-            messages.append({"role": "system", "content": body.instructions})
-        if isinstance(body.input, str):
-            messages.append({"role": "user", "content": body.input})
-        else:
-            messages += [{"role": item.role, "content": _text_of(item.content)} for item in body.input]
-        return tokenizer.chat_prompt(messages)
-
-    async def answer(self) -> dict[str, Any]:
-        generation = await self.start()
+    async def answer(self, generation: Generation) -> dict[str, Any]:
         ((completion,),) = await generation.collect()
-        return self._shaped(generation, completion.text, completion.finish_reason)
+        writer, parser = ItemWriter(lambda *_, **__: b""), self._turn.parser(generation)
+        for _ in writer.write(parser.feed(completion.text) + parser.finish()):
+            pass
+        return self._finished(generation, writer, completion.finish_reason)
 
-    def _shaped(self, generation: Generation | None, text: str | None, reason: str | None) -> dict[str, Any]:
-        complete = reason != "length"
-        status = "in_progress" if text is None else "completed" if complete else "incomplete"
+    def _finished(self, generation: Generation, writer: ItemWriter, reason: str | None) -> dict[str, Any]:
+        for _ in writer.finish(complete=reason != "length"):
+            pass
+        status = "incomplete" if reason == "length" else "completed"
+        answer = self._shaped(status, writer.items, self._usage(generation, writer.items))
+        if self._body.store is not False:
+            messages = [*self._messages, *messages_of(writer.items, {})]
+            self._ctx.responses.add(self._id, StoredResponse(answer, messages))
+        return answer
+
+    def _shaped(self, status: str, output: list[dict[str, Any]], usage: dict[str, Any] | None) -> dict[str, Any]:
+        body, params = self._body, self._turn.params
+        choice, text = body.tool_choice, body.text
         return {
             "id": self._id,
             "object": "response",
             "created_at": self._created,
             "status": status,
             "error": None,
-            "incomplete_details": None if complete else {"reason": "max_output_tokens"},
-            "instructions": self._body.instructions,
-            "max_output_tokens": self._params.max_tokens,
-            "metadata": self._body.metadata or {},
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": body.instructions,
+            "max_output_tokens": params.max_tokens,
+            "metadata": body.metadata or {},
             "model": self._model,
-            "output": [] if text is None else [self._message(text, status)],
-            "parallel_tool_calls": False,
-            "temperature": self._params.temperature,
-            "tool_choice": "none",
-            "tools": [],
-            "top_p": self._params.top_p,
-            "usage": None if generation is None else _usage(generation),
+            "output": output,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
+            "store": body.store is not False,
+            "temperature": params.temperature,
+            "text": text.model_dump(by_alias=True, exclude_none=True) if text else {"format": {"type": "text"}},
+            "tool_choice": (choice or "auto") if not choice or isinstance(choice, str) else choice.model_dump(),
+            "tools": [tool.model_dump() for tool in body.tools or []],
+            "top_p": params.top_p,
+            "truncation": body.truncation or "disabled",
+            "usage": usage,
         }
 
-    def _message(self, text: str | None, status: str) -> dict[str, Any]:
-        content = [] if text is None else [_part(text)]
-        head = {"type": "message", "id": self._message_id, "status": status}
-        return head | {"role": "assistant", "content": content}
+    def _usage(self, generation: Generation, items: list[dict[str, Any]]) -> dict[str, Any]:
+        thoughts = "".join(item["content"][0]["text"] for item in items if item["type"] == "reasoning")
+        usage = generation.usage(self._turn.num_tokens(thoughts))
+        return {
+            "input_tokens": usage["prompt_tokens"],
+            "input_tokens_details": usage["prompt_tokens_details"],
+            "output_tokens": usage["completion_tokens"],
+            "output_tokens_details": usage["completion_tokens_details"],
+            "total_tokens": usage["total_tokens"],
+        }
 
     async def events(self, generation: Generation) -> AsyncIterator[bytes]:
-        """OpenAI's sequence of events for one message of text."""
+        """OpenAI's sequence of events: the response, its items as they grow, the response as it ended."""
         numbers = itertools.count()
-        where = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
 
         def send(kind: str, **fields: Any) -> bytes:
             return event({"type": kind, "sequence_number": next(numbers), **fields}, kind)
 
-        started = self._shaped(None, None, None)
-        yield (
-            send("response.created", response=started)
-            + send("response.in_progress", response=started)
-            + send("response.output_item.added", output_index=0, item=self._message(None, "in_progress"))
-            + send("response.content_part.added", **where, part=_part(""))
-        )
-        text, reason = "", None
+        started = self._shaped("in_progress", [], None)
+        yield send("response.created", response=started) + send("response.in_progress", response=started)
+        writer, parser, reason = ItemWriter(send), self._turn.parser(generation), None
         async for news in generation:
+            pieces = []
             for _, delta in news:
-                text, reason = text + delta.text, delta.finish_reason or reason
-                if delta.text:
-                    yield send("response.output_text.delta", **where, delta=delta.text, logprobs=[])
-        whole = self._shaped(generation, text, reason)
-        yield (
-            send("response.output_text.done", **where, text=text, logprobs=[])
-            + send("response.content_part.done", **where, part=_part(text))
-            + send("response.output_item.done", output_index=0, item=whole["output"][0])
-            + send(f"response.{whole['status']}", response=whole)
-        )
+                pieces += writer.write(parser.feed(delta.text))
+                reason = delta.finish_reason or reason
+            if pieces:
+                yield b"".join(pieces)
+        tail = [*writer.write(parser.finish()), *writer.finish(complete=reason != "length")]
+        whole = self._finished(generation, writer, reason)
+        yield b"".join(tail) + send(f"response.{whole['status']}", response=whole)
 
 
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _text_of(content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    for part in content:
-        if part.type not in ("input_text", "output_text", "text") or part.text is None:
-            raise ApiError(400, f"content of type {part.type[:50]!r} is not supported; only text is", param="input")
-    return "\n".join(part.text for part in content)
-
-
-def _usage(generation: Generation) -> dict[str, Any]:
-    usage = generation.usage()
-    return {
-        "input_tokens": usage["prompt_tokens"],
-        "input_tokens_details": usage["prompt_tokens_details"],
-        "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": usage["total_tokens"],
-    }
+def _tool(given: dict[str, Any]) -> Tool:
+    kind = given.pop("type")
+    return Tool.model_validate({"type": kind, "function": given})

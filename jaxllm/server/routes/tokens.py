@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from jaxllm.server.context import context_of
 from jaxllm.server.errors import ApiError
-from jaxllm.server.routes.chat import plain_messages
+from jaxllm.server.routes.chat import plain_messages, template_arguments
 from jaxllm.server.schema.answers import Detokenized, Tokenized, answered
 from jaxllm.server.schema.requests import DetokenizeRequest, TokenizeRequest
 
@@ -27,8 +27,12 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
 
     def work() -> list[int]:
         if body.messages is None:
-            return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
-        prompt = tokenizer.chat_prompt(plain_messages(body.messages), add_generation_prompt=body.add_generation_prompt)
+            return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
+        prompt = tokenizer.chat_prompt(
+            plain_messages(body.messages), tools=tools or None, chat_template_kwargs=body.chat_template_kwargs,
+            **template_arguments(body),
+        )  # fmt: skip
         return prompt["prompt_token_ids"]
 
     ids = await ctx.llm.in_thread(work)

@@ -22,6 +22,12 @@ class PromptDetails(Answer):
     cached_tokens: Count
 
 
+class CompletionDetails(Answer):
+    """Of the answer's tokens."""
+
+    reasoning_tokens: Count
+
+
 class Usage(Answer):
     """Tokens of one request."""
 
@@ -29,6 +35,18 @@ class Usage(Answer):
     completion_tokens: Count
     total_tokens: Count
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
+
+
+class PromptLogprob(Answer):
+    """A token at one place of the prompt; `rank` 1 is the likeliest."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str | None
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class CompletionLogprobs(Answer):
@@ -49,6 +67,8 @@ class CompletionChoice(Answer):
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None
     token_ids: list[Count] = Field(default_factory=list)
+    prompt_token_ids: list[Count] = Field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(Answer):
@@ -58,6 +78,7 @@ class Completion(Answer):
     object: Literal["text_completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
 
@@ -127,8 +148,11 @@ class ChatCompletion(Answer):
     object: Literal["chat.completion"]
     created: int
     model: str
+    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None
+    prompt_token_ids: list[Count] = Field(default_factory=list)
 
 
 class ResponseAnswer(BaseModel):
@@ -141,6 +165,34 @@ class ResponseAnswer(BaseModel):
     model: str
     output: list[dict[str, Any]]
     usage: dict[str, Any]
+
+
+class MessageUsage(Answer):
+    """Tokens as Anthropic counts them: cached ones beside the others."""
+
+    input_tokens: Count
+    cache_creation_input_tokens: Count
+    cache_read_input_tokens: Count
+    output_tokens: Count
+
+
+class MessageAnswer(Answer):
+    """Of `POST /v1/messages`."""
+
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[dict[str, Any]]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
+    stop_sequence: str | None
+    usage: MessageUsage
+
+
+class TokenCount(Answer):
+    """Of `POST /v1/messages/count_tokens`."""
+
+    input_tokens: Count
 
 
 class Embedding(Answer):

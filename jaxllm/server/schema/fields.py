@@ -7,12 +7,44 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 
-from jaxllm.config.sampling import MAX_LOGIT_BIAS, MAX_N, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
+from jaxllm.config.sampling import (
+    MAX_ALLOWED_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_CHOICES,
+    MAX_LOGIT_BIAS,
+    MAX_LOGPROBS,
+    MAX_N,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
 from jaxllm.server.schema.schema_rules import NULL, absent, check_names, either, exactly_one, given, only, rules
 
 MAX_PROMPTS = 1024
+_MAX_DIGITS = 40
+
+
+def _whole(value: Any) -> Any:
+    """A whole number from its text or from a float without a fraction, as lenient servers take it."""
+    value = _number(value)
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
+
+
+def _number(value: Any) -> Any:
+    if not isinstance(value, str) or len(value) > _MAX_DIGITS:
+        return value
+    for kind in (int, float):
+        try:
+            return kind(value)
+        except ValueError:
+            continue
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_number)]
 _TEXT = 8 << 20
 Text = Annotated[str, StringConstraints(max_length=_TEXT)]
 Name = Annotated[str, StringConstraints(max_length=256)]
@@ -22,9 +54,11 @@ Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_PROMPTS, fail_f
 TokenLists = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 # An empty schema says nothing of what a grammar compiler takes; these formats and examples do.
 Regex = Annotated[Text, Field(json_schema_extra={"format": "regex"}, examples=["[a-z]+", "(yes|no)"])]
-Grammar = Annotated[Text, Field(description="Lark, with a `start` rule.", examples=['start: "yes" | "no"'])]
+Grammar = Annotated[
+    Text, Field(description="Lark with a `start` rule, or GBNF with a `root`.", examples=['start: "yes" | "no"'])
+]
 Schema = Annotated[dict[str, Any], Field(description="A JSON schema.", examples=[{"type": "object"}])]
-StopText = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 
 UNSUPPORTED = {"description": "Not supported."}
 
@@ -69,7 +103,8 @@ class StructuredFields(Model):
     regex: Regex | None = None
     choice: (
         Annotated[
-            list[Annotated[str, StringConstraints(min_length=1, max_length=256)]], Field(min_length=1, max_length=1000)
+            list[Annotated[str, StringConstraints(min_length=1, max_length=256)]],
+            Field(min_length=1, max_length=MAX_CHOICES),
         ]
         | None
     ) = None
@@ -98,42 +133,56 @@ class ResponseFormat(Model):
 
 _FREE_FORM = either(NULL, given(type={"const": "text"}))
 STREAM_RULES = (
+    either(absent("prompt_logprobs"), only(stream={"enum": [False, None]})),
     either(absent("stream_options"), given(stream={"const": True})),
     either(absent("structured_outputs"), only(response_format=_FREE_FORM)),
 )
 
 
 class SamplingFields(Body):
-    """What completions and chat completions share."""
+    """What every generating route takes, whatever its API."""
 
     model: Name | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(ge=1e-9, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_N)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[Number, Field(ge=1e-9, le=1)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
+    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
+    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    min_tokens: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
     logit_bias: (
         Annotated[
-            dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],
+            dict[
+                Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")], Annotated[Number, Field(ge=-100, le=100)]
+            ],
             Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"additionalProperties": False}),
         ]
         | None
     ) = None
+    bad_words: Annotated[list[StopText], Field(max_length=MAX_BAD_WORDS)] | None = None
+    allowed_token_ids: Annotated[list[Token], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
+    truncate_prompt_tokens: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
+    structured_outputs: StructuredFields | None = None
+    priority: Annotated[Whole, Field(ge=-1000, le=1000)] | None = None
+    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] | None = None
+    user: Name | None = None
+
+
+class GenerationFields(SamplingFields):
+    """What completions and chat completions share beside it."""
+
+    n: Annotated[Whole, Field(ge=1, le=MAX_N)] | None = None
+    prompt_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredFields | None = None
-    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
-    cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     return_token_ids: bool | None = None
-    user: Name | None = None
+    return_tokens_as_token_ids: bool | None = None

@@ -42,7 +42,8 @@ def complete(document: Schema, ctx: Context) -> Schema:
     _name_model(document, schemas, ctx)
     _bound_tokens(document, ctx.llm.model_config.vocab_size - 1)
     schemas["Error"] = {
-        "type": "object", "required": ["error"], "properties": {"error": _ERROR}, "additionalProperties": False,
+        "type": "object", "required": ["error"], "additionalProperties": False,
+        "properties": {"error": _ERROR, "type": {"const": "error", "description": "Of Anthropic's routes."}},
     }  # fmt: skip
     for operations in document["paths"].values():
         for operation in operations.values():

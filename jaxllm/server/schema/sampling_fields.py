@@ -7,11 +7,12 @@ from typing import Any
 from jaxllm.config.sampling import SamplingParams, StructuredOutputs
 from jaxllm.server.context import Context
 from jaxllm.server.errors import ApiError
-from jaxllm.server.schema.fields import ResponseFormat, SamplingFields
+from jaxllm.server.schema.fields import GenerationFields, ResponseFormat, SamplingFields
 
 _SAME = (
     "temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty n seed stop stop_token_ids "
-    "ignore_eos min_tokens skip_special_tokens include_stop_str_in_output".split()
+    "ignore_eos min_tokens skip_special_tokens include_stop_str_in_output bad_words allowed_token_ids "
+    "truncate_prompt_tokens prompt_logprobs".split()
 )
 
 
@@ -23,10 +24,9 @@ def sampling_params(ctx: Context, body: SamplingFields, **others: Any) -> Sampli
         body: the request.
         **others: fields whose meaning depends on the route (`max_tokens`, `logprobs`, ...).
     """
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options needs stream: true; set it or leave stream_options out",
-                       param="stream_options")  # fmt: skip
-    given = {name: value for name in _SAME if (value := getattr(body, name)) is not None}
+    if isinstance(body, GenerationFields):
+        _check_stream(body)
+    given = {name: value for name in _SAME if (value := getattr(body, name, None)) is not None}
     if body.logit_bias:
         given["logit_bias"] = {int(token): value for token, value in body.logit_bias.items()}
     form = structured(body)
@@ -35,9 +35,17 @@ def sampling_params(ctx: Context, body: SamplingFields, **others: Any) -> Sampli
     return SamplingParams(**{**ctx.llm.generation_defaults(), **given, **others})
 
 
+def _check_stream(body: GenerationFields) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream: true; set it or leave stream_options out",
+                       param="stream_options")  # fmt: skip
+    if body.prompt_logprobs is not None and body.stream:
+        raise ApiError(400, "prompt_logprobs are not streamed; leave stream out", param="prompt_logprobs")
+
+
 def structured(body: SamplingFields) -> StructuredOutputs | None:
     """The form asked for by `structured_outputs` or `response_format`."""
-    by_format = of_response_format(body.response_format)
+    by_format = of_response_format(body.response_format) if isinstance(body, GenerationFields) else None
     if body.structured_outputs is None:
         return by_format
     if by_format is not None:
@@ -60,3 +68,13 @@ def prompt_extras(body: SamplingFields) -> dict[str, Any]:
     """What a prompt carries beside its text: scheduling priority and the salt of its cached prefixes."""
     extras: dict[str, Any] = {"priority": body.priority or 0}
     return extras | ({"cache_salt": body.cache_salt} if body.cache_salt else {})
+
+
+def continuous(body: GenerationFields) -> bool:
+    """Whether every chunk of a stream carries the usage so far."""
+    return body.stream_options is not None and bool(body.stream_options.continuous_usage_stats)
+
+
+def final_usage(body: GenerationFields) -> bool:
+    """Whether a stream ends with a chunk of usage."""
+    return body.stream_options is not None and bool(body.stream_options.include_usage)

@@ -1,0 +1,80 @@
+"""The model's turn in a conversation: what chat completions, responses and messages have in common.
+
+Inputs: messages, tools and sampling parameters as this project has them, whatever API they came by. Outputs: a
+generation and the events (text, thoughts, calls) of its answers. It knows no API's shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxllm.config.sampling import SamplingParams
+from jaxllm.engine.outputs import CompletionOutput
+from jaxllm.server.context import Context
+from jaxllm.server.generation import Generation
+from jaxllm.server.parsing.events import ParsedAnswer, Parser, collect
+from jaxllm.server.parsing.forced import FirstCall, ToolUse
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """What to go on from.
+
+    Attributes:
+        messages: as OpenAI's chat API has them.
+        use: what may be called.
+        template: arguments of `Tokenizer.chat_prompt` beside messages and tools.
+        variables: what the template may read beside them.
+        extras: scheduling priority and the salt of cached prefixes, see `prompt_extras`.
+    """
+
+    messages: list[dict[str, Any]]
+    use: ToolUse = field(default_factory=ToolUse)
+    template: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, Any] = field(default_factory=dict)
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+class Turn:
+    """One answer, or `params.n`, to a conversation."""
+
+    def __init__(self, ctx: Context, conversation: Conversation, params: SamplingParams):
+        self._ctx, self._conversation = ctx, conversation
+        self._format = ctx.answer_format
+        form = conversation.use.form()
+        self.params = params if form is None else dataclasses.replace(params, structured_outputs=form)
+
+    def prompt(self) -> dict[str, Any]:
+        """The conversation as the model reads it. May take a while."""
+        given = self._conversation
+        tools = [tool.model_dump(exclude_none=True) for tool in given.use.shown]
+        prompt = self._ctx.llm.get_tokenizer().chat_prompt(
+            given.messages, tools=tools or None, chat_template_kwargs=given.variables, **given.template
+        )
+        return {**prompt, **given.extras}
+
+    async def open(self, name: str, *, streamed: bool) -> Generation:
+        """Start; see `AsyncLLM.open` for what is raised."""
+        prompt = await self._ctx.llm.in_thread(self.prompt)
+        return await Generation.open(self._ctx, [prompt], self.params, name, streamed=streamed)
+
+    def parser(self, generation: Generation) -> Parser:
+        """A parser for one answer."""
+        use = self._conversation.use
+        if use.forced:
+            parser = self._format.forced_parser(use.tools)
+        else:
+            prompt = generation.outputs[0].prompt or ""
+            parser = self._format.parser(use.tools, prompt, self.params)
+        return FirstCall(parser) if use.parallel is False else parser
+
+    def read(self, generation: Generation, completion: CompletionOutput) -> ParsedAnswer:
+        """A whole answer."""
+        parser = self.parser(generation)
+        return collect(parser.feed(completion.text) + parser.finish())
+
+    def num_tokens(self, text: str) -> int:
+        """Tokens of a part of an answer, for usage."""
+        return len(self._ctx.llm.get_tokenizer().encode(text, add_special_tokens=False)) if text else 0
