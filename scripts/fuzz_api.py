@@ -23,6 +23,7 @@ _MOST_TOKENS = 4
 _MOST_COMPLETIONS = 8
 _MOST_EVENTS = 100_000  # Schemathesis stops reading a stream after a few
 _LIMITS = {"/v1/chat/completions": "max_completion_tokens", "/v1/responses": "max_output_tokens"}
+_LAST_EVENTS = ("event: response.completed", "event: response.incomplete", "event: message_stop")
 _REGEXES = ("[a-z]+", "(yes|no)", r"\d{1,3}", "a?b*c")
 _GRAMMARS = ('start: "yes" | "no"', "start: /[a-z]{1,5}/", 'start: item+\nitem: "x" | "y"')
 _SCHEMAS = (
@@ -149,7 +150,7 @@ def _tame(body: dict[str, Any]) -> None:
 
 
 def _whole(value: Any) -> Any:
-    """JSON schema takes 3.0 for an integer; the server does not."""
+    """JSON schema takes 3.0 for a token id; the server does not."""
     if isinstance(value, dict):
         return {key: _whole(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -180,7 +181,11 @@ def _mend(body: dict[str, Any], choice: int, vocab: int) -> None:
             holder[name] = _SCHEMAS[choice % len(_SCHEMAS)]
     chosen, functions = _dict(body.get("tool_choice")), _functions(body)
     if chosen and functions:
-        chosen["function"] = {"name": functions[-1]["name"]}
+        name = {"name": functions[-1]["name"]}
+        if "allowed_tools" in chosen:
+            chosen["allowed_tools"] = {"mode": "auto", "tools": [{"type": "function", "function": name}]}
+        else:
+            chosen |= name if "function" not in chosen else {"function": name}
 
 
 def _places(body: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -190,13 +195,15 @@ def _places(body: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
     wanted = _dict(_dict(body.get("response_format")).get("json_schema"))
     shaped = _dict(_dict(body.get("text")).get("format"))
     yield from ((holder, "schema") for holder in (wanted, shaped) if holder.get("schema") is not None)
-    yield from ((function, "parameters") for function in _functions(body) if function.get("parameters") is not None)
+    for name in ("parameters", "input_schema"):
+        yield from ((function, name) for function in _functions(body) if function.get(name) is not None)
     calls = [_dict(call) for message in _list(body.get("messages")) for call in _list(_dict(message).get("tool_calls"))]
     yield from ((_dict(call.get("function")), "arguments") for call in calls)
 
 
 def _functions(body: dict[str, Any]) -> list[dict[str, Any]]:
-    functions = [_dict(_dict(tool).get("function")) for tool in _list(body.get("tools"))]
+    tools = [_dict(tool) for tool in _list(body.get("tools"))]
+    functions = [_dict(tool.get("function")) or tool for tool in tools]
     return [function for function in functions if "name" in function]
 
 
@@ -229,14 +236,14 @@ def _problem(case: Any, answer: Any) -> str | None:
 
 
 def _stream_problem(text: str) -> str | None:
-    """Events of JSON that end as they must; the responses API names its events and has no [DONE]."""
+    """Events of JSON that end as they must; responses and messages name their events and have no [DONE]."""
     events = [event.split("\n") for event in text.split("\n\n")]
     if events.pop() != [""]:
         return f"a stream without a last newline: {text[-300:]}"
     if any(event[0] == "event: error" for event in events):
         return f"an error in a stream: {text[-300:]}"
     data = [event[-1].removeprefix("data: ") for event in events]
-    named = events[-1][0] in ("event: response.completed", "event: response.incomplete")
+    named = events[-1][0] in _LAST_EVENTS
     if not named and data.pop() != "[DONE]":
         return f"a stream without an end: {text[-300:]}"
     try:

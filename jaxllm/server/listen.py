@@ -12,8 +12,6 @@ import socket
 import stat
 from dataclasses import dataclass
 
-_BACKLOG = 2048
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listen:
@@ -35,7 +33,7 @@ class Listen:
         return f"http{'s' if self.ssl_certfile else ''}://{host}:{self.port}"
 
     def bind(self) -> socket.socket:
-        """The listening socket. Raises ValueError, one line, where it cannot be had."""
+        """The socket, on which nobody is heard yet. Raises ValueError, one line, where it cannot be had."""
         where = self.uds or f"{self.host}:{self.port}"
         try:
             return self._bind_path(self.uds) if self.uds else self._bind_port()
@@ -51,20 +49,19 @@ class Listen:
         )[0]
         made = socket.socket(family, kind, protocol)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return _listening(made, address)
+        return _bound(made, address)
 
     def _bind_path(self, path: str) -> socket.socket:
         if os.path.exists(path) and stat.S_ISSOCK(os.stat(path).st_mode):
             with socket.socket(socket.AF_UNIX) as probe:
                 if probe.connect_ex(path) == errno.ECONNREFUSED:
                     os.unlink(path)  # nobody listens there any more
-        return _listening(socket.socket(socket.AF_UNIX), path)
+        return _bound(socket.socket(socket.AF_UNIX), path)
 
 
-def _listening(made: socket.socket, address: object) -> socket.socket:
+def _bound(made: socket.socket, address: object) -> socket.socket:
     try:
         made.bind(address)  # pyright: ignore[reportArgumentType]
-        made.listen(_BACKLOG)
         made.setblocking(False)
     except OSError:
         with contextlib.suppress(OSError):

@@ -16,13 +16,15 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
-from jaxllm.engine.async_llm import AsyncLLM
 from jaxllm.server.listen import Listen
 from jaxllm.server.protocol import BoundedHeadProtocol
+
+if TYPE_CHECKING:
+    from jaxllm.engine.async_llm import AsyncLLM
 
 log = logging.getLogger(__name__)
 _WATCH_SECONDS = 0.25

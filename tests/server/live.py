@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,14 +80,14 @@ def wait_until(condition: Any, seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def wait_until_healthy(url: str, seconds: float = 60.0) -> None:
+def wait_until_healthy(url: str, seconds: float = 240.0) -> None:
     """Until `/health` answers 200."""
 
     def healthy() -> bool:
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
                 return answer.status == 200
-        except (urllib.error.URLError, ConnectionError):
+        except OSError:
             return False
 
     wait_until(healthy, seconds)

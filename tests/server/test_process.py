@@ -54,7 +54,7 @@ def test_sigterm_finishes_every_accepted_request_and_refuses_new_ones(tiny_model
                 assert kept.get("/health").status_code == 503
         for events in (s.result() for s in streams):
             assert events[-1] == "[DONE]" and json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
-        assert child.wait(10) == 0, child.stderr.read()
+        assert child.wait(30) == 0, child.stderr.read()
 
 
 def test_dead_engine_gives_clean_errors_and_a_non_zero_exit(tiny_model):
@@ -65,5 +65,5 @@ def test_dead_engine_gives_clean_errors_and_a_non_zero_exit(tiny_model):
         assert events[-1] == "[DONE]" and error["type"] == "server_error" and "injected" not in error["message"]
         with contextlib.suppress(httpx.TransportError):  # it may be gone already
             assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, timeout=10).status_code in (500, 503)
-        assert child.wait(5) == 1
+        assert child.wait(30) == 1
         assert time.monotonic() - started < 5

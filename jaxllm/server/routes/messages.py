@@ -37,7 +37,7 @@ async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
     """How many tokens a conversation has."""
     ctx = context_of(request)
     ctx.check_model(body.model)
-    turn = Turn(ctx, _conversation(body), sampling_params(ctx, body, max_tokens=1))
+    turn = Turn(ctx, _conversation(body), sampling_params(ctx, body, max_tokens=None))
     prompt = await ctx.llm.in_thread(turn.prompt)
     return JSONResponse({"input_tokens": len(prompt["prompt_token_ids"])})
 

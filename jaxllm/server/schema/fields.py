@@ -5,9 +5,10 @@ Names and meanings are OpenAI's and vLLM's. Nothing here knows a route.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.config import JsonDict
 
 from jaxllm.config.sampling import (
     MAX_ALLOWED_TOKENS,
@@ -26,25 +27,22 @@ MAX_PROMPTS = 1024
 _MAX_DIGITS = 40
 
 
-def _whole(value: Any) -> Any:
-    """A whole number from its text or from a float without a fraction, as lenient servers take it."""
-    value = _number(value)
+T = TypeVar("T")
+
+
+def _as_number(value: Any) -> Any:
+    """The number that a text is, as lenient servers take it; whole where it has no fraction."""
+    if isinstance(value, str) and len(value) <= _MAX_DIGITS:
+        for kind in (int, float):
+            try:
+                value = kind(value)
+                break
+            except ValueError:
+                continue
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value
 
 
-def _number(value: Any) -> Any:
-    if not isinstance(value, str) or len(value) > _MAX_DIGITS:
-        return value
-    for kind in (int, float):
-        try:
-            return kind(value)
-        except ValueError:
-            continue
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_whole)]
-Number = Annotated[float, BeforeValidator(_number)]
+Lenient = Annotated[T, BeforeValidator(_as_number)]
 _TEXT = 8 << 20
 Text = Annotated[str, StringConstraints(max_length=_TEXT)]
 Name = Annotated[str, StringConstraints(max_length=256)]
@@ -60,6 +58,9 @@ Grammar = Annotated[
 Schema = Annotated[dict[str, Any], Field(description="A JSON schema.", examples=[{"type": "object"}])]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 
+TokenText = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")]
+Bias = Lenient[Annotated[float, Field(ge=-100, le=100)]]
+_CLOSED: JsonDict = {"additionalProperties": False}
 UNSUPPORTED = {"description": "Not supported."}
 
 
@@ -143,35 +144,29 @@ class SamplingFields(Body):
     """What every generating route takes, whatever its API."""
 
     model: Name | None = None
-    temperature: Annotated[Number, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[Number, Field(ge=1e-9, le=1)] | None = None
-    top_k: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
-    min_p: Annotated[Number, Field(ge=0, le=1)] | None = None
-    presence_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
-    seed: Annotated[Whole, Field(ge=-(2**63), lt=2**64)] | None = None
+    temperature: Lenient[Annotated[float, Field(ge=0, le=100)]] | None = None
+    top_p: Lenient[Annotated[float, Field(ge=1e-9, le=1)]] | None = None
+    top_k: Lenient[Annotated[int, Field(ge=-1, lt=2**31)]] | None = None
+    min_p: Lenient[Annotated[float, Field(ge=0, le=1)]] | None = None
+    presence_penalty: Lenient[Annotated[float, Field(ge=-2, le=2)]] | None = None
+    frequency_penalty: Lenient[Annotated[float, Field(ge=-2, le=2)]] | None = None
+    repetition_penalty: Lenient[Annotated[float, Field(ge=0.01, le=100)]] | None = None
+    seed: Lenient[Annotated[int, Field(ge=-(2**63), lt=2**64)]] | None = None
     stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=MAX_STOP_TOKEN_IDS)] | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[Whole, Field(ge=0, lt=2**31)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[
-                Annotated[str, StringConstraints(pattern=r"^[0-9]{1,10}$")], Annotated[Number, Field(ge=-100, le=100)]
-            ],
-            Field(max_length=MAX_LOGIT_BIAS, json_schema_extra={"additionalProperties": False}),
-        ]
-        | None
-    ) = None
+    min_tokens: Lenient[Annotated[int, Field(ge=0, lt=2**31)]] | None = None
+    logit_bias: Annotated[dict[TokenText, Bias], Field(max_length=MAX_LOGIT_BIAS, json_schema_extra=_CLOSED)] | None = (
+        None
+    )
     bad_words: Annotated[list[StopText], Field(max_length=MAX_BAD_WORDS)] | None = None
     allowed_token_ids: Annotated[list[Token], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
-    truncate_prompt_tokens: Annotated[Whole, Field(ge=-1, lt=2**31)] | None = None
+    truncate_prompt_tokens: Lenient[Annotated[int, Field(ge=-1, lt=2**31)]] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None
     structured_outputs: StructuredFields | None = None
-    priority: Annotated[Whole, Field(ge=-1000, le=1000)] | None = None
+    priority: Lenient[Annotated[int, Field(ge=-1000, le=1000)]] | None = None
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] | None = None
     user: Name | None = None
@@ -180,8 +175,8 @@ class SamplingFields(Body):
 class GenerationFields(SamplingFields):
     """What completions and chat completions share beside it."""
 
-    n: Annotated[Whole, Field(ge=1, le=MAX_N)] | None = None
-    prompt_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    n: Lenient[Annotated[int, Field(ge=1, le=MAX_N)]] | None = None
+    prompt_logprobs: Lenient[Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]] | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     return_token_ids: bool | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from jaxllm.config.sampling import MAX_STOP_STRINGS
-from jaxllm.server.schema.fields import Model, Name, SamplingFields, StopText, Text, Whole
+from jaxllm.server.schema.fields import Lenient, Model, Name, SamplingFields, StopText, Text
 from jaxllm.server.schema.tools import MAX_TOOLS, FunctionNameText
 
 MAX_BLOCKS = 4096
@@ -84,7 +84,7 @@ class Thinking(Model):
     """Whether the model is to think first, where its template can say so."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
+    budget_tokens: Lenient[Annotated[int, Field(ge=1, lt=2**31)]] | None = None
     display: Name | None = None
 
 
@@ -101,7 +101,7 @@ class Prompted(SamplingFields):
 class MessagesRequest(Prompted):
     """`POST /v1/messages`."""
 
-    max_tokens: Annotated[Whole, Field(ge=1, lt=2**31)]
+    max_tokens: Lenient[Annotated[int, Field(ge=1, lt=2**31)]]
     stop_sequences: Annotated[list[StopText], Field(max_length=MAX_STOP_STRINGS)] | None = None
     metadata: Annotated[dict[Name, Any], Field(max_length=16)] | None = None
 

@@ -17,6 +17,7 @@ from jaxllm.server.schema.fields import (
     UNSUPPORTED,
     Body,
     GenerationFields,
+    Lenient,
     Model,
     Name,
     Text,
@@ -24,11 +25,11 @@ from jaxllm.server.schema.fields import (
     Token,
     TokenLists,
     Tokens,
-    Whole,
 )  # fmt: skip
 from jaxllm.server.schema.schema_rules import NULL, absent, either, exactly_one, given, only, rules
 from jaxllm.server.schema.tools import AllowedTools, NamedTool, Tool, ToolCall
 from jaxllm.tokenizer.chat_template import ALLOWED_VARIABLES
+from jaxllm.tokenizer.messages import ROLES
 
 
 class CompletionRequest(GenerationFields):
@@ -43,12 +44,12 @@ class CompletionRequest(GenerationFields):
     )
 
     prompt: Text | Tokens | Texts | TokenLists
-    max_tokens: Annotated[Whole, Field(ge=0, lt=2**31)] | None = 16
-    logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    max_tokens: Lenient[Annotated[int, Field(ge=0, lt=2**31)]] | None = 16
+    logprobs: Lenient[Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]] | None = None
     echo: bool | None = None
     add_special_tokens: bool | None = None
     suffix: Annotated[Text, WithJsonSchema(UNSUPPORTED | {"const": ""})] | None = None
-    best_of: Annotated[Whole, Field(ge=1, le=MAX_N, description="At most n.")] | None = None
+    best_of: Lenient[Annotated[int, Field(ge=1, le=MAX_N, description="At most n.")]] | None = None
 
 
 class ContentPart(Model):
@@ -71,7 +72,7 @@ class ChatMessage(Model):
         either(given(content={"type": ["string", "array"]}), given(role={"enum": ["assistant", "tool", "function"]}))
     )
 
-    role: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    role: Annotated[str, StringConstraints(min_length=1, max_length=64), WithJsonSchema({"enum": list(ROLES)})]
     content: Text | Annotated[list[ContentPart], Field(max_length=4096)] | None = None
     name: Name | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
@@ -98,10 +99,10 @@ class ChatRequest(GenerationFields):
     )
 
     messages: Messages
-    max_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
-    max_completion_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Lenient[Annotated[int, Field(ge=1, lt=2**31)]] | None = None
+    max_completion_tokens: Lenient[Annotated[int, Field(ge=1, lt=2**31)]] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[Whole, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs: Lenient[Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]] | None = None
     tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
@@ -119,7 +120,7 @@ class EmbeddingRequest(Body):
     model: Name | None = None
     input: Text | Tokens | Texts | TokenLists
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
+    dimensions: Lenient[Annotated[int, Field(ge=1, lt=2**31)]] | None = None
     user: Name | None = None
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, WithJsonSchema
 
-from jaxllm.server.schema.fields import UNSUPPORTED, Model, Name, SamplingFields, Schema, Text, Whole
+from jaxllm.server.schema.fields import UNSUPPORTED, Lenient, Model, Name, SamplingFields, Schema, Text
 from jaxllm.server.schema.schema_rules import either, given, only, rules
 from jaxllm.server.schema.tools import MAX_TOOLS, AllowedTools, FunctionNameText, NamedTool
 
@@ -113,7 +113,7 @@ class ResponsesRequest(SamplingFields):
 
     input: Text | Annotated[list[Item], Field(min_length=1, max_length=MAX_ITEMS)]
     instructions: Text | None = None
-    max_output_tokens: Annotated[Whole, Field(ge=1, lt=2**31)] | None = None
+    max_output_tokens: Lenient[Annotated[int, Field(ge=1, lt=2**31)]] | None = None
     text: ResponseText | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
@@ -127,7 +127,7 @@ class ResponsesRequest(SamplingFields):
     background: Annotated[bool, WithJsonSchema(UNSUPPORTED | {"const": False})] | None = None
     conversation: Annotated[Any, WithJsonSchema(UNSUPPORTED | {"type": "null"})] = None
     prompt: Annotated[Any, WithJsonSchema(UNSUPPORTED | {"type": "null"})] = None
-    top_logprobs: Annotated[Whole, WithJsonSchema(UNSUPPORTED | {"const": 0})] | None = None
+    top_logprobs: Annotated[int, WithJsonSchema(UNSUPPORTED | {"const": 0})] | None = None
 
 
 ResponseId = Annotated[str, StringConstraints(pattern=r"^resp_[A-Za-z0-9_.:-]{1,64}$")]
