@@ -66,4 +66,4 @@ def test_dead_engine_gives_clean_errors_and_a_non_zero_exit(tiny_model):
         with contextlib.suppress(httpx.TransportError):  # it may be gone already
             assert httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, timeout=10).status_code in (500, 503)
         assert child.wait(30) == 1
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 20
