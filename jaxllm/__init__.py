@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from jaxllm.config import EngineConfig, ModelConfig
     from jaxllm.config.sampling import SamplingParams
     from jaxllm.decoding.beam_search import BeamSearchParams
-    from jaxllm.engine.async_llm import AsyncLLM
-    from jaxllm.engine.llm import LLM
     from jaxllm.engine.outputs import CompletionOutput, RequestOutput
+    from jaxllm.entrypoints.async_llm import AsyncLLM
+    from jaxllm.entrypoints.llm import LLM
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,8 +26,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "LLM": "jaxllm.engine.llm",
-    "AsyncLLM": "jaxllm.engine.async_llm",
+    "LLM": "jaxllm.entrypoints.llm",
+    "AsyncLLM": "jaxllm.entrypoints.async_llm",
     "BeamSearchParams": "jaxllm.decoding.beam_search",
     "SamplingParams": "jaxllm.config.sampling",
     "RequestOutput": "jaxllm.engine.outputs",

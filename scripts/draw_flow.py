@@ -14,7 +14,7 @@ from pathlib import Path
 
 STATIONS = """
     0 0 server/      | HTTP, OpenAI's API
-    0 1 engine/llm   | Python, scripts
+    0 1 entrypoints/ | Python, scripts
     1 0 tokenizer/   | text to token ids
     2 0 engine/      | Request
     3 0 scheduling/  | who runs next, which page is whose

@@ -16,7 +16,7 @@ from jaxllm.config.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from jaxllm.bench.workload import Planned
-    from jaxllm.engine.llm import LLM
+    from jaxllm.entrypoints.llm import LLM
 
 PERCENTILES = (50, 90, 99)
 

@@ -14,7 +14,7 @@ from jaxllm.bench.workload import random_prompts
 from jaxllm.config.sampling import SamplingParams
 
 if TYPE_CHECKING:
-    from jaxllm.engine.llm import LLM
+    from jaxllm.entrypoints.llm import LLM
 
 
 def measure_prefix(llm: LLM, *, num_prompts: int, input_len: int, num_iters: int, from_disk: bool) -> dict[str, Any]:

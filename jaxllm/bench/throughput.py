@@ -20,7 +20,7 @@ from jaxllm.telemetry.device_peaks import measured_ceilings
 
 if TYPE_CHECKING:
     from jaxllm.bench.workload import Planned
-    from jaxllm.engine.llm import LLM
+    from jaxllm.entrypoints.llm import LLM
 
 
 def measure_throughput(llm: LLM, workload: Callable[[int], Sequence[Planned]], num_iters: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jaxllm.server.listen import Listen
 if TYPE_CHECKING:
     import socket
 
-    from jaxllm.engine.async_llm import AsyncLLM
+    from jaxllm.entrypoints.async_llm import AsyncLLM
     from jaxllm.server.context import CrossOrigin, Settings
 
 
@@ -146,7 +146,7 @@ def start(
 
 
 def _load(args: argparse.Namespace, engine: dict[str, Any], startup: Startup, hooks: dict[str, Any]) -> AsyncLLM:
-    from jaxllm.engine.async_llm import AsyncLLM
+    from jaxllm.entrypoints.async_llm import AsyncLLM
 
     llm = AsyncLLM(
         max_num_queued_requests=args.max_num_queued_requests, stuck_seconds=args.stuck_seconds,

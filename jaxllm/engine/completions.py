@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.config.sampling import SamplingParams
-from jaxllm.engine.constraints import GrammarCompiler
+from jaxllm.constraints.grammars import GrammarCompiler
+from jaxllm.constraints.token_rules import CopiedConstraint, all_of, token_rules
 from jaxllm.engine.engine import Engine, as_token_ids
 from jaxllm.engine.outputs import CompletionBuilder, CompletionDelta, RequestOutput, logprob_entry
 from jaxllm.engine.prompts import Asked, read_prompt
 from jaxllm.engine.scoring import Scorer, ScoringPass
-from jaxllm.engine.token_rules import CopiedConstraint, all_of, token_rules
 from jaxllm.scheduling.request import Ending, Request
 
 if TYPE_CHECKING:

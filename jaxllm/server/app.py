@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from jaxllm import __version__
-from jaxllm.engine.async_llm import AsyncLLM
+from jaxllm.entrypoints.async_llm import AsyncLLM
 from jaxllm.server import errors
 from jaxllm.server.context import Context, CrossOrigin, Settings
 from jaxllm.server.middleware import Gate

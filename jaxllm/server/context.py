@@ -15,7 +15,7 @@ from jaxllm.server.parsing.registry import AnswerFormat
 from jaxllm.server.response_store import ResponseStore
 
 if TYPE_CHECKING:
-    from jaxllm.engine.async_llm import AsyncLLM
+    from jaxllm.entrypoints.async_llm import AsyncLLM
     from jaxllm.server.prometheus import Metrics
 
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxllm.config.sampling import SamplingParams
-from jaxllm.engine.async_llm import Stream
 from jaxllm.engine.outputs import CompletionDelta, CompletionOutput, RequestOutput
+from jaxllm.entrypoints.async_llm import Stream
 from jaxllm.server.context import Context
 
 News = list[tuple[int, CompletionDelta]]

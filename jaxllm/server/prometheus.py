@@ -11,7 +11,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from jaxllm.engine.async_llm import AsyncLLM
+from jaxllm.entrypoints.async_llm import AsyncLLM
 from jaxllm.telemetry.figures import Figure, figures
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"

@@ -24,7 +24,7 @@ from jaxllm.server.listen import Listen
 from jaxllm.server.protocol import BoundedHeadProtocol
 
 if TYPE_CHECKING:
-    from jaxllm.engine.async_llm import AsyncLLM
+    from jaxllm.entrypoints.async_llm import AsyncLLM
 
 log = logging.getLogger(__name__)
 _WATCH_SECONDS = 0.25

@@ -52,7 +52,7 @@ def test_equals_the_offline_engine_and_grows_monotonically(tiny_model):
 
 
 def test_log_says_what_runs_and_how_near_to_the_roofline(tiny_model, caplog, monkeypatch):
-    monkeypatch.setattr("jaxllm.engine.engine_thread._REPORT_SECONDS", 0.0)
+    monkeypatch.setattr("jaxllm.entrypoints.engine_thread._REPORT_SECONDS", 0.0)
     with caplog.at_level("INFO", "jaxllm"), engine(tiny_model) as llm:
         asyncio.run(final(llm, "abc"))
     assert any("running 1, waiting 0; prefill" in line and "MBU" in line for line in caplog.messages)
@@ -81,7 +81,7 @@ def test_work_that_arrives_in_a_measurement_goes_first(tiny_model, monkeypatch):
             time.sleep(0.001)
         return Ceilings(1e12, 1e11, "test")
 
-    monkeypatch.setattr("jaxllm.engine.engine_thread.measured_ceilings", endless_at_first)
+    monkeypatch.setattr("jaxllm.entrypoints.engine_thread.measured_ceilings", endless_at_first)
     with engine(tiny_model) as llm:
         llm.thread.measure_when_idle()
         wait_until(lambda: started)
@@ -92,7 +92,7 @@ def test_work_that_arrives_in_a_measurement_goes_first(tiny_model, monkeypatch):
 
 
 def test_device_that_cannot_be_measured_is_asked_once_and_serves_on(tiny_model, monkeypatch, caplog):
-    monkeypatch.setattr("jaxllm.engine.engine_thread._IDLE_SECONDS", 0.01)
+    monkeypatch.setattr("jaxllm.entrypoints.engine_thread._IDLE_SECONDS", 0.01)
     monkeypatch.setattr("jaxllm.telemetry.device_peaks.measure_device", lambda *_, **__: 1 / 0)
     with engine(tiny_model) as llm:
         llm.thread.measure_when_idle()

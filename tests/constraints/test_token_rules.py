@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxllm.engine.token_rules import all_of, token_rules
+from jaxllm.constraints.token_rules import all_of, token_rules
 
 VOCAB = 70
 

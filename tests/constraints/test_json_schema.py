@@ -8,7 +8,7 @@ import json
 import pytest
 from llguidance import LLMatcher
 
-from jaxllm.engine.json_schema import prepare
+from jaxllm.constraints.json_schema import prepare
 
 jsonschema_rs = pytest.importorskip("jsonschema_rs", reason="comes with schemathesis")
 CLOSED = [

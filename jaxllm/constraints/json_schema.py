@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any, final
 from urllib.parse import unquote
 
-from jaxllm.engine import schema_rewrites as rewrites
+from jaxllm.constraints import schema_rewrites as rewrites
 
 Schema = Any  # bool or a JSON object
 _MAPS = ("properties", "patternProperties", "$defs", "definitions")

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.completions import Job
 from jaxllm.engine.errors import EngineError
-from jaxllm.engine.exclusive import Call, Exclusive
-from jaxllm.engine.frontend import Frontend
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.prompts import Prompt, as_prompts, text_of
 from jaxllm.engine.work import Work
+from jaxllm.entrypoints.exclusive import Call, Exclusive
+from jaxllm.entrypoints.frontend import Frontend
 from jaxllm.telemetry import figures
 from jaxllm.telemetry.device_peaks import measured_ceilings
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from jaxllm.config.sampling import StructuredOutputs
-from jaxllm.engine.json_schema import prepare
+from jaxllm.constraints.json_schema import prepare
 
 if TYPE_CHECKING:
     from jaxllm.tokenizer import Tokenizer

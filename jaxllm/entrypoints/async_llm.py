@@ -17,13 +17,13 @@ import numpy as np
 
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.completions import Job
-from jaxllm.engine.engine_thread import EngineThread, Update
 from jaxllm.engine.errors import EngineError, Unavailable
-from jaxllm.engine.frontend import Frontend
 from jaxllm.engine.outputs import CompletionDelta, CompletionOutput, RequestOutput, as_of
 from jaxllm.engine.prompts import Prompt
 from jaxllm.engine.scoring import ScoringPass
 from jaxllm.engine.work import Work
+from jaxllm.entrypoints.engine_thread import EngineThread, Update
+from jaxllm.entrypoints.frontend import Frontend
 
 if TYPE_CHECKING:
     from jaxllm.decoding.beam_search import BeamSearchOutput, BeamSearchParams
