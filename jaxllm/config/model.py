@@ -35,7 +35,7 @@ class ModelConfig:
         parallel_block: both halves of a block read the same normed input; one norm and one sum.
         qk_norm: None, "head" (each head by itself), "full" (over all heads together) or "head_layer" (each head by
             itself, a layer norm with weights of its own).
-        activation: "silu" or "gelu_tanh"; `gated` says whether it gates a second product.
+        activation: "silu", "gelu", "gelu_tanh" or "relu"; `gated` says whether it gates a second product.
         embedding_scale: multiplies the embeddings. attention_scale: of the scores; None is `head_dim**-0.5`.
         residual_scale: multiplies what each half of a block adds. logit_scale: multiplies the logits.
         attention_softcap, final_softcap: `cap * tanh(x / cap)` on scores and logits.
@@ -97,7 +97,7 @@ class ModelConfig:
         words = {
             "norm": ("rms", "layer", "layer_no_bias"),
             "qk_norm": (None, "head", "full", "head_layer"),
-            "activation": ("silu", "gelu_tanh"),
+            "activation": ("silu", "gelu", "gelu_tanh", "relu"),
         }
         for name, known in words.items():
             if (value := getattr(self, name)) not in known:

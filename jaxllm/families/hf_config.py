@@ -16,11 +16,15 @@ from jaxllm.families.notices import say_once
 from jaxllm.families.registry import architecture_of
 from jaxllm.families.rope import rope_scaling
 
-# transformers' names of one function: silu, and both spellings of GELU's approximation by tanh.
-_ACTIVATIONS = {
+# transformers' names, several of them for one function.
+ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
@@ -120,9 +124,9 @@ class Fields:
     def activation(self, key: str = "hidden_act", default: str = "silu") -> str:
         """The activation's name here."""
         name = self.get(key, default)
-        if not isinstance(name, str) or name not in _ACTIVATIONS:
-            raise ValueError(f"config.json has {key}={_short(name)}; supported are {', '.join(_ACTIVATIONS)}")
-        return _ACTIVATIONS[name]
+        if not isinstance(name, str) or name not in ACTIVATIONS:
+            raise ValueError(f"config.json has {key}={_short(name)}; supported are {', '.join(ACTIVATIONS)}")
+        return ACTIVATIONS[name]
 
     def done(self) -> None:
         """Judge whatever was not read: pass, refuse, or name it in the log."""

@@ -42,7 +42,10 @@ def rope_scaling(
         length = original or left.pop("original_max_position_embeddings", None) or max_positions
         if isinstance(length, bool) or not isinstance(length, int) or length < 1:
             raise ValueError(f"the rope parameters have original_max_position_embeddings={length!r}; expected a length")
-        scaling = _KINDS[kind](left, length, max_positions)
+        try:
+            scaling = _KINDS[kind](left, length, max_positions)
+        except ValueError as error:
+            raise ValueError(f"rope_type={kind!r}: {error}") from None
     left.pop("original_max_position_embeddings", None)
     if left:
         say_once(f"rope_type={kind!r} does not use {', '.join(sorted(left))} of the rope parameters; ignored")

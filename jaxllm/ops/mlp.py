@@ -9,7 +9,12 @@ import jax.numpy as jnp
 
 from jaxllm.config import ClampedSwiglu
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
+_ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
 def activate(h_TXF: jax.Array, name: str, clamped: ClampedSwiglu | None = None) -> jax.Array:

@@ -49,7 +49,7 @@ BASE = {
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"architectures": ["OtherForCausalLM"]}, "OtherForCausalLM"), ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    ({"architectures": ["OtherForCausalLM"]}, "OtherForCausalLM"), ({"hidden_act": "mish"}, "hidden_act='mish'"),
     ({"attention_bias": "yes"}, "attention_bias='yes'"), ({"attention_bias": 1}, "attention_bias=1"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"), ({"num_key_value_heads": 3}, "num_kv_heads=3"),
     ({"vocab_size": None}, "vocab_size"),

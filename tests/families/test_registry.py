@@ -38,7 +38,7 @@ def test_a_missing_size_is_refused_by_every_family(name: str) -> None:
         ("gpt-oss-120b", {"quantization_config": {"quant_method": "mxfp4"}}, "'mxfp4'"),
         ("deepseek-v3", {"quantization_config": {"quant_method": "fp8"}}, "'fp8'"),
         ("gemma-3-27b", {"layer_types": ["chunked_attention"] * 62}, "layer_types"),
-        ("gemma-3-27b", {"hidden_activation": "relu"}, "hidden_activation='relu'"),
+        ("gemma-3-27b", {"hidden_activation": "relu6"}, "hidden_activation='relu6'"),
         ("gemma-3-27b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
