@@ -141,7 +141,11 @@ def test_quantised_tensors_are_what_the_gguf_package_reads(
 
 
 # Those whose files differ most from the folder; with JAXLLM_FULL_TESTS=1 all.
-COMPUTED = tuple(MODELS) if os.environ.get("JAXLLM_FULL_TESTS") else ("deepseek_v3", "gpt_oss")
+COMPUTED = (
+    tuple(MODELS)
+    if os.environ.get("JAXLLM_FULL_TESTS")
+    else ("mixtral", "gemma3", "phi3_long", "deepseek_v3", "gpt_oss")
+)
 
 
 @pytest.mark.parametrize("name", COMPUTED)
