@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxllm.tokenizer import Tokenizer
 
 # Between the parts of a JSON document: a model that may write white space without end sometimes does.
-_WHITE_SPACE = r"\n[ ]{0,20}|[ ]{1,4}|\t{1,8}"
+WHITE_SPACE = r"\n[ ]{0,20}|[ ]{1,4}|\t{1,8}"
 _LOOK_AROUND = re.compile(r"(?<!\\)(?:\\\\)*(\(\?<?[=!]|\\[bB])")
 _INTERNALS = re.compile(r"[<>{}]|::|NoExt|lexer|Lexer|Earley|fuel|max_|rx|forced")
 
@@ -127,7 +127,7 @@ def _grammar(spec: StructuredOutputs, *, one_of_as_any: bool = False) -> tuple[s
     if spec.json is not None or spec.json_object:
         schema, ignored = prepare({"type": "object"} if spec.json is None else spec.json)
         grammar = LLMatcher.grammar_from_json_schema(
-            json.dumps(schema), overrides={"whitespace_pattern": _WHITE_SPACE, "coerce_one_of": one_of_as_any}
+            json.dumps(schema), overrides={"whitespace_pattern": WHITE_SPACE, "coerce_one_of": one_of_as_any}
         )
         return grammar, (*ignored, *(("oneOf",) if one_of_as_any else ()))
     if spec.regex is not None:

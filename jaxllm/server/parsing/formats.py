@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from jaxllm.server.parsing.events import NewId, Reasoning, Text, Tools, call_id
+from jaxllm.server.parsing.grammar import Written
 from jaxllm.server.parsing.json_text import json_calls
 from jaxllm.server.parsing.source import Source, Steps
 
@@ -26,8 +26,7 @@ class CallFormat:
         markers: every marker that may be a special token of the tokenizer, so that it is kept in the text.
         new_id: makes the id of a call that has none in the text.
         whole: reads the whole answer where thoughts and calls are messages of their own, not marked parts of a text.
-        grammar: (function's name, JSON schema of its arguments) -> the parts of a grammar rule for one call in this
-            format, or None where a forced call is written as plain JSON.
+        written: how a call is written that must be made: as the first whose `sign` the template has, else as JSON.
     """
 
     opens: tuple[str, ...]
@@ -35,7 +34,7 @@ class CallFormat:
     markers: tuple[str, ...] = ()
     new_id: NewId = call_id
     whole: Whole | None = None
-    grammar: Callable[[str, dict[str, Any]], list[str | dict[str, Any]]] | None = None
+    written: tuple[Written, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,11 +70,19 @@ NO_CALLS = CallFormat(opens=(), block=no_block)
 NO_THOUGHTS = Thinking(starts=(), ends=())
 
 
-def read_answer(src: Source, thinking: Thinking, calls: CallFormat, tools: Tools, opened: bool) -> Steps[None]:
+def read_answer(
+    src: Source, thinking: Thinking, calls: CallFormat, tools: Tools, *, opened: bool, forced: bool = False
+) -> Steps[None]:
     """Read a whole answer. Calls count within thoughts too; a thought begins only before the text, or after a call.
 
-    What follows a marker and is no call is text, and so is the marker; reading goes on behind it.
+    What follows a marker and is no call is text, and so is the marker; reading goes on behind it. A forced answer may
+    be a call as plain JSON.
     """
+    whole = thinking.whole or calls.whole
+    if whole is not None:
+        if not forced or not (yield from _plain_call(src, tools, calls.new_id)):
+            yield from whole(src, tools)
+        return
     if opened:
         yield from src.spaces()
         yield from src.take(*thinking.starts)
@@ -84,6 +91,9 @@ def read_answer(src: Source, thinking: Thinking, calls: CallFormat, tools: Tools
         if at_start:
             gap = yield from src.spaces()
             at_start, thinks = False, bool((yield from src.take(*thinking.starts)))
+            if forced and not thinks and (yield from _plain_call(src, tools, calls.new_id)):
+                at_start = True
+                continue
             if gap and not thinks:
                 yield Text(gap)
         kind = Reasoning if thinks else Text
@@ -101,10 +111,10 @@ def read_answer(src: Source, thinking: Thinking, calls: CallFormat, tools: Tools
             yield kind(marker)
 
 
-def read_forced(src: Source, tools: Tools, new_id: NewId) -> Steps[None]:
-    """Read an answer that a grammar made a call written as JSON; it is text where it ends before its arguments."""
-    yield from src.spaces()
+def _plain_call(src: Source, tools: Tools, new_id: NewId) -> Steps[bool]:
     mark = src.pos
-    if not (yield from json_calls(src, tools, new_id)):
+    yield from src.spaces()
+    called = yield from json_calls(src, tools, new_id)
+    if not called:
         src.pos = mark
-    yield from src.until((), Text)
+    return called

@@ -11,6 +11,7 @@ import re
 
 from jaxllm.server.parsing.events import Reasoning, Text, Tools, call_id
 from jaxllm.server.parsing.formats import CallFormat, Thinking, no_block
+from jaxllm.server.parsing.grammar import Written, object_after
 from jaxllm.server.parsing.json_text import named_arguments, whole_call
 from jaxllm.server.parsing.source import Source, Steps
 
@@ -58,5 +59,9 @@ def _message(src: Source, head: str, tools: Tools, begun: set[type[Text | Reason
     return (yield from src.until((*_HEADS, *_ENDS), kind))
 
 
-HARMONY = CallFormat(opens=(), block=no_block, markers=_MARKERS, whole=read_harmony)
+_CALL = Written(
+    call=object_after("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", "<|call|>"),
+    between=None,
+)
+HARMONY = CallFormat(opens=(), block=no_block, markers=_MARKERS, whole=read_harmony, written=(_CALL,))
 HARMONY_THINKING = Thinking(starts=(), ends=(), markers=_MARKERS, whole=read_harmony)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 from jaxllm.server.parsing.events import NewId, Tools
 from jaxllm.server.parsing.formats import CallFormat
+from jaxllm.server.parsing.grammar import Written, named_object, object_after
 from jaxllm.server.parsing.json_text import json_calls, named_arguments
 from jaxllm.server.parsing.source import Source, Steps
 
 
-def objects(*opens: str, close: str = "") -> CallFormat:
+def objects(*opens: str, close: str = "", written: tuple[Written, ...] = ()) -> CallFormat:
     """Objects with a name and arguments, or arrays of them, one or several between two markers.
 
     The end marker may be missing. An opening marker that is a bracket belongs to the JSON.
@@ -31,7 +32,8 @@ def objects(*opens: str, close: str = "") -> CallFormat:
                 return called
             called = True
 
-    return CallFormat(opens=opens, block=block, markers=tuple(m for m in (*opens, close) if len(m) > 1))
+    markers = tuple(m for m in (*opens, close) if len(m) > 1)
+    return CallFormat(opens=opens, block=block, markers=markers, written=written)
 
 
 def _gap(src: Source, after_call: bool) -> Steps[None]:
@@ -59,11 +61,11 @@ class Section:
     after_name: tuple[str, ...]
     numbered: bool = False
 
-    def format(self) -> CallFormat:
+    def format(self, *written: Written) -> CallFormat:
         """The format so marked."""
         markers = (self.begin, self.end, self.call, self.call_end, self.before_name, *self.after_name)
         specials = tuple(m for m in markers if m.startswith("<"))
-        return CallFormat(opens=(self.begin, self.call), block=self._block, markers=specials)
+        return CallFormat(opens=(self.begin, self.call), block=self._block, markers=specials, written=written)
 
     def _block(self, src: Source, opened_by: str, tools: Tools, new_id: NewId) -> Steps[bool]:
         called, opened = False, opened_by == self.call
@@ -128,21 +130,47 @@ def _mistral_id() -> str:
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(9))
 
 
-HERMES = objects("<tool_call>", close="</tool_call>")
-LLAMA3 = objects("<|python_tag|>", "{")
-GRANITE = objects("<|tool_call|>", "<tool_call>", close="</tool_call>")
+HERMES = objects(
+    "<tool_call>",
+    close="</tool_call>",
+    written=(Written(call=named_object("<tool_call>\n", "\n</tool_call>")),),
+)
+LLAMA3 = objects("<|python_tag|>", "{", written=(Written(call=named_object("", "", "parameters"), between="; "),))
+GRANITE = objects(
+    "<|tool_call|>",
+    "<tool_call>",
+    close="</tool_call>",
+    written=(Written(begin="<|tool_call|>[", call=named_object("", ""), between=", ", end="]", sign="<|tool_call|>"),),
+)
 TOOL_CALLS = objects("<tool_calls>", close="</tool_calls>")
 MISTRAL = CallFormat(
-    opens=("[TOOL_CALLS]",), block=_mistral, markers=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"), new_id=_mistral_id
+    opens=("[TOOL_CALLS]",),
+    block=_mistral,
+    markers=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"),
+    new_id=_mistral_id,
+    written=(
+        Written(call=object_after("[TOOL_CALLS]", "[ARGS]"), between="", sign="[ARGS]"),
+        Written(begin="[TOOL_CALLS][", call=named_object("", ""), between=", ", end="]"),
+    ),
 )
+_BEGIN, _END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+_CALL, _CALL_END, _SEPARATOR = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 DEEPSEEK = Section(
-    begin="<｜tool▁calls▁begin｜>",
-    end="<｜tool▁calls▁end｜>",
-    call="<｜tool▁call▁begin｜>",
-    call_end="<｜tool▁call▁end｜>",
-    before_name="function<｜tool▁sep｜>",
-    after_name=("<｜tool▁sep｜>", "```json"),
-).format()
+    begin=_BEGIN,
+    end=_END,
+    call=_CALL,
+    call_end=_CALL_END,
+    before_name=f"function{_SEPARATOR}",
+    after_name=(_SEPARATOR, "```json"),
+).format(
+    Written(
+        begin=_BEGIN,
+        call=object_after(f"{_CALL}function{_SEPARATOR}", "\n```json\n", f"\n```{_CALL_END}"),
+        end=_END,
+        sign="```json",
+    ),
+    Written(begin=_BEGIN, call=object_after(_CALL, _SEPARATOR, _CALL_END), between="", end=_END),
+)
 KIMI = Section(
     begin="<|tool_calls_section_begin|>",
     end="<|tool_calls_section_end|>",
@@ -151,4 +179,13 @@ KIMI = Section(
     before_name="functions.",
     after_name=("<|tool_call_argument_begin|>",),
     numbered=True,
-).format()
+).format(
+    Written(
+        begin="<|tool_calls_section_begin|>",
+        call=object_after(
+            "<|tool_call_begin|>functions.", "<|tool_call_argument_begin|>", "<|tool_call_end|>", numbered=True
+        ),
+        between="",
+        end="<|tool_calls_section_end|>",
+    )
+)

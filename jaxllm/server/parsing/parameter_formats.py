@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxllm.server.parsing.events import CallArguments, CallEnd, CallStart, NewId, Tools
 from jaxllm.server.parsing.formats import CallFormat
+from jaxllm.server.parsing.grammar import Rules, Written, parameter_value
 from jaxllm.server.parsing.schema_types import parameter_schema, typed, types_of
 from jaxllm.server.parsing.source import Source, Steps
 
@@ -27,6 +28,7 @@ class Tags:
         key, key_ends: around a parameter's name. A `key_ends` may say whether the value is a string.
         value, value_end: around its value.
         on_lines: values stand on lines of their own.
+        apart: each call stands in a block of its own.
     """
 
     begin: str
@@ -39,12 +41,39 @@ class Tags:
     value: str = ""
     value_end: str
     on_lines: bool = False
+    apart: bool = False
 
     def format(self) -> CallFormat:
         """The format so marked."""
         own = (self.begin, self.end, self.call, self.call_end, self.key, *self.key_ends, self.value, self.value_end)
         opens = tuple(m for m in (self.begin, self.call) if m)
-        return CallFormat(opens=opens, block=self._block, markers=tuple(m for m in own if m))
+        return CallFormat(
+            opens=opens, block=self._block, markers=tuple(m for m in own if m), written=(self._written(),)
+        )
+
+    def _written(self) -> Written:
+        if self.apart:
+            return Written(call=self._writes)
+        return Written(begin=f"{self.begin}\n", call=self._writes, end=f"\n{self.end}")
+
+    def _writes(self, rules: Rules, name: str, schema: Mapping[str, Any]) -> str:
+        """The body of a rule for one call: its parameters in the schema's order, those not required or not."""
+        gap, parts = "\n" if self.apart and self.call else "", []
+        properties = schema.get("properties")
+        for key in properties if isinstance(properties, Mapping) else ():
+            rule = rules.rule(f"{rules.literal(self._before(key, schema))} {self._value_of(rules, key, schema)}")
+            parts.append(rule if key in (schema.get("required") or ()) else f"{rule}?")
+        head = f"{self.begin}{gap}" if self.apart else ""
+        tail = f"{self.call_end}{gap}{self.end}" if self.apart else self.call_end
+        return " ".join([rules.literal(f"{head}{self.call}{name}{self.name_end}\n"), *parts, rules.literal(tail)])
+
+    def _before(self, key: str, schema: Mapping[str, Any]) -> str:
+        is_text = "string" in types_of(parameter_schema(schema, key), schema)
+        key_end = next(end for end, says in self.key_ends.items() if says in (None, is_text))
+        return f"{self.key}{key}{key_end}" + (f"\n{self.value}" if self.value else "\n" if self.on_lines else "")
+
+    def _value_of(self, rules: Rules, key: str, schema: Mapping[str, Any]) -> str:
+        return parameter_value(rules, schema, key, ("\n" if self.on_lines else "") + self.value_end + "\n")
 
     def _block(self, src: Source, opened_by: str, tools: Tools, new_id: NewId) -> Steps[bool]:
         called, opened = False, not self.call or opened_by == self.call
@@ -135,10 +164,11 @@ def _escaped(text: str) -> CallArguments:
 QWEN3_CODER = Tags(
     begin="<tool_call>", end="</tool_call>", call="<function=", call_end="</function>", name_end=">",
     key="<parameter=", key_ends={">": None}, value_end="</parameter>", on_lines=True,
+    apart=True,
 ).format()  # fmt: skip
 SEED = Tags(
     begin="<seed:tool_call>", end="</seed:tool_call>", call="<function=", call_end="</function>", name_end=">",
-    key="<parameter=", key_ends={">": None}, value_end="</parameter>",
+    key="<parameter=", key_ends={">": None}, value_end="</parameter>", apart=True,
 ).format()  # fmt: skip
 MINIMAX_M2 = Tags(
     begin="<minimax:tool_call>", end="</minimax:tool_call>", call='<invoke name="', call_end="</invoke>",
@@ -146,7 +176,7 @@ MINIMAX_M2 = Tags(
 ).format()  # fmt: skip
 GLM = Tags(
     begin="<tool_call>", end="", call="", call_end="</tool_call>", name_end="", key="<arg_key>",
-    key_ends={"</arg_key>": None}, value="<arg_value>", value_end="</arg_value>",
+    key_ends={"</arg_key>": None}, value="<arg_value>", value_end="</arg_value>", apart=True,
 ).format()  # fmt: skip
 DEEPSEEK_V32 = Tags(
     begin="<｜DSML｜function_calls>", end="</｜DSML｜function_calls>", call='<｜DSML｜invoke name="',

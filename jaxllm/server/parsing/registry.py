@@ -1,107 +1,24 @@
-"""Every format by the name that vLLM gives it, and which of them a chat template speaks.
+"""How one model's answers are read and constrained: the formats of its thoughts and of its calls.
 
-The command line, the routes and tests choose here; adding a format is one entry.
+The command line, the routes and tests choose here, by name or by what the chat template contains.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import final
 
-from jaxllm.config.sampling import SamplingParams, StructuredOutputs
-from jaxllm.server.parsing import harmony, json_formats, parameter_formats, pythonic
+from jaxllm.config.sampling import StructuredOutputs
 from jaxllm.server.parsing.events import Parser, Tools
-from jaxllm.server.parsing.formats import NO_CALLS, NO_THOUGHTS, CallFormat, Thinking, read_answer, read_forced
+from jaxllm.server.parsing.formats import NO_CALLS, NO_THOUGHTS, CallFormat, Thinking, read_answer
+from jaxllm.server.parsing.grammar import Rules, Schema, Written, calls_grammar
+from jaxllm.server.parsing.json_text import loads
 from jaxllm.server.parsing.reading import Reading
+from jaxllm.server.parsing.source import Source, Steps
+from jaxllm.server.parsing.table import CALL_FORMATS, CALL_SIGNS, THINKING, THINKING_SIGNS
 
-AUTO = "auto"
-NONE = "none"
-
-CALL_FORMATS: dict[str, CallFormat] = {
-    "deepseek_v3": json_formats.DEEPSEEK,
-    "deepseek_v31": json_formats.DEEPSEEK,
-    "deepseek_v32": parameter_formats.DEEPSEEK_V32,
-    "ernie45": json_formats.HERMES,
-    "glm45": parameter_formats.GLM,
-    "glm47": parameter_formats.GLM,
-    "granite": json_formats.GRANITE,
-    "granite-20b-fc": json_formats.objects("<function_call>"),
-    "granite4": json_formats.HERMES,
-    "hermes": json_formats.HERMES,
-    "hunyuan_a13b": json_formats.TOOL_CALLS,
-    "internlm": json_formats.objects("<|action_start|><|plugin|>", close="<|action_end|>"),
-    "jamba": json_formats.TOOL_CALLS,
-    "kimi_k2": json_formats.KIMI,
-    "lfm2": pythonic.LFM2,
-    "llama3_json": json_formats.LLAMA3,
-    "llama4_json": json_formats.LLAMA3,
-    "llama4_pythonic": pythonic.LLAMA4,
-    "longcat": json_formats.objects("<longcat_tool_call>", close="</longcat_tool_call>"),
-    "minimax": json_formats.TOOL_CALLS,
-    "minimax_m2": parameter_formats.MINIMAX_M2,
-    "mistral": json_formats.MISTRAL,
-    "olmo3": pythonic.OLMO3,
-    "openai": harmony.HARMONY,
-    "phi4_mini_json": json_formats.objects("functools"),
-    "pythonic": pythonic.PYTHONIC,
-    "qwen3_coder": parameter_formats.QWEN3_CODER,
-    "qwen3_xml": parameter_formats.QWEN3_CODER,
-    "seed_oss": parameter_formats.SEED,
-    "xlam": json_formats.LLAMA3,
-}
-
-_TAGS = Thinking(starts=("<think>",), ends=("</think>",))
-_TAGS_FROM_START = Thinking(starts=("<think>",), ends=("</think>",), from_start=True)
-THINKING: dict[str, Thinking] = {
-    "deepseek_r1": _TAGS_FROM_START,
-    "deepseek_v3": _TAGS,
-    "ernie45": _TAGS,
-    "glm45": _TAGS,
-    "granite": Thinking(
-        starts=("<think>", "Here is my thought process:", "Here's my thought process:"),
-        ends=("</think>", "Here is my response:", "Here's my response:"),
-    ),
-    "holo2": _TAGS,
-    "hunyuan_a13b": Thinking(starts=("<think>",), ends=("</think>\n<answer>", "</think>")),
-    "kimi_k2": _TAGS,
-    "minimax_m2": _TAGS_FROM_START,
-    "mistral": Thinking(starts=("[THINK]",), ends=("[/THINK]",)),
-    "nemotron_v3": _TAGS,
-    "olmo3": _TAGS,
-    "openai_gptoss": harmony.HARMONY_THINKING,
-    "qwen3": _TAGS,
-    "seed_oss": Thinking(starts=("<seed:think>",), ends=("</seed:think>",)),
-    "step3": _TAGS_FROM_START,
-}
-
-# What only the templates of one format contain, the most telling first.
-_CALL_SIGNS = (
-    ("<|channel|>analysis", "openai"),
-    ("<|tool_calls_section_begin|>", "kimi_k2"),
-    ("｜DSML｜", "deepseek_v32"),
-    ("<｜tool▁calls▁begin｜>", "deepseek_v3"),
-    ("<minimax:tool_call>", "minimax_m2"),
-    ("<seed:tool_call>", "seed_oss"),
-    ("<longcat_tool_call>", "longcat"),
-    ("<arg_key>", "glm45"),
-    ("<function=", "qwen3_coder"),
-    ("[TOOL_CALLS]", "mistral"),
-    ("<|tool_call_start|>", "lfm2"),
-    ("<|tool_call|>", "granite"),
-    ("<tool_call>", "hermes"),
-    ("<tool_calls>", "jamba"),
-    ("<function_calls>", "olmo3"),
-    ("<|python_start|>", "llama4_pythonic"),
-    ("ipython", "llama3_json"),
-)
-_THINKING_SIGNS = (
-    ("<|channel|>analysis", "openai_gptoss"),
-    ("[THINK]", "mistral"),
-    ("<seed:think>", "seed_oss"),
-    ("</think>", "qwen3"),
-    ("Here is my thought process:", "granite"),
-)
+AUTO, NONE = "auto", "none"
 
 
 def call_parser_names() -> list[str]:
@@ -117,10 +34,17 @@ def reasoning_parser_names() -> list[str]:
 @final
 @dataclass(frozen=True, slots=True)
 class AnswerFormat:
-    """How one model's answers are read: its thoughts and its calls."""
+    """How one model's answers are read and constrained.
+
+    Attributes:
+        thinking: how it marks thoughts.
+        calls: how it writes calls.
+        written: how it must write a call that is asked for; None where its own way is not known for certain.
+    """
 
     thinking: Thinking
     calls: CallFormat
+    written: Written | None = None
 
     @classmethod
     def chosen(cls, template: str | None, tool_call_parser: str = AUTO, reasoning_parser: str = AUTO) -> AnswerFormat:
@@ -131,35 +55,65 @@ class AnswerFormat:
         """
         _check("--tool-call-parser", tool_call_parser, call_parser_names())
         _check("--reasoning-parser", reasoning_parser, reasoning_parser_names())
-        calls = _by_signs(template, _CALL_SIGNS, "hermes") if tool_call_parser == AUTO else tool_call_parser
-        thinking = _by_signs(template, _THINKING_SIGNS, NONE) if reasoning_parser == AUTO else reasoning_parser
-        return cls(THINKING.get(thinking, NO_THOUGHTS), CALL_FORMATS.get(calls, NO_CALLS))
+        named = _by_signs(template, CALL_SIGNS) if tool_call_parser == AUTO else tool_call_parser
+        thinking = _by_signs(template, THINKING_SIGNS) if reasoning_parser == AUTO else reasoning_parser
+        calls = CALL_FORMATS.get(named or "hermes", NO_CALLS)
+        written = next((w for w in calls.written if w.sign in (template or "")), None) if named else None
+        return cls(THINKING.get(thinking or NONE, NO_THOUGHTS), calls, written)
 
     def kept_special_tokens(self, tools: Tools) -> tuple[str, ...]:
         """Markers that detokenizing must leave in the text, should they be special tokens (`SamplingParams`)."""
         thinking, calls = self.thinking, self.calls if tools else NO_CALLS
         return (*thinking.starts, *thinking.ends, *thinking.markers, *calls.markers)
 
-    def parser(self, tools: Tools, prompt: str = "", params: SamplingParams | None = None) -> Parser:
+    def parser(self, tools: Tools, prompt: str = "", *, forced: bool = False) -> Parser:
         """The parser of one answer.
 
         Args:
             tools: what the model may call; without any there are no calls.
             prompt: the end of the text that the model goes on with says whether the answer begins within a thought.
-            params: an answer that they constrain to be JSON as a whole begins with no thought.
+            forced: `constrained` made it calls.
         """
-        whole = self.thinking.whole or self.calls.whole
-        if whole is not None:
-            return Reading(lambda src: whole(src, tools))
-        calls = self.calls if tools else NO_CALLS
-        form = params.structured_outputs if params else None
-        is_json = isinstance(form, StructuredOutputs) and (form.json is not None or bool(form.json_object))
-        opened = not is_json and self.thinking.is_open(prompt)
-        return Reading(lambda src: read_answer(src, self.thinking, calls, tools, opened), opened=opened)
+        calls = self.calls if tools or self.calls.whole else NO_CALLS
+        opened = self.thinking.is_open(prompt)
 
-    def forced_parser(self, tools: Tools) -> Parser:
-        """The parser of an answer that `ToolUse.form` made calls."""
-        return Reading(lambda src: read_forced(src, tools, self.calls.new_id))
+        def reader(src: Source) -> Steps[None]:
+            return read_answer(src, self.thinking, calls, tools, opened=opened, forced=forced)
+
+        return Reading(reader, opened=opened)
+
+    def constrained(
+        self,
+        form: StructuredOutputs | None,
+        prompt: str,
+        special: Mapping[str, int],
+        forced: Mapping[str, Schema] | None = None,
+        *,
+        several: bool = False,
+    ) -> StructuredOutputs | None:
+        """The form of an answer to `prompt`: thoughts come first where the prompt begins one, and calls that must be
+        made are written as the model writes them.
+
+        Args:
+            form: what is asked for; for calls, the same as plain JSON.
+            prompt: the text that the model goes on with.
+            special: texts of special tokens -> their ids.
+            forced: functions of which one must be called -> schemas of their arguments.
+            several: there may be several calls.
+        """
+        if form is None:
+            return None
+        rules = Rules(special)
+        body = calls_grammar(self.written, forced, rules, several=several) if self.written and forced else ""
+        if rules.ignored:  # the plain form says what is not enforced
+            rules, body = Rules(special), ""
+        thinks = self.thinking.is_open(prompt) and bool(self.thinking.ends)
+        if thinks and not body and (schema := _json_schema(form)) is not None:
+            body = rules.json(schema)
+        if not body:
+            return form
+        start = f"{rules.text(self.thinking.ends[0])} /\\n{{0,2}}/ {body}" if thinks else body
+        return StructuredOutputs(grammar=rules.grammar(start))
 
 
 def _check(flag: str, name: str, known: Collection[str]) -> None:
@@ -167,5 +121,12 @@ def _check(flag: str, name: str, known: Collection[str]) -> None:
         raise ValueError(f"{flag} is {name!r}; expected one of {', '.join(known)}")
 
 
-def _by_signs(template: str | None, signs: tuple[tuple[str, str], ...], otherwise: str) -> str:
-    return next((name for sign, name in signs if template and sign in template), otherwise)
+def _json_schema(form: StructuredOutputs) -> Schema | None:
+    if form.json_object:
+        return {"type": "object"}
+    schema = loads(form.json) if isinstance(form.json, str) else form.json
+    return schema if isinstance(schema, dict) else None
+
+
+def _by_signs(template: str | None, signs: tuple[tuple[str, str], ...]) -> str | None:
+    return next((name for sign, name in signs if template and sign in template), None)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from jaxllm.server.parsing.events import CallArguments, CallEnd, CallStart, Text, collect, joined
-from jaxllm.server.parsing.registry import CALL_FORMATS, THINKING, AnswerFormat
+from jaxllm.server.parsing.registry import AnswerFormat
+from jaxllm.server.parsing.table import CALL_FORMATS, THINKING
 from tests.server.parsing.reading import TOOLS, cuts, outline, parser_of, read
 
 F = '{"name": "f", "arguments": {"count": 1, "items": ["x<", {"}": 2}]}}'
@@ -215,7 +216,6 @@ def test_no_answer_is_too_strange(name, garbage):
     [
         ("... <tool_call> ...", "hermes", "none"),
         ("... ipython ...", "llama3_json", "none"),
-        (None, "hermes", "none"),
         ("<tool_call> <function= </think>", "qwen3_coder", "qwen3"),
         ("<arg_key> <tool_call> </think>", "glm45", "glm45"),
         ("[TOOL_CALLS] [THINK]", "mistral", "mistral"),
@@ -223,7 +223,13 @@ def test_no_answer_is_too_strange(name, garbage):
     ],
 )
 def test_formats_follow_the_template(template, calls, thinking):
-    assert AnswerFormat.chosen(template) == AnswerFormat.chosen(None, calls, thinking)
+    assert AnswerFormat.chosen(template) == AnswerFormat.chosen(template, calls, thinking)
+
+
+@pytest.mark.parametrize("template", [None, "a template that knows no tools"])
+def test_without_a_sign_calls_are_read_as_most_models_write_them_and_forced_ones_are_plain(template):
+    chosen = AnswerFormat.chosen(template)
+    assert chosen.calls is CALL_FORMATS["hermes"] and chosen.written is None
 
 
 def test_unknown_names_are_refused_with_the_list():

@@ -20,7 +20,7 @@ WRITTEN = {
     "granite": '<|tool_call|>[{"name": "{{ name }}", "arguments": {{ arguments | tojson }}}]\n',
     "mistral": "[TOOL_CALLS]{{ name }}[ARGS]{{ arguments | tojson }}",
     "deepseek_v3": "<｜tool▁call▁begin｜>function<｜tool▁sep｜>{{ name }}\n```json\n{{ arguments | tojson }}\n```"
-    "<｜tool▁call▁end｜>\n",
+    "<｜tool▁call▁end｜>",
     "deepseek_v31": "<｜tool▁call▁begin｜>{{ name }}<｜tool▁sep｜>{{ arguments | tojson }}<｜tool▁call▁end｜>",
     "deepseek_v32": '<｜DSML｜invoke name="{{ name }}">\n{% for key, value in arguments.items() %}'
     '<｜DSML｜parameter name="{{ key }}" string="{{ "true" if value is string else "false" }}">'
