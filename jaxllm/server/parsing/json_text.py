@@ -11,7 +11,13 @@ from jaxllm.server.parsing.events import CallArguments, CallEnd, CallStart, Even
 from jaxllm.server.parsing.source import Source, Steps
 
 _ARGUMENTS = ("arguments", "parameters")
-_BESIDE = ("type", "id", "index")  # what else stands in calls; another key before the name means it is no call
+_NAMES = ("name", "tool_name")
+_BESIDE = (
+    "type",
+    "id",
+    "index",
+    "tool_call_id",
+)  # another key before the arguments: it is no call
 _PLAIN = re.compile(r"[\s\w.,:+-]+")
 _OUTSIDE = re.compile(r'[\s\w.,:+\-"{}\[\]]')
 _IN_STRING = re.compile(r'[^"\\\x00-\x1f]+')
@@ -129,7 +135,7 @@ def json_call(src: Source, tools: Tools, new_id: NewId) -> Steps[bool]:
     name, arguments = "", "{}"
     while (yield from _has_member(src)):
         key = yield from _key(src)
-        if key == "name":
+        if key in _NAMES:
             name = (yield from json_string(src)) or ""
             if name not in tools:
                 return False

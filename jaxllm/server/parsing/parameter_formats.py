@@ -13,6 +13,7 @@ from typing import Any
 from jaxllm.server.parsing.events import CallArguments, CallEnd, CallStart, NewId, Tools
 from jaxllm.server.parsing.formats import CallFormat
 from jaxllm.server.parsing.grammar import Rules, Written, parameter_value
+from jaxllm.server.parsing.json_text import named_arguments
 from jaxllm.server.parsing.schema_types import parameter_schema, typed, types_of
 from jaxllm.server.parsing.source import Source, Steps
 
@@ -95,6 +96,10 @@ class Tags:
         name = yield from src.take(*tools)
         if not name or not (yield from self._ends_name(src)):
             return False
+        if self.call and (yield from named_arguments(src, name, new_id())):  # Llama's and Functionary's way
+            yield from src.spaces()
+            yield from src.take(self.call_end)
+            return True
         yield CallStart(name, new_id())
         written = 0
         while True:
