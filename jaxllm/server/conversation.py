@@ -10,12 +10,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxllm.config.sampling import SamplingParams
+from jaxllm.config.sampling import SamplingParams, StructuredOutputs
 from jaxllm.engine.outputs import CompletionOutput
 from jaxllm.server.context import Context
 from jaxllm.server.generation import Generation
 from jaxllm.server.parsing.events import ParsedAnswer, Parser, collect
-from jaxllm.server.parsing.forced import FirstCall, ToolUse
+from jaxllm.server.parsing.forced import FirstCall, ToolUse, arguments_schema
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +43,12 @@ class Turn:
     def __init__(self, ctx: Context, conversation: Conversation, params: SamplingParams):
         self._ctx, self._conversation = ctx, conversation
         self._format = ctx.answer_format
-        form = conversation.use.form()
-        self.params = params if form is None else dataclasses.replace(params, structured_outputs=form)
+        use = conversation.use
+        self.params = dataclasses.replace(
+            params,
+            structured_outputs=use.form() or params.structured_outputs,
+            kept_special_tokens=self._format.kept_special_tokens(use.tools),
+        )
 
     def prompt(self) -> dict[str, Any]:
         """The conversation as the model reads it. May take a while."""
@@ -58,16 +62,23 @@ class Turn:
     async def open(self, name: str, *, streamed: bool) -> Generation:
         """Start; see `AsyncLLM.open` for what is raised."""
         prompt = await self._ctx.llm.in_thread(self.prompt)
-        return await Generation.open(self._ctx, [prompt], self.params, name, streamed=streamed)
+        params = self._constrained(prompt["prompt"])
+        return await Generation.open(self._ctx, [prompt], params, name, streamed=streamed)
+
+    def _constrained(self, prompt: str) -> SamplingParams:
+        """The parameters with the form that an answer to this prompt has in the model's own format."""
+        form, use = self.params.structured_outputs, self._conversation.use
+        if not isinstance(form, StructuredOutputs):
+            return self.params
+        forced = {tool.function.name: arguments_schema(tool) for tool in use.forced}
+        special = self._ctx.llm.get_tokenizer().special_token_ids
+        form = self._format.constrained(form, prompt, special, forced, several=use.parallel is True)
+        return dataclasses.replace(self.params, structured_outputs=form)
 
     def parser(self, generation: Generation) -> Parser:
         """A parser for one answer."""
-        use = self._conversation.use
-        if use.forced:
-            parser = self._format.forced_parser(use.tools)
-        else:
-            prompt = generation.outputs[0].prompt or ""
-            parser = self._format.parser(use.tools, prompt, self.params)
+        use, prompt = self._conversation.use, generation.outputs[0].prompt or ""
+        parser = self._format.parser(use.tools, prompt, forced=bool(use.forced))
         return FirstCall(parser) if use.parallel is False else parser
 
     def read(self, generation: Generation, completion: CompletionOutput) -> ParsedAnswer:

@@ -156,6 +156,11 @@ class Tokenizer:
         """The bytes one token stands for (part of a character for some); empty outside the vocabulary."""
         return self._bytes.get(token_id)
 
+    @functools.cached_property
+    def special_token_ids(self) -> Mapping[str, int]:
+        """Text of each special token -> its id."""
+        return {token.content: i for i, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
     def token_text(self, token_id: int) -> str:
         """One token as text, for logprobs; special tokens show their name, half characters U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")

@@ -9,11 +9,11 @@ from typing import Any, Literal
 from jaxllm.config.sampling import StructuredOutputs
 from jaxllm.server.errors import ApiError
 from jaxllm.server.parsing.events import CallArguments, CallEnd, CallStart, Event, Parser, Tools
+from jaxllm.server.parsing.grammar import MOST_CALLS
 from jaxllm.server.schema.tools import AllowedTools, NamedTool, Tool
 
 Mode = Literal["none", "auto", "required"]
 Choice = Mode | NamedTool | AllowedTools | None
-_MOST_CALLS = 16  # of one answer that must be calls
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 _SAYS_NOTHING = frozenset(("type", "title", "description", "required", "properties", "$schema"))
 
@@ -60,7 +60,7 @@ class ToolUse:
         calls = [_call_schema(tool, f"#/$defs/{n}") for n, tool in enumerate(self.forced)]
         call = calls[0] if len(calls) == 1 else {"anyOf": calls}
         if self.parallel:
-            call = {"type": "array", "items": call, "minItems": 1, "maxItems": _MOST_CALLS}
+            call = {"type": "array", "items": call, "minItems": 1, "maxItems": MOST_CALLS}
         definitions = {str(n): _rebased(arguments_schema(tool), f"#/$defs/{n}") for n, tool in enumerate(self.forced)}
         return StructuredOutputs(json={**call, "$defs": definitions})
 
