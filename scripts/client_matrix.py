@@ -24,6 +24,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 QUESTION = "What is the weather in Paris? Use the function."
 RESULT = "12 degrees and rain"
 PARAMETERS = {
@@ -57,6 +59,16 @@ def get_weather(city: City) -> str:
     """The weather in a city."""
     assert city in ("Paris", "Rome"), city
     return RESULT
+
+
+# Frameworks make schemas of these, and not all of them resolve postponed annotations.
+get_weather.__annotations__.update({"city": City, "return": str})
+
+
+class Report(BaseModel):
+    """What an answer may have to look like."""
+
+    degrees: int
 
 
 def said(text: str | None) -> str:
@@ -111,14 +123,9 @@ def openai_async_streamed(server: Server) -> str:
 
 def openai_parse(server: Server) -> str:
     import openai
-    from pydantic import BaseModel
 
     class GetWeather(BaseModel):
         city: City
-
-    class Report(BaseModel):
-        degrees: int
-        rain: bool
 
     client = openai.OpenAI(base_url=server.v1, api_key=server.key)
     messages: list[Any] = [{"role": "user", "content": QUESTION}]
@@ -157,9 +164,8 @@ def openai_responses_streamed(server: Server) -> str:
     options: dict[str, Any] = {"model": server.model, "tools": tools, "max_output_tokens": LIMIT}
     with client.responses.stream(input=QUESTION, tool_choice="required", **options) as stream:
         first = stream.get_final_response()
-    with client.responses.stream(
-        input=_outputs(first.output), previous_response_id=first.id, **options
-    ) as stream:  # fmt: skip
+    results = _outputs(first.output)
+    with client.responses.stream(input=results, previous_response_id=first.id, **options) as stream:
         return said(stream.get_final_response().output_text)
 
 
@@ -196,9 +202,8 @@ def anthropic_streamed(server: Server) -> str:
     client = Anthropic(base_url=server.url, api_key=server.key)
     messages: list[Any] = [{"role": "user", "content": QUESTION}]
     options: Any = {"model": server.model, "tools": [_ANTHROPIC_TOOL], "max_tokens": LIMIT}
-    with client.messages.stream(
-        messages=messages, tool_choice={"type": "tool", "name": "get_weather"}, **options
-    ) as stream:  # fmt: skip
+    choice = {"type": "tool", "name": "get_weather"}
+    with client.messages.stream(messages=messages, tool_choice=choice, **options) as stream:
         messages += _anthropic_turn(stream.get_final_message().content)
     with client.messages.stream(messages=messages, **options) as stream:
         return said("".join(stream.text_stream))
@@ -272,13 +277,9 @@ def litellm(server: Server) -> str:
 def instructor_mode(mode: str, server: Server) -> str:
     import instructor
     from openai import OpenAI
-    from pydantic import BaseModel
 
     class GetWeather(BaseModel):
         city: City
-
-    class Report(BaseModel):
-        degrees: int
 
     client = instructor.from_openai(OpenAI(base_url=server.v1, api_key=server.key), mode=instructor.Mode[mode])
     messages: list[Any] = [{"role": "user", "content": QUESTION}]
@@ -321,13 +322,13 @@ def openai_agents(kind: str, server: Server, *, streamed: bool = False) -> str:
         )
         settings = agents.ModelSettings(tool_choice="required", max_tokens=LIMIT)
         tools = [agents.function_tool(get_weather)]
-        agent = agents.Agent(name="weather", model=model, tools=tools, model_settings=settings)
+        agent = agents.Agent(name="weather", model=model, tools=tools, model_settings=settings, output_type=Report)
         if not streamed:
-            return said((await agents.Runner.run(agent, QUESTION)).final_output)
+            return said(str((await agents.Runner.run(agent, QUESTION)).final_output))
         result = agents.Runner.run_streamed(agent, QUESTION)
         async for _ in result.stream_events():
             pass
-        return said(result.final_output)
+        return said(str(result.final_output))
 
     return asyncio.run(loop())
 
