@@ -91,7 +91,7 @@ def read_answer(
         if at_start:
             gap = yield from src.spaces()
             at_start, thinks = False, bool((yield from src.take(*thinking.starts)))
-            if forced and not thinks and (yield from _plain_call(src, tools, calls.new_id)):
+            if forced and not thinks and "{" not in calls.opens and (yield from _plain_call(src, tools, calls.new_id)):
                 at_start = True
                 continue
             if gap and not thinks:

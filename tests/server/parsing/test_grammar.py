@@ -68,13 +68,21 @@ def test_a_forced_call_is_what_the_model_would_write(compiler, tokenizer, name):
     assert accepted(compiler, form, wrong) < len(wrong)
 
 
-def test_calls_of_several_functions_follow_each_other(compiler, tokenizer):
-    calls = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>\n' * 2
-    ids = tokenizer.encode(calls[:-1], add_special_tokens=False)
-    chosen = AnswerFormat.chosen("<tool_call>")
+@pytest.mark.parametrize(
+    ("name", "call", "between"),
+    [
+        ("hermes", '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call>', "\n"),
+        ("llama3_json", '{"name": "g", "parameters": {}}', "; "),
+    ],
+)
+def test_calls_of_several_functions_follow_each_other(compiler, tokenizer, name, call, between):
+    chosen = AnswerFormat.chosen(None, name, "none")
+    ids = tokenizer.encode(between.join([call, call]), add_special_tokens=False)
     several = chosen.constrained(JSON, "", {}, FUNCTIONS, several=True)
     assert accepted(compiler, several, ids) == len(ids)
-    assert accepted(compiler, chosen.constrained(JSON, "", {}, FUNCTIONS), ids) == len(ids) // 2
+    assert accepted(compiler, chosen.constrained(JSON, "", {}, FUNCTIONS), ids) == len(call)
+    answer = read(chosen.parser(FUNCTIONS, forced=True), [between.join([call, call])])
+    assert outline(answer) == ("", "", [("g", {}), ("g", {})])
 
 
 def test_special_tokens_of_a_format_are_those_tokens(compiler, tokenizer):
