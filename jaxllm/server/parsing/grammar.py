@@ -18,6 +18,7 @@ from jaxllm.server.parsing.schema_types import parameter_schema, types_of
 
 Schema = Mapping[str, Any]
 _ANY_TEXT = "/(?s:.*)/"
+_SAYS_NOTHING = frozenset(("type", "title", "description", "default", "examples"))  # ... of how a text must look
 MOST_CALLS = 16  # of one answer that must be calls
 
 
@@ -130,6 +131,7 @@ def parameter_value(rules: Rules, schema: Schema, name: str, end: str) -> str:
     if isinstance(values, list) and values and all(isinstance(value, str) for value in values):
         return f"({' | '.join(json.dumps(value) for value in values)}) {rules.literal(end)}"
     if "string" in types_of(own, schema):
+        rules.ignored.update(key for option in own.get("anyOf", [own]) for key in option if key not in _SAYS_NOTHING)
         return rules.text(end)
     definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     return f"{rules.json({**own, **definitions})} {rules.literal(end)}"

@@ -110,9 +110,19 @@ def test_other_forms_stay_as_they_are(form):
     assert AnswerFormat.chosen("no format").constrained(form, "", {}, FUNCTIONS) is form
 
 
-def test_what_a_grammar_does_not_enforce_is_left_to_the_plain_form_that_says_so():
-    functions = {"f": {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}}
-    assert AnswerFormat.chosen("<tool_call>").constrained(JSON, "", {}, functions) is JSON
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [
+        ("hermes", {"type": "array", "uniqueItems": True}),
+        ("qwen3_coder", {"type": "string", "maxLength": 3}),
+        ("qwen3_coder", {"anyOf": [{"enum": ["a"]}, {"type": "null"}]}),
+    ],
+)
+def test_what_a_grammar_does_not_enforce_is_left_to_the_plain_form(name, parameter):
+    functions = {"f": {"type": "object", "properties": {"a": parameter}}}
+    assert AnswerFormat.chosen(None, name).constrained(JSON, "", {}, functions) is JSON
+    functions["f"]["properties"]["a"] = {"anyOf": [{"type": "string", "title": "A"}, {"type": "null"}]}
+    assert AnswerFormat.chosen(None, name).constrained(JSON, "", {}, functions) is not JSON
 
 
 @pytest.mark.parametrize("name", ["hermes", "qwen3_coder", "openai"])
