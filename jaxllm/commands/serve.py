@@ -60,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how calls are written; auto: as the chat template",
     )
     group.add_argument(
+        "--enable-auto-tool-choice",
+        action="store_true",
+        help="calls are always read; taken because vLLM wants it",
+    )
+    group.add_argument(
         "--reasoning-parser",
         default="auto",
         metavar="NAME",

@@ -57,7 +57,7 @@ class Context:
     @property
     def answer_format(self) -> AnswerFormat:
         """How the model's answers are read: by the flags, or by its chat template."""
-        template, settings = self.llm.get_tokenizer().chat_template, self.settings
+        template, settings = self.llm.get_tokenizer().chat.source(with_tools=True), self.settings
         return AnswerFormat.chosen(template, settings.tool_call_parser, settings.reasoning_parser)
 
     @property
