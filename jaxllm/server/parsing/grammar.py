@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
-from jaxllm.engine.constraints import WHITE_SPACE
-from jaxllm.engine.json_schema import prepare
+from jaxllm.constraints.grammars import WHITE_SPACE
+from jaxllm.constraints.json_schema import prepare
 from jaxllm.server.parsing.schema_types import parameter_schema, types_of
 
 Schema = Mapping[str, Any]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxllm.config.sampling import StructuredOutputs
-from jaxllm.engine.constraints import GrammarCompiler
+from jaxllm.constraints.grammars import GrammarCompiler
 from jaxllm.server.parsing.registry import AnswerFormat
 from jaxllm.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers.byte_tokenizer import BOS_ID, EOS_ID, VOCAB_SIZE, write_byte_tokenizer
