@@ -36,7 +36,8 @@ class ModelConfig:
         qk_norm: None, "head" (each head by itself), "full" (over all heads together) or "head_layer" (each head by
             itself, a layer norm with weights of its own).
         activation: "silu", "gelu", "gelu_tanh" or "relu"; `gated` says whether it gates a second product.
-        embedding_scale: multiplies the embeddings. attention_scale: of the scores; None is `head_dim**-0.5`.
+        embedding_scale: multiplies the embeddings. attention_scale: of the scores; None is `head_dim**-0.5`;
+            `attention_scale_by_layer` divides it by the number of the layer, counted from 1.
         residual_scale: multiplies what each half of a block adds. logit_scale: multiplies the logits.
         attention_softcap, final_softcap: `cap * tanh(x / cap)` on scores and logits.
         attention_sinks: a learned logit per head that takes weight and gives nothing.
@@ -76,6 +77,7 @@ class ModelConfig:
     gated: bool = True
     clamped_swiglu: ClampedSwiglu | None = None
     attention_scale: float | None = None
+    attention_scale_by_layer: bool = False
     attention_softcap: float | None = None
     attention_sinks: bool = False
     final_softcap: float | None = None
@@ -163,10 +165,10 @@ class ModelConfig:
         """Whether this layer's FFN is a mixture of experts."""
         return self.experts is not None and layer not in self.experts.dense_layers
 
-    @property
-    def score_scale(self) -> float:
-        """What attention scores are multiplied by."""
-        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+    def score_scale(self, layer: int) -> float:
+        """What attention scores of this layer are multiplied by."""
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        return scale / (layer + 1) if self.attention_scale_by_layer else scale
 
     @property
     def num_parameters(self) -> int:

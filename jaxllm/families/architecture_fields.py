@@ -145,11 +145,11 @@ RULES: dict[str, FieldRules] = {
         "GPT2Config",
         "gpt2",
         "vocab_size n_positions n_embd n_layer n_head n_inner activation_function layer_norm_epsilon "
-        "scale_attn_weights tie_word_embeddings",
+        "scale_attn_weights scale_attn_by_inverse_layer_idx tie_word_embeddings",
         harmless="resid_pdrop embd_pdrop attn_pdrop summary_type summary_use_proj summary_activation "
         "summary_proj_to_labels summary_first_dropout reorder_and_upcast_attn n_ctx n_special "
         "predict_special_tokens",
-        neutral={"scale_attn_by_inverse_layer_idx": _OFF, "add_cross_attention": _OFF},
+        neutral={"add_cross_attention": _OFF},
         defaults={"tie_word_embeddings": True, "scale_attn_weights": True},
         spellings={
             "hidden_size": "n_embd",

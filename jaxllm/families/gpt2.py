@@ -37,6 +37,7 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         mlp_bias=True,
         activation=fields.activation("activation_function", "gelu_new"),
         gated=False,
+        attention_scale_by_layer=fields.flag("scale_attn_by_inverse_layer_idx"),
         attention_scale=None if fields.flag("scale_attn_weights", True) else 1.0,
     )
     fields.done()

@@ -132,7 +132,7 @@ class Fields:
         """Judge whatever was not read: pass, refuse, or name it in the log."""
         unknown = []
         for key, value in self._hf.items():
-            if value is None or key in self._read or self._rules.passes(key):
+            if value is None or key in self._read or self._rules.passes(key) or self._has_no_window(key, value):
                 continue
             values = self._rules.allowed(key)
             if values is None:
@@ -144,6 +144,12 @@ class Fields:
                 f"config.json has fields that transformers' {self._rules.config_class} does not know; they are "
                 f"ignored: {', '.join(sorted(map(str, unknown)))}"
             )
+
+    def _has_no_window(self, key: str, value: Any) -> bool:
+        """Whether a field about windows, in a model that has none, says that there is none."""
+        if key == "layer_types":
+            return isinstance(value, list) and all(kind == "full_attention" for kind in value)
+        return key == "sliding_window" and self._hf.get("use_sliding_window") is False
 
     def _refusal(self, key: str, value: Any, values: tuple[Any, ...]) -> str:
         only = " or ".join(map(repr, values)) or "nothing or null"

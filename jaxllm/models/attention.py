@@ -29,7 +29,7 @@ class Attention(nnx.Module):
         g = cfg.num_heads // k
         self.index, self.name = index, f"layers.{index}.attention"
         self.eps, self.qk_norm, self.interleaved = cfg.rms_norm_eps, cfg.qk_norm, cfg.rope_interleaved
-        self.spec = AttentionSpec(scale=cfg.score_scale, window=cfg.window(index), softcap=cfg.attention_softcap)
+        self.spec = AttentionSpec(scale=cfg.score_scale(index), window=cfg.window(index), softcap=cfg.attention_softcap)
         self.qkv = param((d, k, g + 2, h), ("model_in", "heads", "qkv", "head_dim"), dtype, contracted=(0,))
         out_dims = ("heads_in", "group", "head_dim", "model_out")
         self.out = param((k, g, h, d), out_dims, dtype, contracted=(0, 1, 2))
@@ -83,7 +83,7 @@ class MultiHeadLatentAttention(nnx.Module):
         self.index, self.name = index, f"layers.{index}.attention"
         self.dims, self.interleaved = a, cfg.rope_interleaved
         d, n, width = cfg.hidden_size, cfg.num_heads, a.nope_dim + a.rope_dim
-        self.spec = AttentionSpec(scale=cfg.score_scale, softcap=cfg.attention_softcap, window=cfg.window(index),
+        self.spec = AttentionSpec(scale=cfg.score_scale(index), softcap=cfg.attention_softcap, window=cfg.window(index),
                                   value_width=a.kv_rank)  # fmt: skip
         if a.q_rank is None:
             self.query = param((d, n, width), ("model_in", "heads", "head_dim"), dtype, contracted=(0,))

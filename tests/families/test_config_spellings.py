@@ -7,6 +7,7 @@ and both must give the same ModelConfig. What its values compute is compared in 
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -75,7 +76,7 @@ def check(config_class: Any, hf: dict[str, Any], label: str) -> bool:
     return outcome(hf) is not None
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gpt2"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("gpt2")])
 def test_rope_spellings_mean_what_transformers_makes_of_them(name: str) -> None:
     config_class, base = tiny(name)
     taken = 0
@@ -236,6 +237,7 @@ def test_an_architecture_by_another_name_and_none_but_the_model_type() -> None:
     ("qwen3_moe", "shared_expert_intermediate_size", 0, (64,)),
     ("llama", "use_qk_norm", False, (True, 1)),
     ("llama", "sliding_window", None, (4096,)),
+    ("llama", "layer_types", ["full_attention"] * 2, (["sliding_attention"] * 2,)),
     ("llama", "partial_rotary_factor", 1.0, (0.5,)),
     ("llama", "is_causal", True, (False,)),
     ("phi3", "lm_head_bias", False, (True,)),
@@ -249,5 +251,5 @@ def test_a_field_of_other_code_passes_only_with_the_value_that_is_computed(name,
     base.pop(field, None)
     assert read_config(base | {field: neutral}) == read_config(base)
     for other in others:
-        with pytest.raises(ValueError, match=f"{field}={other!r}"):
+        with pytest.raises(ValueError, match=re.escape(f"{field}={other!r}")):
             read_config(base | {field: other})

@@ -93,6 +93,7 @@ FIELDS: dict[str, tuple[Any, ModelConfig]] = {
     "gated": (False, PLAIN),
     "clamped_swiglu": (CLAMPED, PLAIN),
     "attention_scale": (2.0, PLAIN),
+    "attention_scale_by_layer": (True, plain(num_layers=2)),
     "attention_softcap": (0.1, PLAIN),
     "attention_sinks": (True, PLAIN),
     "final_softcap": (0.1, PLAIN),
@@ -101,7 +102,13 @@ FIELDS: dict[str, tuple[Any, ModelConfig]] = {
     "experts": (EXPERTS, PLAIN),
 }
 # Words of a field beside the one above.
-MORE = [("norm", "layer"), ("qk_norm", "full"), ("qk_norm", "head_layer")]
+MORE = [
+    ("activation", "gelu"),
+    ("activation", "relu"),
+    ("norm", "layer"),
+    ("qk_norm", "full"),
+    ("qk_norm", "head_layer"),
+]
 # A part with the field of `ModelConfig` that holds it, and each of its fields changed.
 PARTS: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "RopeScaling": (

@@ -24,7 +24,6 @@ REFUSED = {
     "quantised by AWQ": "quantization_config 'awq'",
     "quantised by mlx": "'group_size': 64",
     "gpt-oss-120b mxfp4": "quantization_config 'mxfp4'",
-    "GPT-2 scaled by layer": "scale_attn_by_inverse_layer_idx=True",
     "a classifier on Qwen3": "Qwen3ForSequenceClassification",
     "Falcon": "FalconForCausalLM",
     "Mamba": "MambaForCausalLM",

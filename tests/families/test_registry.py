@@ -40,7 +40,7 @@ def test_a_missing_size_is_refused_by_every_family(name: str) -> None:
         ("gemma-3-27b", {"layer_types": ["chunked_attention"] * 62}, "layer_types"),
         ("gemma-3-27b", {"hidden_activation": "relu6"}, "hidden_activation='relu6'"),
         ("gemma-3-27b", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention=True"),
         ("deepseek-v3", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ("mixtral-8x7b", {"num_experts_per_tok": 9}, "9 experts per token of 8"),
         ("qwen3-8b", {"layer_types": ["sliding_attention"] * 36}, "use_sliding_window"),

@@ -148,6 +148,11 @@ FAMILIES: dict[str, Tiny] = {
         {"vocab_size": VOCAB, "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "tie_word_embeddings": True},
         mesh="tp=2",
     ),
+    "gpt2_by_layer": Tiny(
+        "GPT2Config",
+        {"vocab_size": VOCAB, "n_positions": 128, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 96,
+             "scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"},
+    ),
     "mixtral": Tiny(
         "MixtralConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 13}, mesh="ep=2,tp=2"
     ),
