@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxllm.checkpoints.base import CheckpointError
 from jaxllm.checkpoints.gguf_family import (
+    ATTENTION,
     ATTENTION_BIAS,
     LLAMA,
     NO_WINDOW,
@@ -151,6 +152,23 @@ DEEPSEEK2 = Family(
 
 DEEPSEEK3 = replace(
     DEEPSEEK2, architecture="DeepseekV3ForCausalLM", model_type="deepseek_v3", more=_deepseek3
+)  # fmt: skip
+GLM4_MOE = Family(
+    architecture="Glm4MoeForCausalLM",
+    model_type="glm4_moe",
+    rules=LLAMA
+    | QK_NORM
+    | {"post_attention_norm": plain("post_attention_layernorm")}
+    | {stem: rule for stem, rule in DEEPSEEK2.rules.items() if stem.endswith(("exps", "shexp", "_inp", "_probs_b"))},
+    keys={key: name for key, name in DEEPSEEK2.keys.items() if "lora" not in key},
+    defaults={
+        "n_shared_experts": 0, "routed_scaling_factor": 1.0, "norm_topk_prob": False, "n_group": 1, "topk_group": 1,
+        "first_k_dense_replace": 0,
+    },
+    biases={"attention_bias": (("attn_q", "attn_qkv"), ATTENTION[:3])},
+    flags={"use_qk_norm": "attn_q_norm.weight"},
+    reads=frozenset({"expert_gating_func"}),
+    has_partial_rotary=True,
 )  # fmt: skip
 QWEN2_MOE = Family(
     architecture="Qwen2MoeForCausalLM",

@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from jaxllm.checkpoints.gguf_experts import DEEPSEEK2, DEEPSEEK3, GPT_OSS, GRANITE_MOE, MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from jaxllm.checkpoints.gguf_experts import (
+    DEEPSEEK2,
+    DEEPSEEK3,
+    GLM4_MOE,
+    GPT_OSS,
+    GRANITE_MOE,
+    MIXTRAL,
+    QWEN2_MOE,
+    QWEN3_MOE,
+)
 from jaxllm.checkpoints.gguf_family import (
     ATTENTION,
     ATTENTION_BIAS,
@@ -170,6 +179,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "granite": GRANITE,
     "granitemoe": GRANITE_MOE,
+    "glm4moe": GLM4_MOE,
     "glm4": Family(
         architecture="Glm4ForCausalLM",
         model_type="glm4",

@@ -204,7 +204,7 @@ RULES: dict[str, FieldRules] = {
         foreign={"scoring_func": ("softmax",)},
         defaults={"q_lora_rank": 1536, "n_shared_experts": 2},
         spellings={"num_experts": "n_routed_experts"},
-        nullable="head_dim num_experts_per_tok num_key_value_heads",
+        nullable="head_dim n_group num_experts_per_tok num_key_value_heads topk_group",
         length=2048,
     ),
     "DeepseekV3ForCausalLM": _rules(
@@ -225,8 +225,8 @@ RULES: dict[str, FieldRules] = {
             "rope_interleave": True,
         },
         spellings={"num_local_experts": "n_routed_experts", "num_nextn_predict_layers": "num_mtp_layers"},
-        nullable="first_k_dense_replace norm_topk_prob num_experts_per_tok num_key_value_heads rope_interleave "
-        "v_head_dim",
+        nullable="first_k_dense_replace n_group norm_topk_prob num_experts_per_tok num_key_value_heads rope_interleave "
+        "topk_group v_head_dim",
         length=4096,
     ),
     "GptOssForCausalLM": _rules(
@@ -316,5 +316,26 @@ RULES: dict[str, FieldRules] = {
         defaults=_GLM_DEFAULTS,
         length=131072,
         eps=1.5625e-07,
+    ),
+    "Glm4MoeForCausalLM": _rules(
+        "Glm4MoeConfig",
+        "glm4_moe",
+        _SIZES
+        + "hidden_act attention_bias use_qk_norm first_k_dense_replace n_group n_routed_experts n_shared_experts "
+        "num_experts_per_tok moe_intermediate_size routed_scaling_factor topk_group norm_topk_prob",
+        undeclared="head_dim",
+        foreign={"scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+        defaults={
+            "num_key_value_heads": 8,
+            "n_shared_experts": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+            "routed_scaling_factor": 1.0,
+        },
+        spellings={"num_local_experts": "n_routed_experts", "num_nextn_predict_layers": "num_mtp_layers"},
+        length=131072,
+        eps=1e-05,
     ),
 }

@@ -39,7 +39,7 @@ def config(hf: Mapping[str, Any]) -> ModelConfig:
         attention_scale=width**-0.5 * _magnitude(fields) ** 2,
         latent=latent,
         rope_interleaved=fields.flag("rope_interleave", True) if is_v3 else True,
-        experts=_experts(fields, sizes, is_v3),
+        experts=routed_experts(fields, sizes, is_v3),
     )
     fields.done()
     return cfg
@@ -53,7 +53,8 @@ def _magnitude(fields: Fields) -> float:
     return yarn_magnitude(positive("factor", rope.get("factor", 1.0)), positive("mscale_all_dim", weight))
 
 
-def _experts(fields: Fields, sizes: Mapping[str, Any], is_v3: bool) -> RoutedExperts:
+def routed_experts(fields: Fields, sizes: Mapping[str, Any], is_v3: bool) -> RoutedExperts:
+    """Experts chosen group by group: V3 by sigmoids and a learned correction, V2 by a softmax."""
     size, dense = fields.size("moe_intermediate_size"), fields.count("first_k_dense_replace", 0)
     groups = fields.size("n_group", 1), fields.size("topk_group", 1)
     kind: dict[str, Any] = {}
@@ -85,12 +86,12 @@ def weight_map(cfg: ModelConfig, copies: int = 1) -> WeightMap:
             (*path, "attention_norm", "scale"): whole(f"{prefix}.input_layernorm.weight", cfg.hidden_size),
             (*path, "ffn_norm", "scale"): whole(f"{prefix}.post_attention_layernorm.weight", cfg.hidden_size),
             **_attention(cfg, i),
-            **(_routed(cfg, i) if cfg.is_routed(i) else llama.ffn(cfg, i)),
+            **(routed(cfg, i) if cfg.is_routed(i) else llama.ffn(cfg, i)),
         }
     return result
 
 
-def _routed(cfg: ModelConfig, layer: int) -> WeightMap:
+def routed(cfg: ModelConfig, layer: int) -> WeightMap:
     """Router and experts as Qwen3-MoE's, and the expert that every token visits."""
     assert cfg.experts is not None
     size, result = cfg.experts.shared_size, experts(cfg, layer)

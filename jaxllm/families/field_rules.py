@@ -65,8 +65,8 @@ ROPE = frozenset("rope_parameters rope_scaling rope_theta partial_rotary_factor"
 
 # Computed fields that may be null wherever they are declared.
 NULLABLE = frozenset(
-    "rope_parameters sliding_window layer_types attn_logit_softcapping final_logit_softcapping mlp_only_layers n_group "
-    "topk_group q_lora_rank topk_method n_inner no_rope_layers".split()
+    "rope_parameters sliding_window layer_types attn_logit_softcapping final_logit_softcapping mlp_only_layers "
+    "q_lora_rank topk_method n_inner no_rope_layers".split()
 )
 
 # What no forward pass of a decoder reads: bookkeeping, training, heads of other tasks, defaults of generation (which

@@ -39,6 +39,7 @@ ARCHITECTURES = {
     "Cohere2ForCausalLM": "cohere",
     "GlmForCausalLM": "glm",
     "Glm4ForCausalLM": "glm",
+    "Glm4MoeForCausalLM": "glm4_moe",
     "GPT2LMHeadModel": "gpt2",
     "MixtralForCausalLM": "mixtral",
     "Qwen2MoeForCausalLM": "qwen2_moe",

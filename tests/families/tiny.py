@@ -143,6 +143,12 @@ FAMILIES: dict[str, Tiny] = {
     ),
     "glm": Tiny("GlmConfig", {"head_dim": 16}, mesh="tp=2"),
     "glm4": Tiny("Glm4Config", {"head_dim": 16}),
+    "glm4_moe": Tiny(
+        "Glm4MoeConfig",
+        dict(**_LATENT_EXPERTS, head_dim=32, use_qk_norm=True, attention_bias=True, n_group=4, topk_group=2,
+             routed_scaling_factor=1.5),
+        mesh="ep=4,tp=2",
+    ),
     "gpt2": Tiny(
         "GPT2Config",
         {"vocab_size": VOCAB, "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "tie_word_embeddings": True},

@@ -44,6 +44,14 @@ def granite(w: gguf.GGUFWriter) -> None:
     w.add_logit_scale(2.5)
 
 
+def glm4_moe(w: gguf.GGUFWriter) -> None:
+    w.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    w.add_leading_dense_block_count(1)
+    w.add_expert_shared_count(2)
+    w.add_expert_weights_scale(1.5)
+    w.add_expert_weights_norm(True)
+
+
 def gemma2(w: gguf.GGUFWriter) -> None:
     w.add_attn_logit_softcapping(5.0)
     w.add_final_logit_softcapping(3.0)
@@ -117,6 +125,12 @@ MODELS = {
         lambda w: w.add_logit_scale(0.25),
     ),
     "glm4": Model("Glm4Config", "glm4", {"head_dim": 16}),
+    "glm4_moe": Model(
+        "Glm4MoeConfig", "glm4moe",
+        {"head_dim": 16, "use_qk_norm": True, "attention_bias": True, "moe_intermediate_size": 32,
+         "n_routed_experts": 8, "num_experts_per_tok": 3, "n_shared_experts": 2, "routed_scaling_factor": 1.5},
+        glm4_moe,
+    ),
     "deepseek_v2": Model(
         "DeepseekV2Config", "deepseek2",
         LATENT | {"q_lora_rank": None, "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.5,
