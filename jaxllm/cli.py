@@ -13,10 +13,21 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from jaxllm import __version__
-from jaxllm.commands import bench, chat, collectives, convert, generate, plan, pull, roofline, serve
+from jaxllm.commands import bench, chat, collectives, convert, generate, plan, pull, roofline, run_batch, serve
 from jaxllm.commands.interrupts import EXIT_CODE, counted_interrupts
 
-COMMANDS = (generate, chat, serve, pull, convert, collectives, plan, roofline, bench)  # each HELP, add_arguments, run
+COMMANDS = (
+    generate,
+    chat,
+    serve,
+    run_batch,
+    pull,
+    convert,
+    collectives,
+    plan,
+    roofline,
+    bench,
+)  # each HELP, add_arguments, run
 
 
 def entry() -> NoReturn:

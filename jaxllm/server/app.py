@@ -13,10 +13,21 @@ from jaxllm.server import errors
 from jaxllm.server.context import Context, CrossOrigin, Settings
 from jaxllm.server.middleware import Gate
 from jaxllm.server.prometheus import Metrics
-from jaxllm.server.routes import chat, completions, embeddings, messages, page, responses, status, tokens
+from jaxllm.server.routes import (
+    batches,
+    chat,
+    completions,
+    docs,
+    embeddings,
+    messages,
+    page,
+    responses,
+    status,
+    tokens,
+)
 from jaxllm.server.schema.openapi import complete
 
-_ROUTERS = (completions, chat, responses, messages, embeddings, tokens, status, page)
+_ROUTERS = (completions, chat, responses, messages, embeddings, tokens, batches, status, docs, page)
 
 
 def make_app(llm: AsyncLLM, settings: Settings) -> Any:

@@ -11,6 +11,7 @@ from fastapi import Request
 
 from jaxllm import __version__
 from jaxllm.server.errors import ApiError
+from jaxllm.server.file_store import Batch, FileStore
 from jaxllm.server.parsing.registry import AnswerFormat
 from jaxllm.server.response_store import ResponseStore
 
@@ -52,6 +53,8 @@ class Context:
     settings: Settings
     metrics: Metrics
     responses: ResponseStore = field(default_factory=ResponseStore)
+    files: FileStore = field(default_factory=FileStore)
+    batches: dict[str, Batch] = field(default_factory=dict)
     started: int = field(default_factory=lambda: int(time.time()))
 
     @property

@@ -37,7 +37,8 @@ class Generation:
         """Start; see `AsyncLLM.open` for what is raised."""
         stream = await ctx.llm.open(prompts, params, request_id, streamed=streamed)
         generation = cls(ctx, stream, params.n)
-        ctx.metrics.prompt_tokens.inc(generation.num_prompt_tokens)
+        for output in generation.outputs:
+            ctx.metrics.asked(len(output.prompt_token_ids))
         return generation
 
     def __aiter__(self) -> Generation:
@@ -96,3 +97,4 @@ class Generation:
                 self._unfinished -= 1
                 metrics.finished(delta.finish_reason)
                 metrics.latency(now - self._started)
+                metrics.answered(len(self.outputs[prompt].outputs[delta.index].token_ids))

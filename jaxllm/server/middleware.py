@@ -23,11 +23,13 @@ from jaxllm.server.errors import ApiError
 log = logging.getLogger("jaxllm.access")
 _BODY_SECONDS = 60.0
 _ID = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
-_OPEN_PATHS = ("/health",)
+_OPEN_PATHS = ("/health", "/ping")
+_POLLED_PATHS = ("/health", "/ping", "/stats", "/metrics", "/load")  # asked for all the time: only failures are logged
+_UPLOADS = ("/v1/files",)
 
 
 class Gate:
-    """Wraps an ASGI app. Other paths than `/health` answer 401 without one of `api_keys`, if there are any."""
+    """Wraps an ASGI app. Paths but `/health` and `/ping` answer 401 without one of `api_keys`, if there are any."""
 
     def __init__(self, app: Any, *, api_keys: Sequence[str] = (), max_body_bytes: int = 8 << 20):
         self._app = app
@@ -65,7 +67,13 @@ class Gate:
         finally:
             took = round((time.perf_counter() - started) * 1e3, 1)
             entry = {"id": request_id, "method": scope["method"], "path": scope["path"][:200], "status": status}
-            log.info("%s", json.dumps(entry | {"ms": took}))
+            quiet = scope["path"] in _POLLED_PATHS and status < 400
+            log.log(logging.DEBUG if quiet else logging.INFO, "%s", json.dumps(entry | {"ms": took}))
+
+    @property
+    def app(self) -> Any:
+        """What lies behind."""
+        return self._app
 
     async def _pass(self, scope: Any, headers: dict[bytes, bytes], receive: Any, send: Any) -> None:
         if self._keys and scope["path"] not in _OPEN_PATHS and not self._known(headers):
@@ -73,12 +81,15 @@ class Gate:
                 401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'", code="invalid_api_key",
                 headers={"www-authenticate": 'Basic realm="jaxllm", charset="UTF-8"'},
             )  # fmt: skip
-        if scope["method"] != "POST":
+        if scope["method"] == "HEAD":  # the answer to GET; the protocol leaves its body out
+            scope = {**scope, "method": "GET"}
+        if scope["method"] != "POST" or _is_bare(headers):
             await self._app(scope, receive, send)
             return
         media_type = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-        if media_type != b"application/json":
-            raise ApiError(400, "the content type must be application/json", code="invalid_content_type")
+        wanted = b"multipart/form-data" if scope["path"] in _UPLOADS else b"application/json"
+        if media_type != wanted:
+            raise ApiError(400, f"the content type must be {wanted.decode()}", code="invalid_content_type")
         body = await self._read_body(headers, receive)
         given = False
 
@@ -120,6 +131,13 @@ class Gate:
             given = kinds.get(scheme.lower(), b"")
         matches = [hmac.compare_digest(given, key) for key in self._keys]  # all of them, whatever the first says
         return any(matches)
+
+
+def _is_bare(headers: dict[bytes, bytes]) -> bool:
+    """Whether a POST has neither a body nor a type of one."""
+    return headers.keys().isdisjoint((b"content-type", b"transfer-encoding")) and (
+        headers.get(b"content-length", b"0") == b"0"
+    )
 
 
 def _password(value: bytes) -> bytes:

@@ -18,6 +18,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TTFT = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _ITL = (0.002, 0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
 _E2E = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+_LENGTHS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2, 5))
 _WINDOW = 512  # samples behind the percentiles of the page
 
 
@@ -39,6 +40,8 @@ class Metrics:
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT)
         self._itl = histogram("inter_token_latency_seconds", "Time between tokens of a request.", _ITL)
         self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", _E2E)
+        self._prompt_lengths = histogram("request_prompt_tokens", "Prompt tokens of a request.", _LENGTHS)
+        self._output_lengths = histogram("request_generation_tokens", "Tokens generated for a completion.", _LENGTHS)
         labels = ["model_name", "finished_reason"]
         self._success = Counter(name("request_success"), "Requests by how they ended.", labels, registry=self.registry)
         for reason in ("stop", "length", "abort"):
@@ -47,6 +50,15 @@ class Metrics:
         self._recent: dict[str, deque[float]] = {what: deque(maxlen=_WINDOW) for what in ("ttft", "itl")}
         self._engine_figures = _EngineFigures(llm, name, model_name)
         self.registry.register(self._engine_figures)
+
+    def asked(self, num_tokens: int) -> None:
+        """A prompt came."""
+        self.prompt_tokens.inc(num_tokens)
+        self._prompt_lengths.observe(num_tokens)
+
+    def answered(self, num_tokens: int) -> None:
+        """A completion ended with so many tokens."""
+        self._output_lengths.observe(num_tokens)
 
     def first_token(self, seconds: float) -> None:
         """A completion's first token came."""

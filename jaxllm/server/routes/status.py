@@ -24,6 +24,28 @@ async def health(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
+@router.get("/ping")
+@router.post("/ping", include_in_schema=False)
+async def ping(request: Request) -> Response:
+    """The same, under the name that hosts of containers ask for."""
+    return await health(request)
+
+
+@router.get("/load")
+async def load(request: Request) -> Response:
+    """Requests that are accepted and unfinished, as vLLM names them."""
+    return JSONResponse({"server_load": context_of(request).llm.num_open})
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> Response:
+    """What evaluation tools need to know of the tokenizer: its special tokens and chat template."""
+    tokenizer = context_of(request).llm.get_tokenizer()
+    known = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template}
+    names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"))
+    return JSONResponse(names | tokenizer.special_tokens | known | {"model_max_length": max_model_len(request)})
+
+
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""

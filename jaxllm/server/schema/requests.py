@@ -145,3 +145,12 @@ class DetokenizeRequest(Body):
 
     model: Name | None = None
     tokens: Annotated[list[Token], Field(max_length=2**20, fail_fast=True)]
+
+
+class BatchRequest(Body):
+    """`POST /v1/batches`."""
+
+    input_file_id: Name
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages"]
+    completion_window: Name = "24h"
+    metadata: Annotated[dict[Name, Any], Field(max_length=16)] | None = None
