@@ -103,9 +103,13 @@ def architecture_of(hf: Mapping[str, Any]) -> str:
             return name
     got = ", ".join(names or ()) or (f"model_type {model_type!r}" if model_type else "no architecture")
     raise ValueError(
-        f"the model's configuration names {got}; supported architectures are {', '.join(ARCHITECTURES)}, and the text "
-        f"halves of {', '.join(WITH_EYES)}"
+        f"the model's configuration names {got[:80]}; supported architectures (here without ForCausalLM) are "
+        f"{', '.join(map(_short, ARCHITECTURES))}, and the text halves of {', '.join(map(_short, WITH_EYES))}"
     )
+
+
+def _short(architecture: str) -> str:
+    return re.sub("For(CausalLM|ConditionalGeneration)$", "", architecture)
 
 
 def family_of(hf: Mapping[str, Any]) -> Family:

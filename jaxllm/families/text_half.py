@@ -83,8 +83,8 @@ def text_config(hf: Mapping[str, Any]) -> Mapping[str, Any]:
     if not isinstance(text, Mapping):
         raise ValueError(f"config.json has text_config={str(text)[:60]!r}; an object is required")
     kind = text.get("model_type") or hf.get("model_type")
-    if kind not in _TEXT_TYPES:
-        raise ValueError(f"the text half of this {architecture} is a {kind!r}, which is not supported")
+    if not isinstance(kind, str) or kind not in _TEXT_TYPES:
+        raise ValueError(f"the text half of this {architecture} is a {str(kind)[:60]!r}, which is not supported")
     half = _TEXT_TYPES[kind]
     say_once(f"config.json is of {architecture}: its text half is loaded, as {half}; images are not understood")
     beside = {key: hf[key] for key in _BESIDE if hf.get(key) is not None}

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -56,3 +57,22 @@ def test_a_configuration_that_cannot_be_computed_is_refused_by_its_reason(name: 
 ])  # fmt: skip
 def test_the_parameters_of_a_published_model_are_as_many_as_published(name: str, billions: float) -> None:
     assert read_config(CONFIGS[name]).num_parameters / 1e9 == pytest.approx(billions, rel=2e-3)
+
+
+NONSENSE: list[Any] = ["x", "", None, float("nan"), float("inf"), -1, 0, 1, 2.5, 10**400, 1e300, 2**31, True, [], [1], ["x"],
+                       [None], [[1]], ["full_attention"], {}, {"a": 1}, {"rope_type": "yarn"}, {"type": ["x"]},
+                       {"full_attention": 3}, {"full_attention": {"rope_theta": "x"}}]  # fmt: skip
+KEYS = ("text_config", "vision_config", "quantization", "rope_scaling", "rope_parameters", "rope_theta", "layer_types",
+        "sliding_window", "architectures", "model_type", "partial_rotary_factor", "head_dim")  # fmt: skip
+
+
+def test_a_damaged_configuration_gives_a_model_or_one_line() -> None:
+    rng, configs = random.Random(0), list(CONFIGS.values())
+    for _ in range(20_000):
+        hf = dict(rng.choice(configs))
+        hf |= {key: rng.choice(NONSENSE) for key in rng.sample([*hf, *KEYS], rng.randint(1, 4))}
+        try:
+            read_config(hf)
+        except ValueError as error:
+            assert "\n" not in str(error), hf
+            assert len(str(error)) < 1000, hf
