@@ -59,8 +59,8 @@ def test_the_parameters_of_a_published_model_are_as_many_as_published(name: str,
     assert read_config(CONFIGS[name]).num_parameters / 1e9 == pytest.approx(billions, rel=2e-3)
 
 
-NONSENSE: list[Any] = ["x", "", None, float("nan"), float("inf"), -1, 0, 1, 2.5, 10**400, 1e300, 2**31, True, [], [1], ["x"],
-                       [None], [[1]], ["full_attention"], {}, {"a": 1}, {"rope_type": "yarn"}, {"type": ["x"]},
+NONSENSE: list[Any] = ["x", "", None, float("nan"), float("inf"), -1, 0, 1, 2.5, 10**400, 1e300, 2**31, True, [], [1],
+                       ["x"], [None], [[1]], ["full_attention"], {}, {"a": 1}, {"rope_type": "yarn"}, {"type": ["x"]},
                        {"full_attention": 3}, {"full_attention": {"rope_theta": "x"}}]  # fmt: skip
 KEYS = ("text_config", "vision_config", "quantization", "rope_scaling", "rope_parameters", "rope_theta", "layer_types",
         "sliding_window", "architectures", "model_type", "partial_rotary_factor", "head_dim")  # fmt: skip
