@@ -102,7 +102,8 @@ def compile_program(model: AbstractModel, shapes: RunnerShapes, key: Key) -> Com
     """Compile one program of the engine and ask the compiler about it. Raises Overflow."""
     import jax
 
-    from jaxllm.runner.programs import abstract_pages, lower
+    from jaxllm.runner.programs import lower
+    from jaxllm.runner.shapes import make_memory
 
     try:
         with no_program_cache():
@@ -119,7 +120,7 @@ def compile_program(model: AbstractModel, shapes: RunnerShapes, key: Key) -> Com
         donated=stats.alias_size_in_bytes,
         code=stats.generated_code_size_in_bytes,
         collectives=find_collectives(text),
-        page_layouts=_count_layouts(text, jax.tree.leaves(abstract_pages(model, shapes))[0]),
+        page_layouts=_count_layouts(text, jax.tree.leaves(make_memory(model, shapes).abstract())[0]),
     )
 
 

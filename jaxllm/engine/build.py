@@ -22,10 +22,7 @@ from jaxllm.families import read_config
 if TYPE_CHECKING:
     from jaxllm.checkpoints import Checkpoint
     from jaxllm.engine.engine import Engine
-    from jaxllm.kv.mover import Mover
     from jaxllm.runner.connections import Connection
-    from jaxllm.runner.runner import ModelRunner
-    from jaxllm.scheduling.tiers import Tiers
     from jaxllm.sharding.mesh import Placement
     from jaxllm.tokenizer import Tokenizer
     from jaxllm.weights.loader import AbstractModel
@@ -63,38 +60,33 @@ def build_engine(
         tokenizer: Future[Tokenizer | None] = pool.submit(_tokenizer, config, source.path)
 
         from jaxllm.engine.engine import Engine
+        from jaxllm.kv.offload import add_tiers
         from jaxllm.runner.memory_check import check_memory, out_of_memory_explained
         from jaxllm.runner.runner import ModelRunner
-        from jaxllm.runner.shapes import runner_shapes
+        from jaxllm.runner.shapes import make_memory, runner_shapes
         from jaxllm.sharding.mesh import Placement, make_mesh
 
         use_compilation_cache()
         model = make_model(config, model_config, Placement(make_mesh(config.mesh, offset=config.device_offset), rules))
-        runner = ModelRunner(model, runner_shapes(config, model, connection), announce=connection.announce)
-        check_memory(model, runner.shapes)
+        shapes = runner_shapes(config, model, connection)
+        check_memory(model, shapes)
+        longest = _say_length_scaling(model_config, shapes.max_model_len)
+        identity = model_identity(config, source.hf_config, source.path, longest)
+        memory = make_memory(model, shapes, enable_prefix_caching=config.enable_prefix_caching, namespace=identity)
+        runner = ModelRunner(model, shapes, memory, announce=connection.announce)
         runner.compiler.prepare()  # programs compile while the weights are read
         say(f"loading {source.path.name if source.path else config.model}")
-        with out_of_memory_explained(model, runner.shapes):
+        with out_of_memory_explained(model, shapes):
             params = _parameters(config, source, model)
         generation = source.checkpoint.generation_config if source.checkpoint else {}
-        hf, path = source.hf_config, source.path
+        hf = source.hf_config
         del source  # unmaps the files before the cache is allocated
-        with out_of_memory_explained(model, runner.shapes):
+        with out_of_memory_explained(model, shapes):
             runner.start(params)
         connection.start(runner.obey)  # does not return on any process but the first
         text = tokenizer.result()
-    longest = _say_length_scaling(model_config, runner.shapes.max_model_len)
-    identity = model_identity(config, hf, path, longest)
-    tiers, mover = _tiers(config, runner, identity)
-    engine = Engine(
-        runner,
-        eos_token_ids=_eos_token_ids(hf, generation, text),
-        enable_prefix_caching=config.enable_prefix_caching,
-        seed=config.seed,
-        namespace=identity,
-        tiers=tiers,
-        mover=mover,
-    )
+    add_tiers(memory, config, runner, identity)
+    engine = Engine(runner, memory=memory, eos_token_ids=_eos_token_ids(hf, generation, text), seed=config.seed)
     return BuiltEngine(engine, text, model_config, generation)
 
 
@@ -137,38 +129,6 @@ def model_identity(config: EngineConfig, hf: dict, path: Path | None, longest: i
     facts = (hf, stats, seed, config.dtype, config.kv_dtype, *([] if longest is None else [longest]))
     name = config.model if path is None else path.name
     return f"{name} {hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]}"
-
-
-def _tiers(config: EngineConfig, runner: ModelRunner, identity: str) -> tuple[Tiers | None, Mover | None]:
-    """What is kept below the device, where anything is."""
-    from jaxllm.kv.disk_store import DiskStore
-    from jaxllm.kv.mover import Mover, page_format
-    from jaxllm.scheduling.host_pool import HostPool
-    from jaxllm.scheduling.tiers import Tiers
-
-    if not config.host_kv_bytes:
-        if config.preemption_mode == "swap":
-            raise ValueError("preemption_mode='swap' needs room in host memory; set host_kv_bytes")
-        return None, None
-    if runner.model.placement.mesh.is_multi_process:
-        raise ValueError("host_kv_bytes is for one process; leave it out where there are several")
-    slab, layout = runner.slab(), runner.shapes.page_layout(runner.model.cfg.cache_row, runner.model.kv_copies)
-    page_bytes = runner.page_bytes
-    if config.host_kv_bytes < page_bytes:
-        raise ValueError(f"host_kv_bytes={config.host_kv_bytes} is less than one page; use at least {page_bytes}")
-    disk = None
-    if config.disk_kv_path is not None:
-        disk = DiskStore(
-            Path(config.disk_kv_path),
-            config.disk_kv_bytes,
-            page_format(slab, identity, layout),
-        )
-    host = HostPool(config.host_kv_bytes // page_bytes)
-    tiers = Tiers(host, disk, page_bytes=page_bytes, preemption=config.preemption_mode)
-    mover = Mover(runner, tiers, slab, disk, layout)
-    if disk is not None:
-        host.on_evict = mover.evict
-    return tiers, mover
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,15 +18,13 @@ from typing import Any, ParamSpec, TypeVar
 
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.errors import EngineError, NotFinite
-from jaxllm.kv.mover import Mover
+from jaxllm.kv.memory import KVMemory
 from jaxllm.runner.in_flight import InFlight
 from jaxllm.runner.runner import ModelRunner
 from jaxllm.runner.sampler import NOT_FINITE, Sampled
-from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.scheduling.replicas import Replicas
 from jaxllm.scheduling.request import Ending, Held, Listener, Request, Status, next_arrival
 from jaxllm.scheduling.scheduler import Chunk, Scheduler
-from jaxllm.scheduling.tiers import Tiers
 from jaxllm.telemetry.accounting import Accounting, IterationRecord
 from jaxllm.telemetry.device_peaks import engine_cost, known_ceilings
 
@@ -70,8 +68,7 @@ class Engine:
         runner: the device side.
         eos_token_ids: tokens that end a request unless it ignores them.
         seed: from which requests without a seed of their own get one.
-        namespace: what besides the tokens decides what is cached for them; see `PagePool`.
-        tiers, mover: what is kept below the device, and who carries it there and back.
+        memory: the KV cache that the runner runs on, with its page pools and lower tiers; default: the runner's.
     """
 
     def __init__(
@@ -79,39 +76,33 @@ class Engine:
         runner: ModelRunner,
         *,
         eos_token_ids: Sequence[int] = (),
-        enable_prefix_caching: bool = True,
+        memory: KVMemory | None = None,
         seed: int = 0,
-        namespace: str = "",
-        tiers: Tiers | None = None,
-        mover: Mover | None = None,
     ):
         shapes = runner.shapes
         self.runner = runner
 
-        def scheduler(replica: int) -> Scheduler:
-            pool = PagePool(
-                shapes.num_pages, shapes.page_size, enable_prefix_caching=enable_prefix_caching, namespace=namespace,
-                window=runner.model.cfg.cache_window,
-            )  # fmt: skip
-            return Scheduler(
+        self.memory = memory or runner.memory
+        schedulers = [
+            Scheduler(
                 pool,
                 max_num_seqs=shapes.max_num_seqs,
                 max_num_batched_tokens=shapes.max_num_batched_tokens,
                 max_decode_steps=shapes.max_decode_steps,
                 first_slot=replica * shapes.max_num_seqs,
                 first_page=replica * shapes.num_pages,
-                tiers=tiers,
+                tiers=self.memory.tiers,
             )
-
-        schedulers = [scheduler(replica) for replica in range(shapes.num_replicas)]
+            for replica, pool in enumerate(self.memory.pools)
+        ]
         self.scheduler = schedulers[0] if len(schedulers) == 1 else Replicas(schedulers)
         self.pool = self.scheduler.pool
-        self.tiers, self.mover = tiers, mover
+        self.tiers, self.mover = self.memory.tiers, self.memory.mover
         self.records: deque[IterationRecord] = deque(maxlen=4096)
         self.accounting = Accounting(engine_cost(runner.model, shapes.kv_dtype), known_ceilings(runner.model))
         self.eos_token_ids = tuple(eos_token_ids)
-        if tiers is not None:
-            tiers.prefill_rate = self.accounting.prefill_rate
+        if self.tiers is not None:
+            self.tiers.prefill_rate = self.accounting.prefill_rate
         self._seed = seed
         self._counter = itertools.count()
         self._in_flight: deque[InFlight] = deque()

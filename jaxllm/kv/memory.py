@@ -1,26 +1,75 @@
-"""The page arrays of a model: allocate them and write rows into them. Page 0 belongs to nobody: padding writes there.
+"""The KV cache of one mesh: page arrays on its devices, whose page is whose, and what is kept below them.
+
+Made outside and handed to engine and runner, so that two engines can hand pages over and several models share one
+memory. Page 0 of each replica belongs to nobody: padding writes there.
 
 Dimension letters: P pages, C tokens per page, K key/value heads, H head width, T tokens.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxllm.kv.layout import PageLayout
+from jaxllm.kv.page_programs import device_bytes, set_rows, slab_struct
 from jaxllm.ops.attention.kv import QuantizedPages, as_bits, quantize, split_pages
+from jaxllm.scheduling.page_pool import PagePool
+from jaxllm.scheduling.tiers import Tiers
 from jaxllm.sharding.mesh import Placement
 
+if TYPE_CHECKING:
+    from jaxllm.kv.mover import Mover
 
-def allocate_pages(num_layers: int, layout: PageLayout, placement: Placement) -> list[Any]:
-    """Zeroed pages for each layer."""
-    like = layout.abstract(placement)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    zeros = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like), out_shardings=shardings)
-    return [zeros() for _ in range(num_layers)]
+
+@dataclass(slots=True)
+class KVMemory:
+    """Pages and their books.
+
+    Attributes:
+        layout: of one layer's pages.
+        num_layers: layers that have pages.
+        placement: the mesh, and how it is cut.
+        pools: one for each data-parallel replica: who has which page.
+        pages: per layer the array (or pytree of arrays) on the devices; empty until `allocate`.
+        tiers, mover: what is kept below the devices, and who carries it there and back; None where nothing is.
+    """
+
+    layout: PageLayout
+    num_layers: int
+    placement: Placement
+    pools: list[PagePool]
+    pages: list[Any] = field(default_factory=list)
+    tiers: Tiers | None = None
+    mover: Mover | None = None
+
+    def allocate(self) -> None:
+        """Zeroed pages; what was there is freed first."""
+        self.pages = []
+        like = self.layout.abstract(self.placement)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+
+        def zeros() -> Any:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+
+        make = jax.jit(zeros, out_shardings=shardings)
+        self.pages = [make() for _ in range(self.num_layers)]
+
+    def abstract(self) -> list[Any]:
+        """The pages as shapes with shardings."""
+        return [self.layout.abstract(self.placement)] * self.num_layers
+
+    def slab(self) -> Any:
+        """Shapes and shardings of one page over all layers."""
+        return slab_struct(self.abstract())
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page over all layers and the devices that hold it."""
+        return device_bytes(self.abstract()) // self.layout.num_pages
 
 
 def write_pages(pages: Any, kv_TK2H: jax.Array, slots_T: jax.Array) -> Any:
@@ -44,8 +93,3 @@ def write_pages(pages: Any, kv_TK2H: jax.Array, slots_T: jax.Array) -> Any:
 
     small, scale = quantize(rows, values.dtype)
     return QuantizedPages(written(values, small), written(scales, scale))
-
-
-def set_rows(flat: jax.Array, at: jax.Array, rows: jax.Array) -> jax.Array:
-    """`flat[at] = rows`."""
-    return flat.at[at].set(rows.astype(flat.dtype), mode="promise_in_bounds", wrap_negative_indices=False)

@@ -16,8 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxllm.kv.memory import set_rows
-
 MOVE_BATCH = 8  # pages per dispatch: one program of each kind, and little waste for one page
 
 
@@ -59,3 +57,8 @@ def device_bytes(arrays: Any) -> int:
         math.prod(s.sharding.shard_shape(s.shape)) * s.dtype.itemsize * len(s.sharding.device_set)
         for s in jax.tree.leaves(arrays)
     )
+
+
+def set_rows(flat: jax.Array, at: jax.Array, rows: jax.Array) -> jax.Array:
+    """`flat[at] = rows`."""
+    return flat.at[at].set(rows.astype(flat.dtype), mode="promise_in_bounds", wrap_negative_indices=False)

@@ -40,4 +40,5 @@ class InFlight:
         taken = np.cumsum(arrays[0] != IDLE, axis=0).tolist()  # tokens of each row after each step
         counts = (taken[c.num_samples - 1][row] for c, row in zip(self.sampling, self.rows, strict=True))
         rows = zip(self.sampling, self.rows, counts, strict=True)
-        return [(chunk, Sampled(*(a[:count, row] for a in arrays))) for chunk, row, count in rows]
+        # What was read is NumPy's.
+        return [(chunk, Sampled(*(a[:count, row] for a in arrays))) for chunk, row, count in rows]  # type: ignore[arg-type]

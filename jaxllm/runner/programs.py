@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.kv.page_programs import MOVE_BATCH, copy_pages, put_pages, slab_struct, take_pages
+from jaxllm.kv.memory import KVMemory
+from jaxllm.kv.page_programs import MOVE_BATCH, copy_pages, put_pages, take_pages
 from jaxllm.runner import batch as batches
-from jaxllm.runner.shapes import RunnerShapes
+from jaxllm.runner.shapes import RunnerShapes, make_memory
 from jaxllm.runner.steps import Pages, SlotState, Steps
 from jaxllm.weights.loader import AbstractModel
 
@@ -33,18 +34,27 @@ class DeviceState:
     """All that lies on the devices between two programs.
 
     Attributes:
+        memory: has the pages, per layer an array or a pytree of page-major arrays.
         params: leaves of the parameters. Flattening the module at every dispatch would cost more than the dispatch.
-        pages: per layer an array, or a pytree of page-major arrays.
         slots: what is remembered of each running request.
         hidden: `[Z * R, D]`, hidden states of the sampling rows of the last ragged step.
         scored: `[T, D]`, hidden states of every token of the last scoring pass.
     """
 
+    memory: KVMemory
     params: Any = None
-    pages: Any = None
     slots: Any = None
     hidden: Any = None
     scored: Any = None
+
+    @property
+    def pages(self) -> list[Any]:
+        """See `KVMemory`."""
+        return self.memory.pages
+
+    @pages.setter
+    def pages(self, pages: list[Any]) -> None:
+        self.memory.pages = pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,18 +103,15 @@ def abstract_state(model: AbstractModel, shapes: RunnerShapes, bucket: int = 1) 
         return jax.ShapeDtypeStruct((rows, model.cfg.hidden_size), shapes.residual_dtype, sharding=whole)
 
     slots = jax.eval_shape(functools.partial(zero_slots, shapes))
+    memory = make_memory(model, shapes)
+    memory.pages = memory.abstract()
     return DeviceState(
+        memory,
         params=jax.tree.leaves(model.parameters),
-        pages=abstract_pages(model, shapes),
         slots=jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), slots),
         hidden=hidden(shapes.num_replicas * shapes.row_buckets[-1]),
         scored=hidden(bucket),
     )
-
-
-def abstract_pages(model: AbstractModel, shapes: RunnerShapes) -> list[Any]:
-    """Per layer the pages of all replicas, as shapes with shardings."""
-    return [shapes.page_layout(model.cfg.cache_row, model.kv_copies).abstract(model.placement)] * model.cfg.num_layers
 
 
 def zero_slots(shapes: RunnerShapes) -> SlotState:
@@ -197,7 +204,7 @@ def _page_numbers(count: int) -> Callable[[AbstractModel, RunnerShapes, int], In
 
 
 def _slabs_to_put(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
-    return np.zeros(bucket, np.int32), [slab_struct(abstract_pages(model, shapes))] * bucket
+    return np.zeros(bucket, np.int32), [make_memory(model, shapes).slab()] * bucket
 
 
 def _of_every_token(dtype: type) -> Callable[[AbstractModel, RunnerShapes, int], Inputs]:
@@ -240,7 +247,7 @@ def _whole(model: AbstractModel, shapes: RunnerShapes) -> Any:
 
 
 def _slabs(model: AbstractModel, shapes: RunnerShapes) -> Any:
-    slab = slab_struct(abstract_pages(model, shapes))
+    slab = make_memory(model, shapes).slab()
     return [jax.tree.map(lambda leaf: leaf.sharding, slab)] * MOVE_BATCH
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxllm.kv.memory import allocate_pages
-from jaxllm.kv.page_programs import MOVE_BATCH, device_bytes, slab_struct
+from jaxllm.kv.memory import KVMemory
+from jaxllm.kv.page_programs import MOVE_BATCH
 from jaxllm.runner.batch import Dispatch, lay_out, lay_out_pass, padded_pages
 from jaxllm.runner.compiler import Compiler
 from jaxllm.runner.in_flight import InFlight
@@ -27,29 +27,32 @@ from jaxllm.runner.programs import (
     SCORING,
     TIERS,
     DeviceState,
-    abstract_pages,
     make_steps,
     zero_slots,
 )
 from jaxllm.runner.sampler import Sampled
-from jaxllm.runner.shapes import RunnerShapes
+from jaxllm.runner.shapes import RunnerShapes, make_memory
 from jaxllm.scheduling.scheduler import IterationPlan
 from jaxllm.weights.loader import AbstractModel
 
 
 class ModelRunner:
-    """Parameters, pages and slots on the mesh, and the programs that run on them.
+    """Parameters, pages (those of `memory`) and slots on the mesh, and the programs that run on them.
 
     `compiler` can begin while the weights are still being read; `start` takes the weights and allocates the rest.
     `announce` is given each message to the processes that follow this one, if there are any.
     """
 
-    def __init__(self, model: AbstractModel, shapes: RunnerShapes, announce: Callable[[bytes], None] | None = None):
+    def __init__(
+        self, model: AbstractModel, shapes: RunnerShapes, memory: KVMemory | None = None,
+        announce: Callable[[bytes], None] | None = None,
+    ):  # fmt: skip
         self.model = model
         self.shapes = shapes
+        self.memory = memory or make_memory(model, shapes)
         self.steps = make_steps(model, shapes)
         self.compiler = Compiler(model, shapes)
-        self.state = DeviceState()
+        self.state = DeviceState(self.memory)
         self._announce = announce
 
     def start(self, params: Any) -> None:
@@ -63,12 +66,10 @@ class ModelRunner:
         self._allocate()
 
     def _allocate(self) -> None:
-        self.state = DeviceState(params=self.state.params)  # free the old ones first
-        model = self.model
-        layout = self.shapes.page_layout(model.cfg.cache_row, model.kv_copies)
-        self.state.pages = allocate_pages(model.cfg.num_layers, layout, model.placement)
+        self.state = DeviceState(self.memory, params=self.state.params)
+        self.memory.allocate()
         empty = functools.partial(zero_slots, self.shapes)
-        self.state.slots = jax.jit(empty, out_shardings=model.placement.replicated)()
+        self.state.slots = jax.jit(empty, out_shardings=self.model.placement.replicated)()
 
     def dispatch(self, plan: IterationPlan) -> InFlight:
         """Put one plan's work on the device queue."""
@@ -112,16 +113,6 @@ class ModelRunner:
             batch = list(slabs[i : i + MOVE_BATCH])
             batch += batch[:1] * (MOVE_BATCH - len(batch))
             self.execute(Dispatch("put", MOVE_BATCH, (padded_pages(pages[i : i + MOVE_BATCH]), batch)))
-
-    @functools.cached_property
-    def page_bytes(self) -> int:
-        """Of one page over all layers and the devices that hold it."""
-        pages = abstract_pages(self.model, self.shapes)
-        return device_bytes(pages) // (self.shapes.num_pages * self.shapes.num_replicas)
-
-    def slab(self) -> Any:
-        """Shapes and shardings of one page over all layers."""
-        return slab_struct(abstract_pages(self.model, self.shapes))
 
     def _execute_all(self, dispatches: Iterable[Dispatch]) -> Any:
         output = None

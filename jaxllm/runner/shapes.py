@@ -14,8 +14,10 @@ import jax.numpy as jnp
 
 from jaxllm.config import CacheRow, EngineConfig
 from jaxllm.kv.layout import PageLayout, token_bytes
+from jaxllm.kv.memory import KVMemory
 from jaxllm.ops.attention import XLA, AttentionBackend, choose_backend, fit_backend
 from jaxllm.runner.connections import Alone, Connection
+from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.weights.loader import AbstractModel
 
 _CPU_CACHE_BYTES = 384 << 20  # the default model's longest request; a server sets its own
@@ -184,3 +186,18 @@ def _attention(config: EngineConfig, model: AbstractModel, kv_dtype: jnp.dtype, 
     if model.placement.ring_size() > 1:
         backend = XLA  # the ring reads pages as XLA's attention does
     return dataclasses.replace(backend, query_tile=_DETERMINISTIC_TILE) if config.deterministic else backend
+
+
+def make_memory(
+    model: AbstractModel, shapes: RunnerShapes, *, enable_prefix_caching: bool = True, namespace: str = ""
+) -> KVMemory:
+    """The KV cache that these shapes leave room for, not yet allocated; see `PagePool` for the last two."""
+    layout = shapes.page_layout(model.cfg.cache_row, model.kv_copies)
+    pools = [
+        PagePool(
+            shapes.num_pages, shapes.page_size, enable_prefix_caching=enable_prefix_caching, namespace=namespace,
+            window=model.cfg.cache_window,
+        )
+        for _ in range(shapes.num_replicas)
+    ]  # fmt: skip
+    return KVMemory(layout, model.cfg.num_layers, model.placement, pools)

@@ -11,11 +11,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from jaxllm.kv.mover import Mover
+    from jaxllm.kv.memory import KVMemory
     from jaxllm.scheduling.page_pool import PagePool
     from jaxllm.scheduling.replicas import ReplicaPools, Replicas
     from jaxllm.scheduling.scheduler import Scheduler
-    from jaxllm.scheduling.tiers import Tiers
     from jaxllm.telemetry.accounting import Accounting
 
 
@@ -37,8 +36,6 @@ class CompilingRunner(Protocol):
     """What is read of a runner."""
 
     @property
-    def page_bytes(self) -> int: ...
-    @property
     def num_compilations(self) -> int: ...
     @property
     def num_compilations_after_warmup(self) -> int: ...
@@ -56,9 +53,7 @@ class Measured(Protocol):
     @property
     def accounting(self) -> Accounting: ...
     @property
-    def tiers(self) -> Tiers | None: ...
-    @property
-    def mover(self) -> Mover | None: ...
+    def memory(self) -> KVMemory: ...
 
 
 def get_metrics(engine: Measured) -> dict[str, object]:
@@ -117,10 +112,11 @@ def _work(engine: Measured) -> Iterator[Figure]:
 
 def _device(engine: Measured) -> Iterator[Figure]:
     pool, scheduler = engine.pool, engine.scheduler
-    size = engine.runner.page_bytes
+    size = engine.memory.page_bytes
     yield from _tier("device", (pool.num_usable - pool.num_free) * size, pool.num_usable * size, pool.num_evictions)
     yield Figure("kv_device_cached_bytes", "gauge", "Free for others, but findable as a prefix.", pool.num_idle * size)
-    stats = engine.tiers.stats if engine.tiers is not None else None
+    tiers = engine.memory.tiers
+    stats = tiers.stats if tiers is not None else None
     hits = pool.num_hit_tokens - ((stats.host_hits + stats.disk_hits) * pool.page_size if stats else 0)
     yield Figure("prefix_cache_device_hits", "counter", "Prompt tokens found on the device.", hits)
     slots = scheduler.slot_utilization
@@ -130,19 +126,20 @@ def _device(engine: Measured) -> Iterator[Figure]:
 
 
 def _tiers(engine: Measured) -> Iterator[Figure]:
-    if engine.tiers is None or engine.mover is None:
+    tiers, mover = engine.memory.tiers, engine.memory.mover
+    if tiers is None or mover is None:
         return
-    tiers, stats = engine.tiers, engine.tiers.stats
+    stats = tiers.stats
     size, tokens = tiers.page_bytes, engine.pool.page_size
     yield from _tier("host", len(tiers.host) * size, tiers.host.capacity * size, tiers.host.num_evictions)
     hits = stats.host_hits * tokens
     yield Figure("prefix_cache_host_hits", "counter", "Prompt tokens found in host memory.", hits)
-    if (disk := engine.mover.disk) is not None:
+    if (disk := mover.disk) is not None:
         yield from _tier("disk", disk.num_bytes, disk.capacity, disk.num_evictions)
         hits = stats.disk_hits * tokens
         yield Figure("prefix_cache_disk_hits", "counter", "Prompt tokens found on disk.", hits)
         yield Figure("kv_disk_damaged_pages", "counter", "Pages whose checksum was wrong.", disk.num_damaged)
-        dropped = engine.mover.num_dropped_writes
+        dropped = mover.num_dropped_writes
         yield Figure("kv_disk_dropped_writes", "counter", "Pages lost because the disk was behind.", dropped)
     yield Figure("kv_swaps_out", "counter", "Preempted requests whose cache was kept.", stats.swaps_out)
     yield Figure("kv_swaps_in", "counter", "Requests that went on with a kept cache.", stats.swaps_in)

@@ -1,0 +1,41 @@
+"""KV offloading: what an engine's configuration says of host memory and disk -> tiers and mover of a `KVMemory`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxllm.config import EngineConfig
+from jaxllm.kv.disk_store import DiskStore
+from jaxllm.kv.memory import KVMemory
+from jaxllm.kv.mover import Mover, PageArrays, page_format
+from jaxllm.scheduling.host_pool import HostPool
+from jaxllm.scheduling.tiers import Tiers
+
+
+def add_tiers(memory: KVMemory, config: EngineConfig, arrays: PageArrays, identity: str) -> None:
+    """Put host memory, and a disk, below the pages, where the configuration asks for them.
+
+    Args:
+        memory: gets `tiers` and `mover`.
+        config: sizes in bytes; ValueError where they are of no use.
+        arrays: who runs the programs that move pages.
+        identity: what decides the content of a page besides its tokens.
+    """
+    if not config.host_kv_bytes:
+        if config.preemption_mode == "swap":
+            raise ValueError("preemption_mode='swap' needs room in host memory; set host_kv_bytes")
+        return
+    if memory.placement.mesh.is_multi_process:
+        raise ValueError("host_kv_bytes is for one process; leave it out where there are several")
+    slab, page_bytes = memory.slab(), memory.page_bytes
+    if config.host_kv_bytes < page_bytes:
+        raise ValueError(f"host_kv_bytes={config.host_kv_bytes} is less than one page; use at least {page_bytes}")
+    disk = None
+    if config.disk_kv_path is not None:
+        form = page_format(slab, identity, memory.layout)
+        disk = DiskStore(Path(config.disk_kv_path), config.disk_kv_bytes, form)
+    host = HostPool(config.host_kv_bytes // page_bytes)
+    memory.tiers = Tiers(host, disk, page_bytes=page_bytes, preemption=config.preemption_mode)
+    memory.mover = Mover(arrays, memory.tiers, slab, disk, memory.layout)
+    if disk is not None:
+        host.on_evict = memory.mover.evict
