@@ -106,6 +106,7 @@ RULES: dict[str, FieldRules] = {
         "gemma3_text",
         _GEMMA,
         undeclared="sliding_window_pattern rope_local_base_freq",
+        harmless="_sliding_window_pattern",  # what transformers 5 saves beside layer_types
         neutral=_ONE_WAY,
         foreign=_GELU,
         defaults=_GEMMA_DEFAULTS,

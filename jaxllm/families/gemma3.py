@@ -8,6 +8,7 @@ from typing import Any
 from jaxllm.config import ModelConfig
 from jaxllm.families import gemma2
 from jaxllm.families.hf_config import Fields, positive
+from jaxllm.families.notices import say_once
 from jaxllm.families.registry import Family
 from jaxllm.families.rope import rope_scaling
 
@@ -35,6 +36,8 @@ def ropes(fields: Fields, theta: float, local_theta: float) -> tuple[float, dict
     full = {"rope_theta": fields.positive("rope_theta", theta), **(_kind(nested, "full_attention") or plain), **older}
     local = {"rope_theta": local_theta, **_kind(nested, "sliding_attention")}
     base, local_base = (positive("rope_theta", parameters.pop("rope_theta")) for parameters in (full, local))
+    if full.pop("truncate", True) is not True:
+        say_once("truncate=false in the rope parameters of one kind of layers is ignored, as transformers does")
     if rope_scaling(local) is not None:
         raise ValueError(
             f"config.json has rope_parameters={str(nested)[:80]}; windowed layers with scaling are refused"

@@ -71,7 +71,6 @@ def both(name: str, kind: str) -> tuple[Any, ModelConfig]:
         parameters["short_factor"] = np.linspace(1.0, 2.0, dim // 2).tolist()
         parameters["long_factor"] = np.linspace(1.5, 8.0, dim // 2).tolist()
     if nested:
-        parameters.pop("truncate", None)  # of nested parameters transformers does not read it
         parameters = {**config.rope_parameters, "full_attention": parameters}
     kwargs = {**FAMILIES[name].kwargs, "rope_parameters": parameters, "max_position_embeddings": MAX_POSITIONS}
     if name == "mixtral":
