@@ -21,7 +21,9 @@ from jaxllm.families import notices, read_config
 from jaxllm.families.tensor_names import named
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
+from jaxllm.weights.convert import convert
 from jaxllm.weights.loader import abstract_model, load_parameters
+from jaxllm.weights.orbax import restore_parameters
 
 Tensors = dict[str, torch.Tensor]
 
@@ -155,3 +157,26 @@ def test_biases_and_configuration_must_agree(change: str, rewritten) -> None:
         match = f"unexpected tensor {name}"
     with pytest.raises(ValueError, match=match.replace(".", r"\.")):
         parameters(folder)
+
+
+@pytest.mark.parametrize("to", ["safetensors", "orbax"])
+def test_what_convert_writes_of_such_a_file_says_what_the_file_holds(to, rewritten, tmp_path_factory) -> None:
+    """Usual names, no layer that is not used, and a configuration that does not tie."""
+
+    def change(tensors: Tensors) -> Tensors:
+        head = tensors["model.embed_tokens.weight"] + 1
+        extra = {"mtp.0.norm.weight": torch.ones(4)}
+        return {key.removeprefix("model."): value for key, value in tensors.items()} | extra | {"lm_head.weight": head}
+
+    folder = rewritten("qwen2", change)
+    target = tmp_path_factory.mktemp("converted") / to
+    convert(str(folder), target, to=to, dtype="float32")
+    assert json.loads((target / "config.json").read_text())["tie_word_embeddings"] is False
+    if to == "safetensors":
+        assert_same(parameters(target), parameters(folder))
+        assert all(name.startswith(("model.", "lm_head.")) for name in load_file(target / "model.safetensors"))
+    else:
+        placement = Placement(make_mesh("tp=1"), load_rules("replicated"))
+        model = abstract_model(read_config(open_checkpoint(target).config), placement, jnp.dtype("float32"))
+        restored = nnx.to_flat_state(restore_parameters(model, target))
+        assert_same({path: np.asarray(v.get_value()) for path, v in restored}, parameters(folder))
