@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from tiny import FAMILIES
 
+from jaxllm.config import ModelConfig
 from jaxllm.families import notices, read_config
 from jaxllm.families.presets import PRESETS
 from jaxllm.families.registry import ARCHITECTURES
@@ -49,6 +50,10 @@ def test_a_missing_size_is_refused_by_every_family(name: str) -> None:
 def test_what_would_be_computed_wrongly_is_refused_by_name(name: str, change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read_config(PRESETS[name] | change)
+
+
+def test_a_configuration_is_read_by_its_class_too() -> None:
+    assert ModelConfig.from_hf(PRESETS["llama-2-7b"]) == read_config(PRESETS["llama-2-7b"])
 
 
 def test_an_unknown_architecture_is_refused_with_the_known_ones() -> None:
