@@ -74,7 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--metrics-namespace", default="jaxllm", help="'vllm' suits dashboards made for it")
     group.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     group.add_argument(
-        "--warm-up", action=argparse.BooleanOptionalAction, default=True, help="compile everything before listening"
+        "--warm-up",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compile everything before the first request",
     )
     add_engine_flags(parser, max_decode_steps=4)  # whoever arrives waits for the dispatches under way
 
