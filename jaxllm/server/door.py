@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, final
 
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from jaxllm.server.errors import ApiError
 
@@ -30,6 +30,13 @@ class Door:
             return
         if scope["type"] != "http":
             raise RuntimeError(f"no {scope['type']} here")
+        await self._answer(scope)(scope, receive, send)
+
+    def _answer(self, scope: Any) -> Response:
+        headers = {"retry-after": str(_SECONDS)}
         error = ApiError(503, f"the server is loading: {self.stage}; ask again soon", code="loading")
-        body = {"status": "loading", "stage": self.stage, **error.body}
-        await JSONResponse(body, 503, {"retry-after": str(_SECONDS)})(scope, receive, send)
+        if any(name == b"accept" and b"text/html" in value for name, value in scope["headers"]):
+            # A browser that opens the page early sees it as soon as it is there.
+            again = {"refresh": str(_SECONDS), "content-security-policy": "default-src 'none'"}
+            return PlainTextResponse(str(error), 503, headers | again)
+        return JSONResponse({"status": "loading", "stage": self.stage, **error.body}, 503, headers)

@@ -41,6 +41,10 @@ def test_a_server_that_loads_says_so(capsys):
             startup.compiled(done, 8)
         assert "compiling 8 of 8" in client.post("/v1/completions", json={}).json()["error"]["message"]
 
+        early = client.get("/", headers={"accept": "text/html,*/*"})
+        assert (early.status_code, early.headers["refresh"]) == (503, early.headers["retry-after"])
+        assert early.text.startswith("the server is loading: compiling 8 of 8")
+
         async def app(scope, receive, send):
             await send({"type": "http.response.start", "status": 204, "headers": []})
             await send({"type": "http.response.body", "body": b""})
