@@ -254,13 +254,13 @@ def make_runner(plan: Plan, kv_dtype: str) -> tuple[Any, Any]:
     import jax.numpy as jnp
 
     from jaxllm.config import EngineConfig, ModelConfig
-    from jaxllm.engine.build import make_model
     from jaxllm.runner.compiler import Compiler
     from jaxllm.runner.runner import ModelRunner
     from jaxllm.runner.shapes import runner_shapes
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
     from jaxllm.telemetry.device_peaks import engine_cost
+    from jaxllm.weights.abstract import make_model
     from jaxllm.weights.loader import random_parameters
 
     most = max(plan.prefill)

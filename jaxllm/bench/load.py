@@ -29,7 +29,7 @@ from pathlib import Path
 from jaxllm.config import EngineConfig
 from jaxllm.families import read_config
 from jaxllm.checkpoints import open_checkpoint
-from jaxllm.engine.build import make_model
+from jaxllm.weights.abstract import make_model
 from jaxllm.weights.loader import load_parameters
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules

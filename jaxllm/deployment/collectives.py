@@ -15,7 +15,7 @@ from jaxllm.deployment.block_layout import block_table, format_block
 from jaxllm.deployment.program_text import KINDS, count_by_kind, find_collectives
 
 if TYPE_CHECKING:
-    from jaxllm.weights.loader import AbstractModel
+    from jaxllm.weights.abstract import AbstractModel
 
 
 def count_collectives(
@@ -54,11 +54,11 @@ def _compiled_text(
     import jax.numpy as jnp
 
     from jaxllm.deployment.topology import no_program_cache, open_topology
-    from jaxllm.engine.build import make_model
     from jaxllm.runner.programs import lower
     from jaxllm.runner.shapes import RunnerShapes
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
+    from jaxllm.weights.abstract import make_model
 
     devices = list(open_topology(topology).devices) if topology else devices
     mesh = make_mesh(config.mesh, devices, offset=config.device_offset)

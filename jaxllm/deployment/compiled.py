@@ -22,7 +22,7 @@ from jaxllm.deployment.topology import no_program_cache, parse_overflow
 if TYPE_CHECKING:
     from jaxllm.runner.programs import Key
     from jaxllm.runner.shapes import RunnerShapes
-    from jaxllm.weights.loader import AbstractModel
+    from jaxllm.weights.abstract import AbstractModel
 
 _LAYERS_WORTH_A_PROCESS = 16  # below, starting one takes longer than compiling
 

@@ -19,7 +19,7 @@ from jaxllm.sharding.rules import as_tuple
 if TYPE_CHECKING:
     from jaxllm.runner.programs import DeviceState
     from jaxllm.runner.shapes import RunnerShapes
-    from jaxllm.weights.loader import AbstractModel
+    from jaxllm.weights.abstract import AbstractModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +80,10 @@ def deploy(
     config: EngineConfig, cfg: ModelConfig, topology: Topology, limit: int, notes: tuple[str, ...] = ()
 ) -> Deployment:
     """A configuration on the mesh of a slice that is open already. Raises ValueError where it is not legal."""
-    from jaxllm.engine.build import make_model
     from jaxllm.runner.shapes import runner_shapes
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
+    from jaxllm.weights.abstract import make_model
 
     placement = Placement(make_mesh(config.mesh, list(topology.devices)), load_rules(config.sharding_rules))
     model = make_model(config, cfg, placement)

@@ -6,26 +6,20 @@ when a request is added, in one line.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxllm.config import EngineConfig, ModelConfig
 from jaxllm.families import read_config
 
 if TYPE_CHECKING:
-    from jaxllm.checkpoints import Checkpoint
     from jaxllm.engine.engine import Engine
     from jaxllm.runner.connections import Connection
-    from jaxllm.sharding.mesh import Placement
     from jaxllm.tokenizer import Tokenizer
-    from jaxllm.weights.loader import AbstractModel
 
 log = logging.getLogger(__name__)
 
@@ -54,17 +48,21 @@ def build_engine(
     connection = _join(config)
     say = on_stage or (lambda _: None)
     say(f"resolving {config.model}")
-    source = _dummy(config, progress) if config.load_format == "dummy" else _weights(config, progress)
+    from jaxllm.weights.source import model_identity, open_source  # loads JAX: after the processes have met
+
+    source = open_source(config, progress=progress)
     model_config = read_config(source.hf_config)
     with ThreadPoolExecutor(1) as pool:  # the tokenizer is built while the weights are read
         tokenizer: Future[Tokenizer | None] = pool.submit(_tokenizer, config, source.path)
 
         from jaxllm.engine.engine import Engine
         from jaxllm.kv.offload import add_tiers
+        from jaxllm.runner.compiler import use_compilation_cache
         from jaxllm.runner.memory_check import check_memory, out_of_memory_explained
         from jaxllm.runner.runner import ModelRunner
         from jaxllm.runner.shapes import make_memory, runner_shapes
         from jaxllm.sharding.mesh import Placement, make_mesh
+        from jaxllm.weights.abstract import make_model
 
         use_compilation_cache()
         model = make_model(config, model_config, Placement(make_mesh(config.mesh, offset=config.device_offset), rules))
@@ -77,9 +75,8 @@ def build_engine(
         runner.compiler.prepare()  # programs compile while the weights are read
         say(f"loading {source.path.name if source.path else config.model}")
         with out_of_memory_explained(model, shapes):
-            params = _parameters(config, source, model)
-        generation = source.checkpoint.generation_config if source.checkpoint else {}
-        hf = source.hf_config
+            params = source.parameters(model)
+        hf, generation = source.hf_config, source.generation_config
         del source  # unmaps the files before the cache is allocated
         with out_of_memory_explained(model, shapes):
             runner.start(params)
@@ -113,105 +110,6 @@ def _say_length_scaling(cfg: ModelConfig, longest: int) -> int | None:
             longest, original, original,
         )  # fmt: skip
     return longest
-
-
-def model_identity(config: EngineConfig, hf: dict, path: Path | None, longest: int | None = None) -> str:
-    """What decides the keys and values of given tokens: configuration, weights (by their files) and dtypes.
-
-    `longest` is `max_model_len` where rotary embeddings depend on it. The sharding does not matter: what one mesh has
-    cached, another may read.
-    """
-    from jaxllm.checkpoints import model_files
-
-    files = [] if path is None else model_files(path)
-    stats = [(str(f.relative_to(path.parent)), (s := f.stat()).st_size, s.st_mtime_ns) for f in files if path]
-    seed = config.seed if config.load_format == "dummy" else None
-    facts = (hf, stats, seed, config.dtype, config.kv_dtype, *([] if longest is None else [longest]))
-    name = config.model if path is None else path.name
-    return f"{name} {hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Model:
-    """What a model's name led to; no checkpoint means random weights, no path that there are no files at all."""
-
-    hf_config: dict
-    path: Path | None
-    checkpoint: Checkpoint | None
-
-
-def _weights(config: EngineConfig, progress: bool) -> _Model:
-    from jaxllm.checkpoints import open_checkpoint, resolve_model
-    from jaxllm.families.presets import PRESETS
-    from jaxllm.families.tensor_names import named
-
-    if config.model in PRESETS and not os.path.exists(config.model):
-        raise ValueError(
-            f"{config.model!r} is a configuration without weights; pass a folder, a .gguf file or a Hugging Face id, "
-            "or load_format='dummy' (--load-format dummy) for random weights"
-        )
-    path = resolve_model(config.model, progress=progress)
-    checkpoint = named(open_checkpoint(path))
-    return _Model(checkpoint.config, path, checkpoint)
-
-
-def _parameters(config: EngineConfig, source: _Model, model: AbstractModel) -> Any:
-    from jaxllm.weights.loader import load_parameters, random_parameters
-    from jaxllm.weights.orbax import is_orbax, restore_parameters
-
-    if source.checkpoint is None:
-        return random_parameters(model, config.seed)
-    if is_orbax(source.checkpoint.path):
-        return restore_parameters(model, source.checkpoint.path)
-    return load_parameters(model, source.checkpoint)
-
-
-def _dummy(config: EngineConfig, progress: bool) -> _Model:
-    from jaxllm.checkpoints import resolve_model
-    from jaxllm.families.presets import PRESETS, hf_config
-
-    path = None if config.model in PRESETS else resolve_model(config.model, progress=progress)
-    return _Model(hf_config(config.model), path, None)
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs on disk between processes, unless the user chose a place or none."""
-    import jax
-
-    from jaxllm.checkpoints import cache_home
-
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.values.get("jax_compilation_cache_dir"):
-        return
-    jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
-
-def make_model(config: EngineConfig, model_config: ModelConfig, placement: Placement) -> AbstractModel:
-    """The abstract decoder in the dtype asked for; bfloat16 unless told otherwise."""
-    import jax.numpy as jnp
-
-    from jaxllm.weights.loader import abstract_model
-
-    name = "bfloat16" if config.dtype == "auto" else config.dtype
-    return abstract_model(model_config, placement, jnp.dtype(name), is_packed=_packs(config, placement))
-
-
-def _packs(config: EngineConfig, placement: Placement) -> bool:
-    """Whether the processor's own kernels multiply. Raises ValueError where they are asked for and cannot."""
-    from jaxllm.ops.cpu import ffi
-
-    mesh = placement.mesh
-    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
-        if config.matmul_backend == "llvm":
-            raise ValueError("matmul_backend='llvm' is for one CPU device; use auto or xla")
-        return False
-    if config.matmul_backend == "xla":
-        return False
-    reason = ffi.unavailable()
-    if reason and config.matmul_backend == "llvm":
-        raise ValueError(f"matmul_backend='llvm' cannot run: {reason}; use auto or xla")
-    return not reason
 
 
 def _tokenizer(config: EngineConfig, path: Path | None) -> Tokenizer | None:

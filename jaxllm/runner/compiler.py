@@ -7,6 +7,7 @@ Knows nothing of requests, nor of what the programs are called with.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,10 +15,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
+from jaxllm.checkpoints import cache_home
 from jaxllm.runner.memory_check import out_of_memory_explained
 from jaxllm.runner.programs import ALWAYS, START, Key, all_keys, first_keys, lower
 from jaxllm.runner.shapes import RunnerShapes
-from jaxllm.weights.loader import AbstractModel
+from jaxllm.weights.abstract import AbstractModel
 
 log = logging.getLogger(__name__)
 
@@ -78,3 +80,12 @@ class Compiler:
             self.num_compilations_after_warmup += 1
             log.warning("compiled %s in %.2f s after warm-up: a defect, please report", key, seconds)
         return program
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs on disk between processes, unless the user chose a place or none."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.values.get("jax_compilation_cache_dir"):
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache_home() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -17,7 +17,7 @@ import jax
 from jaxllm.kv.page_programs import device_bytes
 from jaxllm.runner.programs import abstract_state
 from jaxllm.runner.shapes import RunnerShapes
-from jaxllm.weights.loader import AbstractModel
+from jaxllm.weights.abstract import AbstractModel
 
 _LOGITS_BYTES = 8  # per row and vocabulary entry: float32 logits, and what the sampler makes of them
 _WORTH_SAYING = 0.01  # parts below this share of the whole are not listed

@@ -22,7 +22,7 @@ from jaxllm.kv.page_programs import MOVE_BATCH, copy_pages, put_pages, take_page
 from jaxllm.runner import batch as batches
 from jaxllm.runner.shapes import RunnerShapes, make_memory
 from jaxllm.runner.steps import Pages, SlotState, Steps
-from jaxllm.weights.loader import AbstractModel
+from jaxllm.weights.abstract import AbstractModel
 
 Key = tuple[str, int]  # program, bucket
 Inputs = tuple[Any, ...]

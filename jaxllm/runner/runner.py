@@ -33,7 +33,7 @@ from jaxllm.runner.programs import (
 from jaxllm.runner.sampler import Sampled
 from jaxllm.runner.shapes import RunnerShapes, make_memory
 from jaxllm.scheduling.scheduler import IterationPlan
-from jaxllm.weights.loader import AbstractModel
+from jaxllm.weights.abstract import AbstractModel
 
 
 class ModelRunner:

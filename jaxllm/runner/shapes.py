@@ -18,7 +18,7 @@ from jaxllm.kv.memory import KVMemory
 from jaxllm.ops.attention import XLA, AttentionBackend, choose_backend, fit_backend
 from jaxllm.runner.connections import Alone, Connection
 from jaxllm.scheduling.page_pool import PagePool
-from jaxllm.weights.loader import AbstractModel
+from jaxllm.weights.abstract import AbstractModel
 
 _CPU_CACHE_BYTES = 384 << 20  # the default model's longest request; a server sets its own
 _TEMPORARY_BYTES = 1 << 30  # left free on an accelerator for activations and logits

@@ -17,7 +17,7 @@ from jaxllm.kv.page_programs import device_bytes
 from jaxllm.roofline.chips import Chip, chip_of_device, measure_device
 from jaxllm.roofline.cost_model import ModelCost, model_cost
 from jaxllm.telemetry.accounting import Ceilings
-from jaxllm.weights.loader import AbstractModel
+from jaxllm.weights.abstract import AbstractModel
 
 
 def engine_cost(model: AbstractModel, kv_dtype: jnp.dtype) -> ModelCost:

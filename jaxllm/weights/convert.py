@@ -74,7 +74,8 @@ def _to_orbax(checkpoint: Checkpoint, folder: Path, dtype: str, mesh: str, shard
     from jaxllm.families import read_config
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
-    from jaxllm.weights.loader import abstract_model, load_parameters
+    from jaxllm.weights.abstract import abstract_model
+    from jaxllm.weights.loader import load_parameters
     from jaxllm.weights.orbax import is_orbax, restore_parameters, save_parameters
 
     placement = Placement(make_mesh(mesh), load_rules(sharding_rules))
@@ -124,7 +125,7 @@ def _from_orbax(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, np.nd
     from jaxllm.families import family_of, read_config
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
-    from jaxllm.weights.loader import abstract_model
+    from jaxllm.weights.abstract import abstract_model
     from jaxllm.weights.orbax import restore_parameters
 
     placement = Placement(make_mesh("tp=1"), load_rules("replicated"))

@@ -8,10 +8,8 @@ read, and every device's shard is read straight from the slices that it is made 
 from __future__ import annotations
 
 import functools
-import math
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,77 +18,14 @@ import numpy as np
 from flax import nnx
 
 from jaxllm.checkpoints import Checkpoint
-from jaxllm.config import ModelConfig
 from jaxllm.families.registry import Family, family_of
 from jaxllm.families.sources import Box, Source, WeightMap, checkpoint_tensors
 from jaxllm.families.tensor_names import named
-from jaxllm.models.decoder import Decoder
-from jaxllm.sharding.mesh import Placement
-from jaxllm.sharding.rules import check_divides, kv_copies, vocab_padding
-from jaxllm.weights.stored import Storage, aligned_zeros, choose_storage
+from jaxllm.weights.abstract import AbstractModel
+from jaxllm.weights.stored import aligned_zeros
 
 _THREADS = 2  # parameters read at the same time; more only adds to the peak of memory
 _PIECE_ELEMENTS = 1 << 20  # of a tensor handled at a time: what is read fits the processor's cache
-
-
-@dataclass(frozen=True)
-class AbstractModel:
-    """The decoder without values: graph and parameter variables as shapes, both fixed by config and placement."""
-
-    cfg: ModelConfig
-    graph: Any
-    state: Any
-    placement: Placement
-    kv_copies: int
-    vocab_padding: int
-    is_packed: bool = False
-
-    @functools.cached_property
-    def parameters(self) -> Any:
-        """The state as it is kept: arrays or stored matrices, as shapes with shardings."""
-
-        def kept(path: Any, variable: Any) -> Any:
-            return variable.replace(self.storage(variable).abstract(variable.get_value(), shardings[path].get_value()))
-
-        shardings = dict(nnx.to_flat_state(self.shardings()))
-        return nnx.map_state(kept, self.state)
-
-    def storage(self, variable: Any) -> Storage:
-        """How a parameter is kept."""
-        contracted = variable.get_metadata("contracted")
-        return choose_storage(variable.get_value(), contracted, self.placement, use_panels=self.is_packed)
-
-    def shardings(self) -> Any:
-        """NamedShardings in the shape of the state; refuses sizes that do not divide."""
-
-        def place(path: Any, variable: Any) -> Any:
-            dims, shape = variable.get_metadata("dims"), variable.get_value().shape
-            sharding = self.placement.sharding(*dims, parameter=True)
-            name = ".".join(map(str, path))
-            check_divides(name, shape, dims, tuple(sharding.spec), self.placement.sizes)
-            return variable.replace(sharding)
-
-        return nnx.map_state(place, self.state)
-
-    def parameter_bytes_per_device(self) -> int:
-        """Bytes that the parameters will take on each device, as they are kept."""
-        leaves = jax.tree.leaves(self.parameters)
-        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
-
-
-def abstract_model(
-    cfg: ModelConfig, placement: Placement, dtype: jnp.dtype, *, canonical: bool = False, is_packed: bool = False
-) -> AbstractModel:
-    """Shapes of the decoder for this mesh: key/value heads repeated and vocabulary padded where the cut asks for it.
-
-    `canonical` leaves both out: the shapes that do not depend on the mesh. `is_packed` (one CPU alone) keeps matrices
-    in panels, see `jaxllm.weights.stored`; the shapes in `state` stay those of the matrices.
-    """
-    copies = 1 if canonical else kv_copies(cfg, placement.rules, placement.sizes)
-    padding = 0 if canonical else vocab_padding(cfg, placement.rules, placement.sizes)
-    model = nnx.eval_shape(lambda: Decoder(cfg, kv_copies=copies, vocab_padding=padding, dtype=dtype))
-    graph, state = nnx.split(model)
-    return AbstractModel(cfg, graph, state, placement, copies, padding, is_packed)
 
 
 def load_parameters(model: AbstractModel, checkpoint: Checkpoint) -> Any:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.weights.loader import AbstractModel, abstract_model
+from jaxllm.weights.abstract import AbstractModel, abstract_model
 
 FOLDER = "parameters"
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxllm.checkpoints import CheckpointError, model_files, open_checkpoint, resolve_model
 from jaxllm.config import EngineConfig
-from jaxllm.engine.build import model_identity
+from jaxllm.weights.source import model_identity
 
 L, D, V = 2, 64, 40
 

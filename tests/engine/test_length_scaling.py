@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config
 
 from jaxllm import LLM
 from jaxllm.config import EngineConfig
-from jaxllm.engine.build import model_identity
+from jaxllm.weights.source import model_identity
 from tests.helpers.logits import engine_logits
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -65,7 +65,7 @@ def check(model: Any, folder: Path, length: int, caplog: pytest.LogCaptureFixtur
         expected = model(torch.tensor([tokens])).logits[0].numpy()
     with caplog.at_level(logging.WARNING):
         llm = engine(folder, length)
-    np.testing.assert_allclose(engine_logits(llm, tokens), expected, atol=1e-3, rtol=0)
+    np.testing.assert_allclose(engine_logits(llm.engine, tokens), expected, atol=1e-3, rtol=0)
 
 
 def test_pages_on_disk_belong_to_one_choice() -> None:

@@ -94,13 +94,13 @@ def load() -> Callable[..., Loaded]:
     def make(folder: Path, mesh: str = "tp=1", rules: str = "megatron") -> Loaded:
         from jaxllm.checkpoints import open_checkpoint
         from jaxllm.config import EngineConfig
-        from jaxllm.engine.build import make_model
         from jaxllm.engine.engine import Engine
         from jaxllm.families import read_config
         from jaxllm.runner.runner import ModelRunner
         from jaxllm.runner.shapes import runner_shapes
         from jaxllm.sharding.mesh import Placement, make_mesh
         from jaxllm.sharding.rules import load_rules
+        from jaxllm.weights.abstract import make_model
         from jaxllm.weights.loader import load_parameters
 
         config = EngineConfig(

@@ -18,7 +18,8 @@ from jaxllm.checkpoints import open_checkpoint
 from jaxllm.families.registry import read_config
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
-from jaxllm.weights.loader import AbstractModel, abstract_model, load_parameters
+from jaxllm.weights.abstract import AbstractModel, abstract_model
+from jaxllm.weights.loader import load_parameters
 from tests.helpers.dense_attention import dense_context
 
 TOKENS = np.random.default_rng(3).integers(3, VOCAB, 14)

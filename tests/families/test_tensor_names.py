@@ -21,8 +21,9 @@ from jaxllm.families import notices, read_config
 from jaxllm.families.tensor_names import named
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
+from jaxllm.weights.abstract import abstract_model
 from jaxllm.weights.convert import convert
-from jaxllm.weights.loader import abstract_model, load_parameters
+from jaxllm.weights.loader import load_parameters
 from jaxllm.weights.orbax import restore_parameters
 
 Tensors = dict[str, torch.Tensor]

@@ -23,5 +23,5 @@ def engine_logits(engine: Engine, tokens: list[int]) -> np.ndarray:
         chunk = Chunk(request, start, min(most, len(tokens) - start), 0)
         hidden_TD = runner.hidden_states(IterationPlan([chunk]))
         rows.append(np.asarray(head(runner.state.params, hidden_TD))[: chunk.count])
-    engine.pool.free(request.pages)
+    engine.pool.free(pages)
     return np.concatenate(rows)

@@ -13,7 +13,6 @@ import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.build import make_model
 from jaxllm.families.presets import preset
 from jaxllm.kv.memory import write_pages
 from jaxllm.ops.attention import (
@@ -31,6 +30,7 @@ from jaxllm.runner.programs import lower
 from jaxllm.runner.shapes import runner_shapes
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import load_rules
+from jaxllm.weights.abstract import make_model
 
 pytestmark = pytest.mark.optimized
 

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import pytest
 
 from jaxllm.config import EngineConfig
-from jaxllm.engine.build import build_engine, make_model
+from jaxllm.engine.build import build_engine
 from jaxllm.families.presets import model_config
 from jaxllm.runner import memory_check
 from jaxllm.runner.memory_check import needed, out_of_memory_explained, problem_of
 from jaxllm.runner.shapes import runner_shapes
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
+from jaxllm.weights.abstract import make_model
 
 
 def parts_of(mesh: str = "tp=1", preset: str = "gpt2", **settings):

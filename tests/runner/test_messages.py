@@ -8,7 +8,6 @@ import pytest
 
 from jaxllm.config import EngineConfig
 from jaxllm.config.sampling import SamplingParams
-from jaxllm.engine.build import make_model
 from jaxllm.families.presets import model_config
 from jaxllm.runner.batch import Dispatch, lay_out
 from jaxllm.runner.messages import Reset, Stop, WarmUp, decode, encode
@@ -18,6 +17,7 @@ from jaxllm.scheduling.request import Held, Request
 from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
+from jaxllm.weights.abstract import make_model
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from jaxllm.checkpoints import open_checkpoint
-from jaxllm.engine.build import make_model
 from jaxllm.families import read_config
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
+from jaxllm.weights.abstract import make_model
 from jaxllm.weights.convert import convert
 from jaxllm.weights.loader import load_parameters
 from jaxllm.weights.orbax import restore_parameters
@@ -92,7 +92,7 @@ from pathlib import Path
 from jaxllm.config import EngineConfig
 from jaxllm.families import read_config
 from jaxllm.checkpoints import open_checkpoint
-from jaxllm.engine.build import make_model
+from jaxllm.weights.abstract import make_model
 from jaxllm.weights.orbax import restore_parameters
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules

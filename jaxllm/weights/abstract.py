@@ -1,0 +1,103 @@
+"""The decoder without values: which parameters exist on this mesh, with shapes, dims, shardings and how each is kept.
+
+Configuration and placement in; enough out to compile, to plan memory and to say what must be read.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxllm.config import EngineConfig, ModelConfig
+from jaxllm.models.decoder import Decoder
+from jaxllm.ops.cpu import ffi
+from jaxllm.sharding.mesh import Placement
+from jaxllm.sharding.rules import check_divides, kv_copies, vocab_padding
+from jaxllm.weights.stored import Storage, choose_storage
+
+
+@dataclass(frozen=True)
+class AbstractModel:
+    """The decoder without values: graph and parameter variables as shapes, both fixed by config and placement."""
+
+    cfg: ModelConfig
+    graph: Any
+    state: Any
+    placement: Placement
+    kv_copies: int
+    vocab_padding: int
+    is_packed: bool = False
+
+    @functools.cached_property
+    def parameters(self) -> Any:
+        """The state as it is kept: arrays or stored matrices, as shapes with shardings."""
+
+        def kept(path: Any, variable: Any) -> Any:
+            return variable.replace(self.storage(variable).abstract(variable.get_value(), shardings[path].get_value()))
+
+        shardings = dict(nnx.to_flat_state(self.shardings()))
+        return nnx.map_state(kept, self.state)
+
+    def storage(self, variable: Any) -> Storage:
+        """How a parameter is kept."""
+        contracted = variable.get_metadata("contracted")
+        return choose_storage(variable.get_value(), contracted, self.placement, use_panels=self.is_packed)
+
+    def shardings(self) -> Any:
+        """NamedShardings in the shape of the state; refuses sizes that do not divide."""
+
+        def place(path: Any, variable: Any) -> Any:
+            dims, shape = variable.get_metadata("dims"), variable.get_value().shape
+            sharding = self.placement.sharding(*dims, parameter=True)
+            name = ".".join(map(str, path))
+            check_divides(name, shape, dims, tuple(sharding.spec), self.placement.sizes)
+            return variable.replace(sharding)
+
+        return nnx.map_state(place, self.state)
+
+    def parameter_bytes_per_device(self) -> int:
+        """Bytes that the parameters will take on each device, as they are kept."""
+        leaves = jax.tree.leaves(self.parameters)
+        return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def abstract_model(
+    cfg: ModelConfig, placement: Placement, dtype: jnp.dtype, *, canonical: bool = False, is_packed: bool = False
+) -> AbstractModel:
+    """Shapes of the decoder for this mesh: key/value heads repeated and vocabulary padded where the cut asks for it.
+
+    `canonical` leaves both out: the shapes that do not depend on the mesh. `is_packed` (one CPU alone) keeps matrices
+    in panels, see `jaxllm.weights.stored`; the shapes in `state` stay those of the matrices.
+    """
+    copies = 1 if canonical else kv_copies(cfg, placement.rules, placement.sizes)
+    padding = 0 if canonical else vocab_padding(cfg, placement.rules, placement.sizes)
+    model = nnx.eval_shape(lambda: Decoder(cfg, kv_copies=copies, vocab_padding=padding, dtype=dtype))
+    graph, state = nnx.split(model)
+    return AbstractModel(cfg, graph, state, placement, copies, padding, is_packed)
+
+
+def make_model(config: EngineConfig, model_config: ModelConfig, placement: Placement) -> AbstractModel:
+    """The abstract decoder in the dtype asked for; bfloat16 unless told otherwise."""
+    name = "bfloat16" if config.dtype == "auto" else config.dtype
+    return abstract_model(model_config, placement, jnp.dtype(name), is_packed=_use_panels(config, placement))
+
+
+def _use_panels(config: EngineConfig, placement: Placement) -> bool:
+    """Whether the processor's own kernels multiply. Raises ValueError where they are asked for and cannot."""
+    mesh = placement.mesh
+    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
+        if config.matmul_backend == "llvm":
+            raise ValueError("matmul_backend='llvm' is for one CPU device; use auto or xla")
+        return False
+    if config.matmul_backend == "xla":
+        return False
+    reason = ffi.unavailable()
+    if reason and config.matmul_backend == "llvm":
+        raise ValueError(f"matmul_backend='llvm' cannot run: {reason}; use auto or xla")
+    return not reason
