@@ -82,7 +82,7 @@ def build_engine(
             runner.start(params)
         connection.start(runner.obey)  # does not return on any process but the first
         text = tokenizer.result()
-    add_tiers(memory, config, runner, identity)
+    add_tiers(memory, config, runner.host_pages(), identity)
     engine = Engine(runner, memory=memory, eos_token_ids=_eos_token_ids(hf, generation, text), seed=config.seed)
     return BuiltEngine(engine, text, model_config, generation)
 

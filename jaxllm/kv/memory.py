@@ -71,6 +71,12 @@ class KVMemory:
         """Of one page over all layers and the devices that hold it."""
         return device_bytes(self.abstract()) // self.layout.num_pages
 
+    @property
+    def host_page_bytes(self) -> int:
+        """Of one page in this process's host memory: what its own devices hold of it."""
+        mesh = self.placement.mesh
+        return self.page_bytes * len(mesh.local_devices) // mesh.size
+
 
 def write_pages(pages: Any, kv_TK2H: jax.Array, slots_T: jax.Array) -> Any:
     """Write each token's keys and values at its slot (`page * C + offset`), in place when the arrays are donated."""

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.kv.disk_store import DiskStore, PageFormat
+from jaxllm.kv.host_memory import HostMemory
 from jaxllm.kv.layout import PageLayout
 from jaxllm.kv.page_programs import MOVE_BATCH
 from jaxllm.scheduling.tiers import Load, Tiers
@@ -31,16 +32,16 @@ _LEAVING_BYTES = 256 << 20  # on the device, out of their pages and not yet in t
 _WRITES_AHEAD = 64  # slabs that wait for the disk; more are dropped
 
 
-class PageArrays(Protocol):
-    """Who owns the pages on the device."""
+class HostPages(Protocol):
+    """Who owns the pages, seen from the host: see `LocalPages`."""
 
-    def take_pages(self, pages: Sequence[int]) -> list[Any]:
-        """A copy of each page, as slabs on the device."""
-        ...
+    memory: HostMemory
 
-    def put_pages(self, pages: Sequence[int], slabs: Sequence[Any]) -> None:
-        """Write slabs into pages."""
-        ...
+    def bring_down(self, pages: Sequence[int]) -> list[Any]: ...
+
+    def bring_up(self, slab: Any) -> Any: ...
+
+    def put_pages(self, pages: Sequence[int], slabs: Sequence[Any]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -64,21 +65,19 @@ class Mover:
         layout: how keys and values lie in a slab; the disk has them in the logical layout.
     """
 
-    def __init__(self, arrays: PageArrays, tiers: Tiers, slab: Any, disk: DiskStore | None, layout: PageLayout):
+    def __init__(self, arrays: HostPages, tiers: Tiers, slab: Any, disk: DiskStore | None, layout: PageLayout):
         self.disk = disk
         self.num_dropped_writes = 0
         self._arrays, self._tiers = arrays, tiers
         self._layout = layout
         self._structure = jax.tree.structure(slab)
-        self._on_device = jax.tree.map(lambda leaf: leaf.sharding, slab)
-        self._in_host = _in_host(self._on_device)
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="kv-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv-write")
         self._writes: deque[Future[None]] = deque()
         self._rides: list[_Ride] = []
         self._leaving: deque[tuple[float, Any]] = deque()
         self._last_left = 0.0
-        tiers.copy_rate = self._measure(slab)
+        tiers.copy_rate = arrays.memory.copy_rate(tiers.page_bytes)
 
     # On the engine's thread.
 
@@ -143,7 +142,7 @@ class Mover:
             jax.block_until_ready(self._leaving[0][1])
             self._count_left()
         started = time.perf_counter()
-        slabs = [self._to_host(slab) for slab in self._arrays.take_pages([page for page, _ in outs])]
+        slabs = self._arrays.bring_down([page for page, _ in outs])
         for (_, key), slab in zip(outs, slabs, strict=True):
             self._tiers.host.fill(key, slab)
         self._tiers.stats.pages_out += len(outs)
@@ -194,7 +193,7 @@ class Mover:
             return [None] * len(keys), 0.0
         slabs = [self._read(key) if slab is None else slab for key, slab in zip(keys, sources, strict=True)]
         started = time.perf_counter()
-        slabs = [None if slab is None else jax.device_put(slab, self._on_device) for slab in slabs]
+        slabs = [None if slab is None else self._arrays.bring_up(slab) for slab in slabs]
         jax.block_until_ready(slabs)
         return slabs, time.perf_counter() - started
 
@@ -208,19 +207,6 @@ class Mover:
         assert self.disk is not None
         self.disk.write(key, [self._layout.to_logical(np.asarray(leaf)) for leaf in jax.tree.leaves(slab)])
 
-    def _to_host(self, slab: Any) -> Any:
-        return jax.tree.map(np.asarray, slab) if self._in_host is None else jax.device_put(slab, self._in_host)
-
-    def _measure(self, slab: Any) -> float:
-        """Bytes per second down and up again, with a batch of empty pages, the second time."""
-        zeros = [jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), slab)] * MOVE_BATCH
-        jax.block_until_ready(zeros)
-        jax.block_until_ready(jax.device_put([self._to_host(z) for z in zeros], [self._on_device] * MOVE_BATCH))
-        started = time.perf_counter()
-        host = jax.block_until_ready([self._to_host(z) for z in zeros])
-        jax.block_until_ready(jax.device_put(host, [self._on_device] * MOVE_BATCH))
-        return 2 * MOVE_BATCH * self._tiers.page_bytes / (time.perf_counter() - started)
-
 
 def page_format(slab: Any, model: str, layout: PageLayout) -> PageFormat:
     """What a slab looks like on disk."""
@@ -231,14 +217,6 @@ def page_format(slab: Any, model: str, layout: PageLayout) -> PageFormat:
         return layout.to_logical(one).shape, dtype.name
 
     return PageFormat(model, tuple(array(leaf) for leaf in jax.tree.leaves(slab)))
-
-
-def _in_host(shardings: Any) -> Any | None:
-    """The same cut in pinned host memory, or None where the backend has no such memory."""
-    device = next(iter(jax.tree.leaves(shardings)[0].device_set))
-    if "pinned_host" not in [memory.kind for memory in device.addressable_memories()]:
-        return None
-    return jax.tree.map(lambda sharding: sharding.with_memory_kind("pinned_host"), shardings)
 
 
 def _is_ready(slab: Any) -> bool:

@@ -7,12 +7,12 @@ from pathlib import Path
 from jaxllm.config import EngineConfig
 from jaxllm.kv.disk_store import DiskStore
 from jaxllm.kv.memory import KVMemory
-from jaxllm.kv.mover import Mover, PageArrays, page_format
+from jaxllm.kv.mover import Mover, HostPages, page_format
 from jaxllm.scheduling.host_pool import HostPool
 from jaxllm.scheduling.tiers import Tiers
 
 
-def add_tiers(memory: KVMemory, config: EngineConfig, arrays: PageArrays, identity: str) -> None:
+def add_tiers(memory: KVMemory, config: EngineConfig, arrays: HostPages, identity: str) -> None:
     """Put host memory, and a disk, below the pages, where the configuration asks for them.
 
     Args:
@@ -25,9 +25,9 @@ def add_tiers(memory: KVMemory, config: EngineConfig, arrays: PageArrays, identi
         if config.preemption_mode == "swap":
             raise ValueError("preemption_mode='swap' needs room in host memory; set host_kv_bytes")
         return
-    if memory.placement.mesh.is_multi_process:
-        raise ValueError("host_kv_bytes is for one process; leave it out where there are several")
-    slab, page_bytes = memory.slab(), memory.page_bytes
+    if memory.placement.mesh.is_multi_process and config.disk_kv_bytes:
+        raise ValueError("disk_kv_bytes is for one process; leave it out where there are several")
+    slab, page_bytes = memory.slab(), memory.host_page_bytes
     if config.host_kv_bytes < page_bytes:
         raise ValueError(f"host_kv_bytes={config.host_kv_bytes} is less than one page; use at least {page_bytes}")
     disk = None

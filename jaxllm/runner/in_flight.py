@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ class InFlight:
         if not isinstance(self.result, Sampled):
             jax.block_until_ready(self.result)
             return []
-        arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(self.result)]
+        arrays: list[Any] = [np.asarray(leaf) for leaf in jax.tree.leaves(self.result)]
         if not self.plan.is_decode_loop:
             arrays = [a[None] for a in arrays]
         taken = np.cumsum(arrays[0] != IDLE, axis=0).tolist()  # tokens of each row after each step

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxllm.kv.host_memory import HostMemory, LocalPages
 from jaxllm.kv.memory import KVMemory
 from jaxllm.kv.page_programs import MOVE_BATCH
 from jaxllm.runner.batch import Dispatch, lay_out, lay_out_pass, padded_pages
@@ -32,6 +33,7 @@ from jaxllm.runner.programs import (
 )
 from jaxllm.runner.sampler import Sampled
 from jaxllm.runner.shapes import RunnerShapes, make_memory
+from jaxllm.runner.shared_pages import SharedPages, Shelf
 from jaxllm.scheduling.scheduler import IterationPlan
 from jaxllm.weights.abstract import AbstractModel
 
@@ -100,11 +102,14 @@ class ModelRunner:
         return self.execute(Dispatch("pool", len(weights_T), (weights_T,)))
 
     def take_pages(self, pages: Sequence[int]) -> list[Any]:
-        """A copy of each page as it is after what was dispatched so far: slabs, see `jaxllm.kv.page_programs`."""
+        """A copy of each page as it is after what was dispatched so far: slabs, see `jaxllm.kv.page_programs`.
+
+        Other processes are not told; neither are they of `put_pages`. `shared_pages` does.
+        """
         slabs: list[Any] = []
         for i in range(0, len(pages), MOVE_BATCH):
             batch = pages[i : i + MOVE_BATCH]
-            slabs += self.execute(Dispatch("take", MOVE_BATCH, (padded_pages(batch),)))[: len(batch)]
+            slabs += self._run(Dispatch("take", MOVE_BATCH, (padded_pages(batch),)))[: len(batch)]
         return slabs
 
     def put_pages(self, pages: Sequence[int], slabs: Sequence[Any]) -> None:
@@ -112,7 +117,7 @@ class ModelRunner:
         for i in range(0, len(pages), MOVE_BATCH):
             batch = list(slabs[i : i + MOVE_BATCH])
             batch += batch[:1] * (MOVE_BATCH - len(batch))
-            self.execute(Dispatch("put", MOVE_BATCH, (padded_pages(pages[i : i + MOVE_BATCH]), batch)))
+            self._run(Dispatch("put", MOVE_BATCH, (padded_pages(pages[i : i + MOVE_BATCH]), batch)))
 
     def _execute_all(self, dispatches: Iterable[Dispatch]) -> Any:
         output = None
@@ -146,7 +151,18 @@ class ModelRunner:
             self.compiler.warm_up(message.groups)
         elif isinstance(message, Reset):
             self._allocate()
+        elif not isinstance(message, Stop):
+            self._shelf.obey(message)
         return not isinstance(message, Stop)
+
+    @functools.cached_property
+    def _shelf(self) -> Shelf:
+        return Shelf(self, HostMemory(self.memory.slab()))
+
+    def host_pages(self) -> LocalPages | SharedPages:
+        """The pages as whoever moves them to the host and back sees them."""
+        memory = HostMemory(self.memory.slab())
+        return LocalPages(self, memory) if self._announce is None else SharedPages(self, memory, self._announce)
 
     @functools.cached_property
     def _structure(self) -> Structure:

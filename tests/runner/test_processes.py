@@ -22,6 +22,7 @@ from tests.server.live import free_port, wait_until_healthy
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--dtype", "float32", "--max-model-len", "64", "--max-num-seqs", "4", "--max-num-batched-tokens", "64"]
+EIGHT_PAGES = 8 * 16 * 3 * 16 * 2 * 4  # pages of 16 tokens, 3 heads of 16, key and value, float32, one layer
 READS_PROC = pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
 
 
@@ -69,9 +70,10 @@ def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serving(routed) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Three processes that serve a routed model, and their address."""
+    """Three processes that serve a routed model with little cache and a host tier, and their address."""
     port = free_port()
-    launcher = launch(3, "serve", "--model", str(routed), "--mesh", "tp=3", "--port", str(port), "--no-warm-up", *SMALL)
+    command = ["serve", "--model", str(routed), "--mesh", "tp=3", "--port", str(port), "--no-warm-up", *SMALL]
+    launcher = launch(3, *command, "--kv-cache-memory-bytes", str(EIGHT_PAGES), "--host-kv-bytes", "1000000")
     with launcher:
         read_until(launcher, "serving")
         wait_until_healthy(f"http://127.0.0.1:{port}")
@@ -94,12 +96,17 @@ def test_three_processes_serve_a_routed_model_until_one_is_lost(serving, routed)
     names = json.load(urllib.request.urlopen(f"{url}/v1/models", timeout=60))["data"][0]["id"]
     greedy = complete(url, model=names, temperature=0)
     drawn = complete(url, model=names, temperature=1.0, seed=7, n=2)
+    long = [complete(url, model=names, temperature=0, prompt=letter * 40) for letter in "abca"]  # b and c push a out
+    figures = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
     started = time.monotonic()
     os.kill(pids(launcher)[2], signal.SIGKILL)
     _, err = launcher.communicate(timeout=30)
     assert time.monotonic() - started < 15
     assert launcher.returncode not in (0, 130)
     assert "process 2 is gone" in err
+    assert long[0] == long[3] and len({*map(str, long)}) == 3
+    assert any("host" in line and "hit" in line and float(line.split()[-1]) > 0 for line in figures.splitlines()
+               if not line.startswith("#"))  # fmt: skip
 
     alone = LLM(
         str(routed), mesh="tp=3", dtype="float32", max_model_len=64, max_num_seqs=4, max_num_batched_tokens=64,
