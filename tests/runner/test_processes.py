@@ -96,7 +96,7 @@ def test_three_processes_serve_a_routed_model_until_one_is_lost(serving, routed)
     names = json.load(urllib.request.urlopen(f"{url}/v1/models", timeout=60))["data"][0]["id"]
     greedy = complete(url, model=names, temperature=0)
     drawn = complete(url, model=names, temperature=1.0, seed=7, n=2)
-    long = [complete(url, model=names, temperature=0, prompt=letter * 40) for letter in "abca"]  # b and c push a out
+    long = [complete(url, model=names, temperature=0, prompt=letter * 40) for letter in "abcdefa"]  # the others push a out
     figures = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
     started = time.monotonic()
     os.kill(pids(launcher)[2], signal.SIGKILL)
@@ -104,7 +104,7 @@ def test_three_processes_serve_a_routed_model_until_one_is_lost(serving, routed)
     assert time.monotonic() - started < 15
     assert launcher.returncode not in (0, 130)
     assert "process 2 is gone" in err
-    assert long[0] == long[3] and len({*map(str, long)}) == 3
+    assert long[0] == long[-1] and len({*map(str, long)}) > 3
     assert any("host" in line and "hit" in line and float(line.split()[-1]) > 0 for line in figures.splitlines()
                if not line.startswith("#"))  # fmt: skip
 
