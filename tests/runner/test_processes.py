@@ -96,7 +96,8 @@ def test_three_processes_serve_a_routed_model_until_one_is_lost(serving, routed)
     names = json.load(urllib.request.urlopen(f"{url}/v1/models", timeout=60))["data"][0]["id"]
     greedy = complete(url, model=names, temperature=0)
     drawn = complete(url, model=names, temperature=1.0, seed=7, n=2)
-    long = [complete(url, model=names, temperature=0, prompt=letter * 40) for letter in "abcdefa"]  # the others push a out
+    # Between the first and the last the others push out what was cached for it.
+    long = [complete(url, model=names, temperature=0, prompt=letter * 40) for letter in "abcdefa"]
     figures = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
     started = time.monotonic()
     os.kill(pids(launcher)[2], signal.SIGKILL)
