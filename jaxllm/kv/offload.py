@@ -7,7 +7,7 @@ from pathlib import Path
 from jaxllm.config import EngineConfig
 from jaxllm.kv.disk_store import DiskStore
 from jaxllm.kv.memory import KVMemory
-from jaxllm.kv.mover import Mover, HostPages, page_format
+from jaxllm.kv.mover import HostPages, Mover, page_format
 from jaxllm.scheduling.host_pool import HostPool
 from jaxllm.scheduling.tiers import Tiers
 
