@@ -182,18 +182,19 @@ class BeamSearch:
 
     def lost(self, beam: _Beam, error: Exception | None) -> None:
         """A beam's request has ended; where the search did not want that, it ends too."""
-        if beam in self._beams and not self.finished:
+        if beam in self._beams:
             self._stop(error or EngineError("the engine failed while it worked on this search"))
 
     def _stop(self, error: Exception | None) -> None:
-        if self.finished:
-            return
-        beams, self._beams = self._beams, []
-        self.error, self.finished = error, True
-        for beam in beams:
-            self._drop(beam)
-        if self.notify is not None:
-            self.notify(self, None)
+        """End the search, and every request of it, however many of them it knows: a fork may have been cut off."""
+        if not self.finished:
+            self.error, self._beams, self.finished = error, [], True
+        for request in self.jobs.engine.unfinished:
+            if isinstance(request.listener, _Beam) and request.listener.search is self:
+                self.jobs.engine.finish(request, Ending("abort"))
+        notify, self.notify = self.notify, None
+        if notify is not None:
+            notify(self, None)
 
     def _drop(self, beam: _Beam) -> None:
         if beam.request is not None:

@@ -234,6 +234,8 @@ class Order:
         nothing_is_left(self.llm.engine)
 
 
+# Where an interrupt strikes while a generator is closed, the interpreter itself drops it and says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("chunk", range(NUM_ORDERS // 20))
 def test_any_order_of_calls_failures_and_interrupts_is_survived(fake, oracle, monkeypatch, chunk):
     struck = []
@@ -251,6 +253,7 @@ def test_any_order_of_calls_failures_and_interrupts_is_survived(fake, oracle, mo
     assert len(set(struck)) > 10, "interrupts that strike nowhere prove nothing"
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_without_recovery_an_interrupt_leaves_an_engine_that_is_wrong_or_stuck(fake, oracle, monkeypatch):
     """The property above can fail."""
     monkeypatch.setattr("jaxllm.engine.exclusive.Exclusive._make_sound", lambda self: None)
