@@ -198,3 +198,29 @@ def test_padding_written_to_page_0_leaves_the_other_pages_alone():
     kv_TK2H = rng.standard_normal((9, 3, 2, 8)).astype(np.float32)
     written = np.asarray(jax.jit(write_pages)(pages, kv_TK2H, np.zeros(9, np.int32)))
     np.testing.assert_array_equal(written[1:], pages[1:])
+
+
+def with_nan(batch: Batch, rng: np.random.Generator, bad_row: int) -> Batch:
+    """NaN wherever the cache holds nobody's keys and values, and in some place of those of one row."""
+    pages = np.where(np.isin(batch.pages_P2CKH, [GARBAGE, -GARBAGE, 1.0]), np.nan, batch.pages_P2CKH)
+    position, page_size = int(rng.integers(len(batch.kv_L2KH[bad_row]))), pages.shape[2]
+    page = batch.rows.page_table[bad_row, position // page_size]
+    pages[page, int(rng.integers(2)), position % page_size] = np.nan
+    return replace(batch, pages_P2CKH=pages.astype(np.float32))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"C{s.page_size}-K{s.kv_heads}-G{s.groups}-T{s.tokens}")
+def test_what_is_not_finite_stays_in_its_row_and_is_not_seen_where_nobody_looks(shape):
+    attention, rng = shape.attention(), np.random.default_rng(shape.page_size + 1)
+    for number in range(8):
+        batch = random_batch(rng, shape)
+        lengths = [len(kv) * int(q > 0) for kv, q in zip(batch.kv_L2KH, batch.rows.q_len, strict=False)]
+        if not any(lengths):
+            continue
+        bad = int(np.argmax(lengths))
+        batch = replace(with_nan(batch, rng, bad))
+        out, expected = np.asarray(attention(batch.q_TKGH, batch.pages_P2CKH, batch.rows)), dense(batch, shape.scale)
+        start, count = batch.rows.q_start[bad], batch.rows.q_len[bad]
+        assert np.isnan(out[start + count - 1]).any(), f"case {number}: the last query sees everything of its row"
+        others = np.r_[0:start, start + count : len(out)]
+        np.testing.assert_allclose(out[others], expected[others], atol=2e-5, rtol=0)

@@ -327,36 +327,45 @@ def _attend_block(tile: _Tile, c: _Static, masked: bool, j: jax.Array, state: An
     block = _Block.of(tile, c, j)
     keys = [block.load(0, part) for part in c.parts]
     s_XS = functools.reduce(jnp.add, [c.dot(q, key, 1) for q, key in zip(tile.q_parts, keys, strict=True)])
-    s_XS = _scores(tile, c, block, s_XS, position_S if masked else None)
+    seen_XS = _seen(tile, c, position_S) if masked else None
+    s_XS = _scores(c, block, s_XS, seen_XS)
 
     top, total, values = state
     new_top = jnp.maximum(top, jnp.max(s_XS, axis=1))
     p_XS, keep = jnp.exp2(s_XS - new_top[:, None]), jnp.exp2(top - new_top)
     total = total * keep + jnp.sum(p_XS, axis=1)
     half = 0 if c.spec.value_width is not None else 1
-    if (scale_S := block.scales(half)) is not None:
+    loaded = keys if half == 0 else [block.load(1, part) for part in c.value_parts]
+    scale_S = block.scales(half)
+    if seen_XS is not None:  # what nobody sees may be anything, and 0 times NaN is NaN
+        is_seen_S = jnp.max(jnp.where(seen_XS & tile.is_real_X[:, None], 1, 0), axis=0) > 0
+        loaded = [jnp.where(is_seen_S[:, None], value, 0.0).astype(c.dtype) for value in loaded]
+        scale_S = None if scale_S is None else jnp.where(is_seen_S, scale_S, 0.0)
+    if scale_S is not None:
         p_XS = p_XS * scale_S[None, :]
     p_XS = p_XS.astype(c.dtype)
-    loaded = keys if half == 0 else [block.load(1, part) for part in c.value_parts]
     new = [value * keep[:, None] + c.dot(p_XS, v, 0) for value, v in zip(values, loaded, strict=False)]
     return new_top, total, tuple(new)
 
 
-def _scores(tile: _Tile, c: _Static, block: _Block, s_XS: jax.Array, position_S: jax.Array | None) -> jax.Array:
-    """Scaled, soft-capped and masked, as exponents of two."""
+def _seen(tile: _Tile, c: _Static, position_S: jax.Array) -> jax.Array:
+    """Which queries see which keys."""
+    sees_X = tile.sees + tile.nth_X
+    seen_XS = position_S[None, :] < sees_X[:, None]
+    if c.spec.window is not None:
+        seen_XS &= position_S[None, :] >= (sees_X - c.spec.window)[:, None]
+    return seen_XS
+
+
+def _scores(c: _Static, block: _Block, s_XS: jax.Array, seen_XS: jax.Array | None) -> jax.Array:
+    """Scaled, soft-capped and masked (None: all are seen), as exponents of two."""
     if (scale_S := block.scales(0)) is not None:
         s_XS = s_XS * scale_S[None, :]
     if (cap := c.spec.softcap) is not None:
         s_XS = (cap * _LOG2E) * jnp.tanh(s_XS * (c.spec.scale / cap))
     else:
         s_XS = s_XS * (c.spec.scale * _LOG2E)
-    if position_S is None:
-        return s_XS
-    sees_X = tile.sees + tile.nth_X
-    seen_XS = position_S[None, :] < sees_X[:, None]
-    if c.spec.window is not None:
-        seen_XS &= position_S[None, :] >= (sees_X - c.spec.window)[:, None]
-    return jnp.where(seen_XS, s_XS, _MASKED)
+    return s_XS if seen_XS is None else jnp.where(seen_XS, s_XS, _MASKED)
 
 
 @dataclass(frozen=True, slots=True)

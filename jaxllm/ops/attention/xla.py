@@ -149,15 +149,18 @@ class _Blocks:
 
         return dequantize(rows_of(self.values), None if self.scales is None else rows_of(self.scales))
 
+    def seen(self, first: jax.Array, last: jax.Array) -> jax.Array:
+        """Which keys `[..., S]` are seen by any query whose `visible` lies from `first` to `last`, `[..., 1]`."""
+        position = jnp.arange(self.span)
+        if self.spec.window is None:
+            return position < last
+        return (position < last) & (position >= first - self.spec.window)
+
     def score(self, scores: jax.Array, visible: jax.Array) -> jax.Array:
         """Soft-cap the scores `[..., S]` and mask what a query does not see; `visible [..., 1]`."""
         if (cap := self.spec.softcap) is not None:
             scores = cap * jnp.tanh(scores / cap)
-        position = jnp.arange(self.span)
-        seen = position < visible
-        if self.spec.window is not None:
-            seen &= position >= visible - self.spec.window
-        return jnp.where(seen, scores, _MASKED)
+        return jnp.where(self.seen(visible, visible), scores, _MASKED)
 
 
 def _attend_rows(blocks: _Blocks, q_WKGH: jax.Array, page_ids: jax.Array, visible: jax.Array) -> Partial:
@@ -177,6 +180,7 @@ def _attend_rows(blocks: _Blocks, q_WKGH: jax.Array, page_ids: jax.Array, visibl
     """
     w, k, g, h = q_WKGH.shape
     keys, values = (x.reshape(w, blocks.span, -1) for x in blocks.gather(page_ids))
+    values = jnp.where(blocks.seen(visible, visible)[..., None], values, 0)  # 0 times what was left there is NaN
     own = jnp.eye(k, dtype=keys.dtype)[:, None, :, None]
     q = ((q_WKGH * blocks.spec.scale).astype(keys.dtype)[:, :, :, None] * own).reshape(w, k * g, k * h)
     s_WXS = jnp.einsum("WXD,WSD->WXS", q, keys, preferred_element_type=jnp.float32)
@@ -188,15 +192,18 @@ def _attend_rows(blocks: _Blocks, q_WKGH: jax.Array, page_ids: jax.Array, visibl
     return top.reshape(w, k, g), jnp.sum(p, axis=-1).reshape(w, k, g), out
 
 
-def _attend_tile(blocks: _Blocks, q_KXH: jax.Array, page_ids: jax.Array, visible: jax.Array) -> Partial:
+def _attend_tile(
+    blocks: _Blocks, q_KXH: jax.Array, page_ids: jax.Array, visible: jax.Array, last: jax.Array
+) -> Partial:
     """Attend a tile of queries of one row to one block: as `_attend_rows`, with `[B]` pages.
 
     The queries come scaled and with the heads in front, X = Q*G, and so do results and `visible` `[X]`: nothing of
-    the size of the scores is ever transposed.
+    the size of the scores is ever transposed. `last` is what the row's own last query of the tile sees.
 
     Returns maximum and sum `[K, X]`, values `[K, X, H]`, float32.
     """
     keys_SKH, values_SKH = blocks.gather(page_ids)
+    values_SKH = jnp.where(blocks.seen(visible[:1], last)[:, None, None], values_SKH, 0)  # as in `_attend_rows`
     s_KXS = jnp.einsum("KXH,SKH->KXS", q_KXH, keys_SKH, preferred_element_type=jnp.float32)
     s_KXS = blocks.score(s_KXS, visible[:, None])
     top = jnp.max(s_KXS, axis=-1)
@@ -232,7 +239,8 @@ def _tiles(
         page_ids = _take(blocks.table, row)
 
         def attend_block(j: jax.Array, state: Partial) -> Partial:
-            return _merge(state, _attend_tile(blocks, q, _take(page_ids, j), sees - j * blocks.span))
+            begin = j * blocks.span
+            return _merge(state, _attend_tile(blocks, q, _take(page_ids, j), sees - begin, last - begin))
 
         state = _nothing((k, tile * g), h)
         state = jax.lax.fori_loop(blocks.first(sees[0]), -(-last // blocks.span), attend_block, state)
@@ -262,7 +270,11 @@ def _merge_items(state: Partial, part: Partial, row_W: jax.Array) -> Partial:
     keep, weight = jnp.exp(state[0] - top), onehot_RW.astype(jnp.float32)
     factor = jnp.exp(part[0] - _take(top, row_W))
     values_and_sum = jnp.concatenate([part[2], part[1][..., None]], axis=-1) * factor[..., None]
+    # A product with zeros would spread what is not finite in one row over all of them.
+    is_bad_W = ~jnp.isfinite(values_and_sum).all(axis=(1, 2, 3))
+    values_and_sum = jnp.where(is_bad_W[:, None, None, None], 0.0, values_and_sum)
     total = jnp.einsum("RW,WKGX->RKGX", weight, values_and_sum, precision="highest")
+    total = jnp.where((onehot_RW & is_bad_W).any(axis=1)[:, None, None, None], jnp.nan, total)
     return top, state[1] * keep + total[..., -1], state[2] * keep[..., None] + total[..., :-1]
 
 
