@@ -126,7 +126,8 @@ class _Completion:
         job.heard(delta)
         if delta.finish_reason is None:
             return None
-        return Ending(delta.finish_reason, delta.stop_reason, ending.error if ending else None)
+        error = ending.error if ending is not None and delta.finish_reason == ending.reason else None
+        return Ending(delta.finish_reason, delta.stop_reason, error)  # a stop string may have come before the error
 
     def end(self, request: Request) -> None:
         if self.builder.output.finish_reason is None:

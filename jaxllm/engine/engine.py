@@ -291,7 +291,6 @@ class Engine:
         is_finite = not tokens or tokens[-1] != NOT_FINITE
         if not is_finite:
             tokens.pop()
-            self.num_not_finite += 1
         self.scheduler.append_tokens(request, tokens, chunk.num_samples)
         ending = _ending(request, tokens) if is_finite else Ending("abort", error=NotFinite())
         if request.listener is not None:
@@ -303,6 +302,7 @@ class Engine:
         if ending is None:
             request.num_delivered = len(request.token_ids)
         else:
+            self.num_not_finite += isinstance(ending.error, NotFinite)
             self.finish(request, ending, publish=is_finite)
         return NewTokens(request, tokens, sampled)
 

@@ -54,6 +54,8 @@ class Measured(Protocol):
     def accounting(self) -> Accounting: ...
     @property
     def memory(self) -> KVMemory: ...
+    @property
+    def num_not_finite(self) -> int: ...
 
 
 def get_metrics(engine: Measured) -> dict[str, object]:
@@ -84,6 +86,8 @@ def _queues(engine: Measured) -> Iterator[Figure]:
     yield Figure("num_requests_running", "gauge", "Requests in the batch.", len(scheduler.running))
     yield Figure("num_requests_waiting", "gauge", "Requests accepted but not running.", scheduler.num_waiting)
     yield Figure("num_preemptions", "counter", "Requests pushed out of the batch.", scheduler.num_preemptions)
+    failed = engine.num_not_finite
+    yield Figure("requests_not_finite", "counter", "Requests that ended over NaN or infinite numbers.", failed)
     yield Figure("kv_cache_usage_perc", "gauge", "Share of pages in use, 0 to 1.", 1 - pool.num_free / pool.num_usable)
     yield Figure("prefix_cache_queries", "counter", "Prompt tokens looked up.", queried)
     yield Figure("prefix_cache_hits", "counter", "Prompt tokens found.", hits)
