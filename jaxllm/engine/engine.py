@@ -153,6 +153,7 @@ class Engine:
             raise ValueError(f"request_id={request_id!r} is already in use; give every request its own")
         number = next(self._counter)
         stops = (*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.eos_token_ids))
+        seed = params.seed if seed is None else seed
         return Request(
             request_id=self._free_name(number) if request_id is None else request_id,
             token_ids=list(token_ids),

@@ -115,16 +115,19 @@ class FakeRunner:
         """The chunk's tokens stand for their hidden states."""
         self._trip()
         (chunk,) = plan.chunks
-        return np.array(chunk.request.token_ids[chunk.start : chunk.start + chunk.count], np.int32)
+        self._hidden = np.array(chunk.request.token_ids[chunk.start : chunk.start + chunk.count], np.int32)
+        return self._hidden
 
-    def score(self, hidden_TD: np.ndarray, targets_T: np.ndarray) -> Sampled:
+    def score(self, targets_T: np.ndarray) -> Sampled:
         """As if each token's probability depended on itself and the one before."""
+        hidden_TD = self._hidden
         values = -np.abs(hidden_TD - targets_T).astype(np.float32)
         values[hidden_TD == POISON] = np.nan
         tops = np.tile(np.arange(MAX_LOGPROBS, dtype=np.int32), (len(values), 1))
         return Sampled(targets_T, values, tops, np.zeros(tops.shape, np.float32))  # type: ignore[arg-type]
 
-    def pool(self, hidden_TD: np.ndarray, weights_T: np.ndarray) -> np.ndarray:
+    def pool(self, weights_T: np.ndarray) -> np.ndarray:
         """Two numbers per token, weighted."""
+        hidden_TD = self._hidden
         vector = np.stack([hidden_TD, hidden_TD**2]).astype(np.float32) @ weights_T[: len(hidden_TD)]
         return vector * np.nan if POISON in hidden_TD else vector
