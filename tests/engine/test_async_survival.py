@@ -176,7 +176,7 @@ def test_a_thread_that_dies_ends_what_runs_waits_and_comes(fake, monkeypatch):
 
 
 def _stream(llm: AsyncLLM) -> Any:
-    from jaxllm.engine.async_llm import Stream
+    from jaxllm.entrypoints.async_llm import Stream
 
     return Stream(llm, [], 1, 1)
 

@@ -256,7 +256,7 @@ def test_any_order_of_calls_failures_and_interrupts_is_survived(fake, oracle, mo
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_without_recovery_an_interrupt_leaves_an_engine_that_is_wrong_or_stuck(fake, oracle, monkeypatch):
     """The property above can fail."""
-    monkeypatch.setattr("jaxllm.engine.exclusive.Exclusive._make_sound", lambda self: None)
+    monkeypatch.setattr("jaxllm.entrypoints.exclusive.Exclusive._make_sound", lambda self: None)
     failed = 0
     for seed in range(12):
         order = Order(fake.make(LLM, monkeypatch, {}), oracle, random.Random(seed))

@@ -39,7 +39,8 @@ class FakeModel:
         self.model = make_model(config, self.config, Placement(make_mesh("tp=1"), load_rules("megatron")))
         self.shapes = RunnerShapes(
             max_num_seqs=4, max_num_batched_tokens=16, max_model_len=120, num_pages=60, page_size=4,
-            vocab_size=VOCAB_SIZE, token_buckets=(16,), row_buckets=(4,), max_decode_steps=4, kv_dtype=jnp.dtype("float32"), residual_dtype=jnp.dtype("float32"),
+            vocab_size=VOCAB_SIZE, token_buckets=(16,), row_buckets=(4,), max_decode_steps=4,
+            kv_dtype=jnp.dtype("float32"), residual_dtype=jnp.dtype("float32"),
         )  # fmt: skip
 
     def engine(self, **shapes: Any) -> BuiltEngine:
@@ -50,5 +51,5 @@ class FakeModel:
     def make(self, kind: type[T], monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any], **kwargs: Any) -> T:
         """An `LLM` or `AsyncLLM` of its own."""
         with monkeypatch.context() as patch:
-            patch.setattr("jaxllm.engine.frontend.build_engine", lambda *_, **__: self.engine(**sizes))
+            patch.setattr("jaxllm.entrypoints.frontend.build_engine", lambda *_, **__: self.engine(**sizes))
             return kind("fake", use_tqdm=False, **kwargs)

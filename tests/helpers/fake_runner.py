@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxllm.config.sampling import MAX_LOGPROBS
 from jaxllm.runner.sampler import NOT_FINITE, Sampled
-from jaxllm.runner.shapes import RunnerShapes
+from jaxllm.runner.shapes import RunnerShapes, make_memory
 from jaxllm.scheduling.request import Request
 from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 from tests.helpers.fake_device import FakeDevice, next_token
@@ -71,9 +71,8 @@ class FakeRunner:
     """See the module. `fail_in` counts calls of the device down to the one that raises."""
 
     def __init__(self, model: Any, shapes: RunnerShapes):
-        self.model, self.shapes = model, shapes
+        self.model, self.shapes, self.memory = model, shapes, make_memory(model, shapes)
         self.num_compilations = self.num_compilations_after_warmup = 0
-        self.page_bytes = 1
         self.fail_in = self.fail_resets = 0
         self.num_failures = 0
         self.reset()
