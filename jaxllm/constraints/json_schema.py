@@ -101,6 +101,7 @@ class _Preparation:
         rewrites.enumerate_unique_items(out, self.deref)
         rewrites.name_properties(out)
         rewrites.bound_integers(out)
+        rewrites.bound_numbers(out)
         if isinstance(out.get("unevaluatedProperties"), bool):  # closed objects have no such keys
             out.pop("unevaluatedProperties", None)
         for name in _NOT_ENFORCED:

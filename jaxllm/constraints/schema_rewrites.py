@@ -12,6 +12,8 @@ from typing import Any
 
 _MOST_VALUES = 256  # integers written out in place of a range
 _MOST_UNIQUE = 4  # values whose orders are all written out: 65 arrays
+_LISTED = frozenset(("enum", "const", "multipleOf"))
+_LARGEST, _FINEST = 10**15, 1e-9  # of numbers that are not bounded otherwise
 _INT32 = 2**31
 _INT64 = 10**18  # the most that fits, in digits: the compiler counts in 64 bits itself
 
@@ -111,7 +113,7 @@ def name_properties(schema: dict[str, Any]) -> None:
 
 def bound_integers(schema: dict[str, Any]) -> None:
     """OpenAPI's `int32` and `int64` as the bounds that they mean; other integers get 64 bits, so that they end."""
-    if schema.get("type") != "integer" or {"enum", "const", "multipleOf"} & set(schema):
+    if schema.get("type") != "integer" or _LISTED & set(schema):
         return
     size = _INT32 if schema.pop("format", None) == "int32" else _INT64
     low, high = (_number(schema, f"{end}imum", f"exclusive{end.title()}imum") for end in ("min", "max"))
@@ -119,6 +121,21 @@ def bound_integers(schema: dict[str, Any]) -> None:
         schema["minimum"] = -size
     if high is None and (low is None or low < size - 1):
         schema["maximum"] = size - 1
+
+
+def bound_numbers(schema: dict[str, Any]) -> None:
+    """Numbers get so many digits before and behind the point, so that they end; written without an exponent."""
+    kinds = schema.get("type")
+    if "number" not in (kinds if isinstance(kinds, list) else [kinds]) or _LISTED & set(schema):
+        return
+    low, high = (_number(schema, f"{end}imum", f"exclusive{end.title()}imum") for end in ("min", "max"))
+    if any(bound and not _FINEST * 1000 <= abs(bound) < _LARGEST for bound in (low, high)):
+        return
+    schema["multipleOf"] = _FINEST
+    if low is None:
+        schema["minimum"] = -_LARGEST
+    if high is None:
+        schema["maximum"] = _LARGEST
 
 
 def _number(schema: dict[str, Any], *names: str) -> float | None:

@@ -108,3 +108,28 @@ def test_size_and_depth_are_bounded():
     defs = {f"n{i}": {"allOf": [{"$ref": f"#/$defs/n{i + 1}"}] * 3} for i in range(20)}
     with pytest.raises(ValueError, match="parts"):
         prepare({"$ref": "#/$defs/n0", "$defs": {**defs, "n20": {"type": "object", "properties": {"a": {}}}}})
+
+
+NUMBERS = [
+    ({"type": "number"}, ["0", "-1.5", "12345.678", "0.123456789"], ["1.1111111111", "1.0000000000", "3" * 30, "1e5"]),
+    ({"type": "integer"}, ["0", "-7", "9" * 18], ["9" * 19, "1.0"]),
+    ({"type": ["number", "null"], "minimum": 0, "maximum": 1}, ["0.5", "1", "null"], ["0.33333333333", "2"]),
+    ({"type": "number", "maximum": 1e-12, "minimum": 0}, ["0.0000000000005"], ["1"]),
+]
+
+
+@pytest.mark.parametrize(("schema", "fit", "do_not"), NUMBERS)
+def test_numbers_end(schema, fit, do_not):
+    from llguidance import LLTokenizer
+
+    prepared, ignored = prepare(schema)
+    assert not ignored
+    tokenizer = LLTokenizer("byte")
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(prepared))
+
+    def is_whole(text: str) -> bool:
+        matcher = LLMatcher(tokenizer, grammar)
+        return matcher.try_consume_tokens(list(text.encode())) == len(text) and matcher.is_accepting()
+
+    assert [text for text in fit if not is_whole(text)] == []
+    assert [text for text in do_not if is_whole(text)] == []
