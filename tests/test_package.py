@@ -14,15 +14,22 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.import_graph import circles, import_graph, room
+from tests.helpers.patience import patience
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxllm"
+LIMIT = patience(120)
 ARRAYS = {"jax", "jaxlib", "flax", "numpy", "ml_dtypes"}
 
 
 def python(code: str, *, cwd: Path = ROOT, **environment: str) -> str:
     process = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=patience(120),
     )
     assert process.returncode == 0, process.stderr
     return process.stdout
@@ -122,7 +129,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.fail("hatchling is needed to build the wheel: pip install -e '.[test]'")
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
     assert process.returncode == 0, process.stderr
     (file,) = folder.glob("jaxllm-*.whl")
     return file
@@ -143,7 +150,7 @@ def test_installed_wheel_finds_its_rules_far_from_the_checkout(wheel, tmp_path):
     elsewhere.mkdir()
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--quiet", "--target", str(target)]
     environment = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore"}
-    process = subprocess.run([*command, str(wheel)], env=environment, capture_output=True, text=True, timeout=120)
+    process = subprocess.run([*command, str(wheel)], env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert process.returncode == 0, process.stderr
     code = (
         "import json, sys\n"

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.helpers.patience import patience
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.py"
 FULL = os.environ.get("JAXLLM_FULL_TESTS") == "1"
@@ -29,7 +31,7 @@ runpy.run_path(SCRIPT, run_name="__main__")
 
 def test_engine_part_runs_where_nothing_but_jax_and_flax_is_installed():
     code = f"SCRIPT = {str(SCRIPT)!r}\n{WITHOUT_PACKAGES}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=patience(300))
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["phase"] for row in rows] == ["decode", "decode", "prefill"]
@@ -39,7 +41,7 @@ def test_engine_part_runs_where_nothing_but_jax_and_flax_is_installed():
 def test_parts_write_one_report_and_a_part_out_of_time_is_skipped_and_said(tmp_path):
     parts = ["ceilings", "kernels", "attention", "engine", "engine8", "peer"] if FULL else ["ceilings", "kernels"]
     command = [sys.executable, str(SCRIPT), "--tiny", "--out", str(tmp_path), "--budget", "300", "--parts", *parts]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(1500))
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     assert list(report["parts"]) == parts
@@ -48,5 +50,5 @@ def test_parts_write_one_report_and_a_part_out_of_time_is_skipped_and_said(tmp_p
     assert "worst error" in (tmp_path / "gpu_check.md").read_text()
 
     command = [sys.executable, str(SCRIPT), "--tiny", "--out", str(tmp_path), "--budget", "0.2", "--parts", "peer"]
-    subprocess.run(command, capture_output=True, timeout=300)
+    subprocess.run(command, capture_output=True, timeout=patience(300))
     assert "* peer: stopped after its 0.2 s" in (tmp_path / "gpu_check.md").read_text()

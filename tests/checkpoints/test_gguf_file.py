@@ -16,6 +16,7 @@ from jaxllm.checkpoints import CheckpointError
 from jaxllm.checkpoints.ggml_types import TENSOR_TYPES, UNREADABLE
 from jaxllm.checkpoints.gguf_checkpoint import GGUFCheckpoint
 from jaxllm.checkpoints.gguf_file import GGUFTensor, read_header
+from tests.helpers.patience import patience
 
 _LARGEST_ALLOCATION = 8 << 20  # the tiny file has 150 KB; a length that is believed would ask for far more
 
@@ -238,7 +239,7 @@ def test_mutated_headers_load_or_are_refused(tiny_gguf: Path, tmp_path: Path) ->
             mutated[rng.randrange(data_start)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
         path.write_bytes(mutated)
         load_everything(path)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < patience(30)
 
 
 def test_vocabulary_of_a_hundred_thousand_strings_is_read_quickly(tmp_path: Path) -> None:
@@ -247,4 +248,4 @@ def test_vocabulary_of_a_hundred_thousand_strings_is_read_quickly(tmp_path: Path
     path.write_bytes(raw_gguf(entries=[entry(b"k", 9, array(8, len(words), items))]))
     start = time.monotonic()
     assert read_header(path).metadata["k"] == words
-    assert time.monotonic() - start < 1.0  # 0.05 s alone; parsing element by element takes several seconds
+    assert time.monotonic() - start < patience(1.0)  # 0.05 s alone; parsing element by element takes several seconds

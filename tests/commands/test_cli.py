@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from jaxllm.cli import main
+from tests.helpers.patience import patience
 from tests.helpers.tiny_model import write_tiny_model
 
 SMALL = ["--max-model-len", "96", "--kv-cache-memory-bytes", "1000000", "--max-num-seqs", "4"]
@@ -221,7 +222,7 @@ def test_mesh_that_the_environment_has_no_devices_for_fails_without_a_traceback(
     """As a process: the number of devices is fixed once per process."""
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
     process = start("generate", "hi", "--model", str(tiny), "--mesh", "tp=4", env=environment, stderr=subprocess.PIPE)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=patience(120))
     assert (process.returncode, out) == (1, "")
     assert ERROR.fullmatch(err), err
     assert "needs 4 devices but there are 2" in err
@@ -231,7 +232,7 @@ def test_module_reads_standard_input_and_uses_the_devices_it_is_given(tiny):
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
     flags = ["--model", str(tiny), *SMALL, "--mesh", "tp=2", "--max-tokens", "3", "--ignore-eos", "--json"]
     process = start("generate", *flags, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE)
-    out, err = process.communicate("one\ntwo\n", timeout=120)
+    out, err = process.communicate("one\ntwo\n", timeout=patience(120))
     assert (process.returncode, err) == (0, "")
     assert [entry["prompt"] for entry in json.loads(out)["outputs"]] == ["one", "two"]
 
@@ -249,8 +250,8 @@ def test_interrupt_during_a_long_generate_exits_130_within_seconds(tiny):
         assert process.poll() is None, "it generated 15000 tokens in 3 s: ask for more"
         interrupted = time.monotonic()
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-        assert time.monotonic() - interrupted < 20
+        out, _ = process.communicate(timeout=patience(60))
+        assert time.monotonic() - interrupted < patience(20)
         err += _read_until(master, b"interrupted", seconds=10)
     finally:
         process.kill()
@@ -286,7 +287,7 @@ sys.exit(main(sys.argv[1:]))
 def test_interrupt_during_a_garbage_collection_is_not_lost(tiny):
     flags = ["generate", "hello", "--model", str(tiny), *SMALL, "--max-tokens", "60", "--ignore-eos"]
     command = [sys.executable, "-c", INTERRUPTED_IN_A_COLLECTION, *flags]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=patience(120))
     assert (process.returncode, process.stdout) == (130, "")
 
 

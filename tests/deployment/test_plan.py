@@ -23,6 +23,7 @@ from jaxllm.deployment.topology import open_topology, parse_overflow, parse_topo
 from jaxllm.families.presets import model_config
 from jaxllm.roofline.bounds import Collective, DeviceWork, lower_bound
 from jaxllm.roofline.chips import CHIPS
+from tests.helpers.patience import patience
 from tests.helpers.tiny_model import write_tiny_model
 
 pytestmark = pytest.mark.optimized
@@ -181,7 +182,9 @@ def test_search_ranks_what_is_legal_by_its_bound(one_layer):
 def test_llama_70b_fits_on_sixteen_v5e():
     command = [sys.executable, "-m", "jaxllm", "plan", "--model", "llama-3.1-70b", "--topology", "v5e:4x4"]
     command += ["--mesh", "tp=16", "--max-num-seqs", "32", "--max-model-len", "8192", "--json"]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=Path(__file__).parents[2])
+    process = subprocess.run(
+        command, capture_output=True, text=True, timeout=patience(600), cwd=Path(__file__).parents[2]
+    )
     plan = json.loads(process.stdout)
     assert process.returncode == 0 and plan["fits"]
     assert plan["collectives"]["prefill"]["all-reduce"] == 161

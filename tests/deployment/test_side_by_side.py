@@ -14,6 +14,7 @@ import pytest
 
 from jaxllm.deployment.topology import open_topology
 from jaxllm.sharding.mesh import make_mesh
+from tests.helpers.patience import patience
 
 ROOT = Path(__file__).parents[2]
 # Alone on the first devices; then both side by side, with a cache on disk that is warm the second time.
@@ -52,7 +53,7 @@ def test_two_engines_side_by_side_say_what_one_says_alone_also_from_a_warm_cache
     for _ in range(2):
         process = subprocess.run(
             [sys.executable, "-c", CODE, str(tiny_llama)], cwd=ROOT, env=environment, capture_output=True, text=True,
-            timeout=180,
+            timeout=patience(180),
         )  # fmt: skip
         assert process.returncode == 0, process.stderr
         outputs.append(json.loads(process.stdout))

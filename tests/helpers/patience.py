@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import cache
 
-_USUAL = 0.02  # seconds that the loop below takes on an idle machine of the usual kind
+_USUAL = 0.03  # seconds that the loop below takes on an idle machine of the usual kind
 
 
 @cache

@@ -17,6 +17,7 @@ import pytest
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.cli import main
+from tests.helpers.patience import patience
 from tests.helpers.tiny_model import write_tiny_model
 from tests.server.live import free_port, wait_until_healthy
 
@@ -41,7 +42,7 @@ def pids(launcher: subprocess.Popen[str]) -> list[int]:
 
 def read_until(launcher: subprocess.Popen[str], text: str, seconds: float = 150) -> None:
     assert launcher.stderr is not None
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while text not in (line := launcher.stderr.readline()):
         assert line and time.monotonic() < deadline, line
 
@@ -54,7 +55,7 @@ def test_two_processes_say_what_one_says_with_the_same_flags(tmp_path, capsys):
     together = launch(2, *command)
     assert main(command) == 0
     alone = json.loads(capsys.readouterr().out)
-    out, err = together.communicate(timeout=180)
+    out, err = together.communicate(timeout=patience(180))
     assert together.returncode == 0, err
     answers = [[answer["token_ids"] for answer in said["outputs"]] for said in (json.loads(out), alone)]
     assert answers[0] == answers[1] and len(answers[0]) == 4 and len(answers[0][0]) == 12
@@ -86,23 +87,23 @@ def complete(url: str, **fields: Any) -> list[str]:
     request = urllib.request.Request(
         f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=patience(120)) as answer:
         return [choice["text"] for choice in json.load(answer)["choices"]]
 
 
 @READS_PROC
 def test_three_processes_serve_a_routed_model_until_one_is_lost(serving, routed):
     launcher, url = serving
-    names = json.load(urllib.request.urlopen(f"{url}/v1/models", timeout=60))["data"][0]["id"]
+    names = json.load(urllib.request.urlopen(f"{url}/v1/models", timeout=patience(60)))["data"][0]["id"]
     greedy = complete(url, model=names, temperature=0)
     drawn = complete(url, model=names, temperature=1.0, seed=7, n=2)
     # Between the first and the last the others push out what was cached for it.
     long = [complete(url, model=names, temperature=0, prompt=letter * 40) for letter in "abcdefa"]
-    figures = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
+    figures = urllib.request.urlopen(f"{url}/metrics", timeout=patience(60)).read().decode()
     started = time.monotonic()
     os.kill(pids(launcher)[2], signal.SIGKILL)
-    _, err = launcher.communicate(timeout=30)
-    assert time.monotonic() - started < 15
+    _, err = launcher.communicate(timeout=patience(30))
+    assert time.monotonic() - started < patience(15)
     assert launcher.returncode not in (0, 130)
     assert "process 2 is gone" in err
     assert long[0] == long[-1] and len({*map(str, long)}) > 3
@@ -135,8 +136,8 @@ def generating(routed) -> Iterator[subprocess.Popen[str]]:
 def test_loss_of_the_first_process_ends_the_others_with_a_message(generating):
     started = time.monotonic()
     os.kill(pids(generating)[0], signal.SIGKILL)
-    _, err = generating.communicate(timeout=30)
-    assert time.monotonic() - started < 15
+    _, err = generating.communicate(timeout=patience(30))
+    assert time.monotonic() - started < patience(15)
     assert generating.returncode not in (0, 130)
     # JAX's runtime, which lives in process 0, may be the first to say that it is gone.
     assert "process 0 is gone" in err or "another task died" in err
@@ -146,6 +147,6 @@ def test_loss_of_the_first_process_ends_the_others_with_a_message(generating):
 def test_interrupt_ends_all(generating):
     children = pids(generating)
     generating.send_signal(signal.SIGINT)
-    generating.communicate(timeout=30)
+    generating.communicate(timeout=patience(30))
     assert generating.returncode == 130
     assert not any(Path(f"/proc/{pid}").exists() for pid in children)

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.helpers.patience import patience
+
 _FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync --disable-dev-shm-usage --window-size=1280,900 --remote-debugging-pipe"
@@ -58,7 +60,7 @@ class Browser:
 
     def wait(self, script: str, seconds: float = 30.0) -> None:
         """Until `script` is true."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + patience(seconds)
         while not self._holds(script):
             assert time.monotonic() < deadline, f"never became true: {script}"
             time.sleep(0.1)
@@ -129,7 +131,7 @@ def browser(profile: Path) -> Iterator[Browser]:
         if tab is not None:
             tab.close()
         try:
-            child.wait(10)
+            child.wait(patience(10))
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs the extra 'server'")
 pytest.importorskip("openai", reason="needs the extra 'test'")
 
+from tests.helpers.patience import patience
 from tests.helpers.tiny_llama import write_tiny_llama
 from tests.server.live import KEY, Live, serving
 
@@ -29,7 +30,7 @@ def live(tiny_model: Path) -> Iterator[Live]:
 def client(live: Live):
     import openai
 
-    with openai.OpenAI(base_url=f"{live.url}/v1", api_key=KEY, max_retries=0, timeout=60) as made:
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key=KEY, max_retries=0, timeout=patience(60)) as made:
         yield made
 
 
@@ -38,5 +39,5 @@ def http(live: Live):
     import httpx
 
     headers = {"authorization": f"Bearer {KEY}"}
-    with httpx.Client(base_url=live.url, headers=headers, timeout=60) as made:
+    with httpx.Client(base_url=live.url, headers=headers, timeout=patience(60)) as made:
         yield made

@@ -19,6 +19,7 @@ from jaxllm import AsyncLLM
 from jaxllm.server.app import make_app
 from jaxllm.server.context import Settings
 from jaxllm.server.run import Listen, make_server
+from tests.helpers.patience import patience
 
 KEY = "a-test-key"
 ENGINE = {
@@ -68,13 +69,13 @@ def serving(
             llm.engine.pool.check([])
     finally:
         server.should_exit = True
-        thread.join(10)
+        thread.join(patience(10))
         llm.shutdown()
 
 
 def wait_until(condition: Any, seconds: float = 10.0) -> None:
     """Poll; an AssertionError when it never holds."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
@@ -85,7 +86,7 @@ def wait_until_healthy(url: str, seconds: float = 240.0) -> None:
 
     def healthy() -> bool:
         try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+            with urllib.request.urlopen(f"{url}/health", timeout=patience(5)) as answer:
                 return answer.status == 200
         except OSError:
             return False

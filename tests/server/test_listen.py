@@ -11,6 +11,7 @@ import httpx
 import pytest
 import trustme
 
+from tests.helpers.patience import patience
 from tests.server.live import KEY, serving, wait_until
 
 HEADERS = {"authorization": f"Bearer {KEY}"}
@@ -31,7 +32,7 @@ def test_unix_socket_answers_as_a_port_does(tiny_model: Path, tmp_path: Path) ->
         httpx.Client(transport=httpx.HTTPTransport(uds=path), base_url="http://jaxllm", headers=HEADERS) as client,
     ):
         wait_until(lambda: healthy(client), 60)
-        assert client.post("/v1/completions", json=BODY, timeout=60).json()["usage"]["completion_tokens"] == 4
+        assert client.post("/v1/completions", json=BODY, timeout=patience(60)).json()["usage"]["completion_tokens"] == 4
 
 
 def test_tls_serves_the_given_certificate_and_nothing_in_the_clear(tiny_model: Path, tmp_path: Path) -> None:
@@ -48,7 +49,7 @@ def test_tls_serves_the_given_certificate_and_nothing_in_the_clear(tiny_model: P
         httpx.Client(verify=trusting, base_url=live.url, headers=HEADERS) as client,
     ):
         wait_until(lambda: healthy(client), 60)
-        assert client.post("/v1/completions", json=BODY, timeout=60).status_code == 200
+        assert client.post("/v1/completions", json=BODY, timeout=patience(60)).status_code == 200
         with pytest.raises(httpx.ConnectError, match=r"(?i)certificate"):
             httpx.get(f"{live.url}/health")
         with pytest.raises(httpx.TransportError):
@@ -60,7 +61,7 @@ def test_request_that_takes_too_long_ends_with_an_error_and_frees_its_pages(tiny
     slow = {"before_step": lambda: time.sleep(0.02), "max_decode_steps": 1}
     with serving(tiny_model, settings={"request_timeout": 0.5}, **slow) as live:
         body = BODY | {"max_tokens": 400, "ignore_eos": True, "stream": stream}
-        answer = httpx.post(f"{live.url}/v1/completions", json=body, headers=HEADERS, timeout=60)
+        answer = httpx.post(f"{live.url}/v1/completions", json=body, headers=HEADERS, timeout=patience(60))
         if stream:
             events = [line[6:] for line in answer.text.splitlines() if line.startswith("data: ")]
             assert events[-1] == "[DONE]" and json.loads(events[-2])["error"]["code"] == "timeout"

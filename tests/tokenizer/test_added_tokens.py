@@ -12,6 +12,7 @@ import pytest
 
 from jaxllm.tokenizer import load_tokenizer
 from tests.helpers.byte_tokenizer import VOCAB_SIZE, write_byte_tokenizer
+from tests.helpers.patience import slowness
 
 FLAGS = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
 TEXTS = ["<think>a</think>", "a<tool>b", " <think> ", "<|im_start|>x", "é<pad>", "<|eos|>", "0123 <think"]
@@ -73,7 +74,7 @@ def test_many_tokens_are_added_quickly(folder: Path):
     configure(folder, added_tokens_decoder={str(i): token(f"<|{i}|>", special=True) for i in range(258, 3258)})
     start = time.process_time()
     assert load_tokenizer(folder).encode("<|3257|>") == [3257]
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 5 * slowness()
 
 
 def test_id_of_another_token_is_not_taken_and_that_is_said(folder: Path, caplog: pytest.LogCaptureFixture):
