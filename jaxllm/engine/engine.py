@@ -22,7 +22,7 @@ from jaxllm.kv.memory import KVMemory
 from jaxllm.runner.in_flight import InFlight
 from jaxllm.runner.runner import ModelRunner
 from jaxllm.runner.sampler import NOT_FINITE, Sampled
-from jaxllm.scheduling.replicas import Replicas
+from jaxllm.scheduling.replicas import side_by_side
 from jaxllm.scheduling.request import Ending, Held, Listener, Request, Status, next_arrival
 from jaxllm.scheduling.scheduler import Chunk, Scheduler
 from jaxllm.telemetry.accounting import Accounting, IterationRecord
@@ -95,7 +95,7 @@ class Engine:
             )
             for replica, pool in enumerate(self.memory.pools)
         ]
-        self.scheduler = schedulers[0] if len(schedulers) == 1 else Replicas(schedulers)
+        self.scheduler = side_by_side(schedulers)
         self.pool = self.scheduler.pool
         self.tiers, self.mover = self.memory.tiers, self.memory.mover
         self.records: deque[IterationRecord] = deque(maxlen=4096)

@@ -1,18 +1,55 @@
 """Data-parallel replicas: one scheduler and page pool each, and the router in front of them.
 
-Requests -> one merged `IterationPlan` per iteration, which all replicas run in one program. Has the face of a
-`Scheduler`. Plain Python: where a replica's tokens and pages lie is the business of the batch and the mesh.
+Requests -> one merged `IterationPlan` per iteration, which all replicas run in one program. Both are
+`Scheduling`. Plain Python: where a replica's tokens and pages lie is the business of the batch and the mesh.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from jaxllm.scheduling.page_lists import utilization
 from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.scheduling.request import Request
 from jaxllm.scheduling.scheduler import IterationPlan, Scheduler
 from jaxllm.scheduling.tiers import Load
+
+
+class Scheduling(Protocol):
+    """What an engine asks of whoever schedules: one `Scheduler`, whose methods say more, or `Replicas` of it."""
+
+    @property
+    def pool(self) -> PagePool | ReplicaPools: ...
+    @property
+    def running(self) -> list[Request]: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_preemptions(self) -> int: ...
+    @property
+    def num_copies(self) -> int: ...
+    @property
+    def slot_utilization(self) -> float: ...
+    @property
+    def has_work(self) -> bool: ...
+    def check_fits(self, limit: int) -> None: ...
+    def add(self, request: Request) -> None: ...
+    def schedule(self) -> IterationPlan | None: ...
+    def fork(self, parent: Request, child: Request) -> None: ...
+    def extend(self, request: Request, tokens: Sequence[int]) -> None: ...
+    def truncate(self, request: Request, length: int) -> None: ...
+    def restart(self, requests: Sequence[Request]) -> None: ...
+    def loaded(self, load: Load, arrived: Sequence[bool]) -> None: ...
+    def append_tokens(self, request: Request, tokens: Sequence[int], num_samples: int) -> None: ...
+    def finish(
+        self, request: Request, reason: str, stop_reason: int | str | None = None, *, publish: bool = True
+    ) -> None: ...
+
+
+def side_by_side(parts: Sequence[Scheduler]) -> Scheduling:
+    """These schedulers as one."""
+    return parts[0] if len(parts) == 1 else Replicas(parts)
 
 
 class Replicas:

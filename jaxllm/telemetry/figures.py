@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from jaxllm.kv.memory import KVMemory
     from jaxllm.scheduling.page_pool import PagePool
-    from jaxllm.scheduling.replicas import ReplicaPools, Replicas
-    from jaxllm.scheduling.scheduler import Scheduler
+    from jaxllm.scheduling.replicas import ReplicaPools, Scheduling
     from jaxllm.telemetry.accounting import Accounting
 
 
@@ -47,7 +46,7 @@ class Measured(Protocol):
     @property
     def pool(self) -> PagePool | ReplicaPools: ...
     @property
-    def scheduler(self) -> Scheduler | Replicas: ...
+    def scheduler(self) -> Scheduling: ...
     @property
     def runner(self) -> CompilingRunner: ...
     @property
