@@ -11,13 +11,14 @@ import pytest
 
 from jaxllm import LLM, AsyncLLM
 from jaxllm.config import EngineConfig
-from jaxllm.engine.build import BuiltEngine, make_model
+from jaxllm.engine.build import BuiltEngine
 from jaxllm.engine.engine import Engine
 from jaxllm.families import read_config
 from jaxllm.runner.shapes import RunnerShapes
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
 from jaxllm.tokenizer import load_tokenizer
+from jaxllm.weights.abstract import make_model
 from tests.helpers.byte_tokenizer import EOS_ID, VOCAB_SIZE, write_byte_tokenizer
 from tests.helpers.fake_runner import FakeRunner
 
