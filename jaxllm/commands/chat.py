@@ -32,16 +32,16 @@ def run(args: argparse.Namespace) -> int:
         question = sys.stdin.read().strip()
     if question is not None and not question.strip():
         raise ValueError("the question is empty; give some text")
-    llm = load_llm(args)
-    params = sampling_params(args, llm)
-    history = [{"role": "system", "content": args.system}] if args.system else []
-    if question is None:
-        return _converse(llm, history, params)
-    messages = [*history, {"role": "user", "content": question}]
-    if args.json:
-        print_json(args, llm.chat(messages, params, use_tqdm=False))
-    else:
-        _answer(llm, messages, params)
+    with load_llm(args) as llm:
+        params = sampling_params(args, llm)
+        history = [{"role": "system", "content": args.system}] if args.system else []
+        if question is None:
+            return _converse(llm, history, params)
+        messages = [*history, {"role": "user", "content": question}]
+        if args.json:
+            print_json(args, llm.chat(messages, params, use_tqdm=False))
+        else:
+            _answer(llm, messages, params)
     return 0
 
 

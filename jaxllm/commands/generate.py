@@ -29,8 +29,13 @@ def run(args: argparse.Namespace) -> int:
     """Print every completion; 1 where a prompt failed."""
     sampling_params(args)  # refuse bad values before a model is loaded for them
     prompts = _read_prompts(args)
-    llm = load_llm(args)
-    outputs = llm.generate(prompts, sampling_params(args, llm), return_errors=True)
+    with load_llm(args) as llm:
+        outputs = llm.generate(prompts, sampling_params(args, llm), return_errors=True)
+        _print(args, outputs)
+    return 1 if any(output.error for output in outputs) else 0
+
+
+def _print(args: argparse.Namespace, outputs: list[RequestOutput]) -> None:
     if args.json:
         print_json(args, outputs)
     for i, output in enumerate(outputs):
@@ -38,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"jaxllm: error: prompt {i + 1}: {output.error}", file=sys.stderr)
         elif not args.json:
             _print_completions(output, i, len(outputs))
-    return 1 if any(output.error for output in outputs) else 0
+    sys.stdout.flush()
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:

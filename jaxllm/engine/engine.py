@@ -31,6 +31,7 @@ from jaxllm.telemetry.device_peaks import engine_cost, known_ceilings
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
+SAVE_SECONDS = 10.0
 _MOVING_SECONDS = 0.0005
 _PIPELINE_DEPTH = 2  # iterations on the device queue before the oldest is read
 
@@ -274,6 +275,19 @@ class Engine:
         """Push every cached page that nobody uses off the device, into the tiers below."""
         self.pool.evict_idle()
         self.start_moves()
+
+    def save_cache(self, seconds: float = SAVE_SECONDS) -> None:
+        """Write every cached prefix page to the disk tier, if there is one; ends whatever is unfinished.
+
+        For the end of a process: bounded in time, and again where it was interrupted. An engine that is not sound
+        saves what its host memory holds.
+        """
+        if self.mover is None or self.mover.disk is None:
+            return
+        if self.is_sound:
+            for request in self.unfinished:
+                self.finish(request, Ending("abort"))
+        self.mover.save(seconds, self.evict_idle if self.is_sound else lambda: None)
 
     def _collect(self, work: InFlight) -> list[NewTokens]:
         results = []

@@ -132,6 +132,7 @@ class AsyncLLM(Frontend):
         self._idle = asyncio.Event()
         self._idle.set()
         self.thread = EngineThread(self._jobs, self._publish, before_step)
+        self.at_exit(self.shutdown)
 
     async def generate(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
@@ -282,9 +283,10 @@ class AsyncLLM(Frontend):
             self._idle.set()
 
     def shutdown(self) -> None:
-        """End the engine's thread; unfinished requests end with an error."""
-        self.thread.stop()
+        """End the engine's thread; unfinished requests end with an error, and cached prefixes go to the disk tier."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if self.thread.stop():
+            self.save_cache()
 
     def _publish(self, updates: list[Update]) -> None:
         """On the engine's thread: wake every loop once with all its news."""

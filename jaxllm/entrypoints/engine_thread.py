@@ -97,10 +97,11 @@ class EngineThread:
         """
         self._commands.put(self._want_ceilings)
 
-    def stop(self, timeout: float = 10.0) -> None:
-        """End the thread; unfinished work is aborted."""
+    def stop(self, timeout: float = 10.0) -> bool:
+        """End the thread; unfinished work is aborted. False where it is stuck."""
         self._commands.put(None)
         self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     @property
     def num_queued(self) -> int:

@@ -83,6 +83,16 @@ class Exclusive:
                     del self._calls[number]
             return function()
 
+    def run_last(self, function: Callable[[], None], seconds: float) -> None:
+        """Call `function`, alone, on an engine that may be unsound; not at all where a step outlasts `seconds`."""
+        if self._lock._is_owned() or not self._lock.acquire(timeout=seconds):  # type: ignore[attr-defined]
+            log.warning("the engine is busy: its KV cache is not saved")
+            return
+        try:
+            function()
+        finally:
+            self._lock.release()
+
     def _make_sound(self) -> None:
         if self._engine.is_sound:
             return

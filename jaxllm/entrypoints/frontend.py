@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +12,8 @@ from jaxllm.config import EngineConfig
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.build import build_engine
 from jaxllm.engine.completions import Jobs, sampling_defaults
+
+log = logging.getLogger(__name__)
 
 
 class Frontend:
@@ -55,3 +60,20 @@ class Frontend:
     def chat_prompt(self, messages: Sequence[Any], **kwargs: Any) -> dict[str, Any]:
         """A conversation as a prompt; see `Tokenizer.chat_prompt`."""
         return self.get_tokenizer().chat_prompt(messages, **kwargs)
+
+    def save_cache(self) -> None:
+        """Write cached prefixes to the disk tier, if there is one, for 10 s at most; nobody else may use the engine."""
+        try:
+            self.engine.save_cache()
+        except Exception as error:  # the devices are gone, say; whoever ends shall end
+            log.error("the KV cache could not be saved", exc_info=error)
+
+    def at_exit(self, close: Callable[[], None]) -> None:
+        """Let the interpreter call this method of `self` before it ends, where there is anything to save."""
+        if self.config.disk_kv_bytes:
+            atexit.register(_call, weakref.WeakMethod(close))
+
+
+def _call(method: weakref.WeakMethod[Callable[[], None]]) -> None:
+    if (close := method()) is not None:
+        close()

@@ -10,7 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.completions import Job
@@ -26,6 +26,7 @@ from jaxllm.telemetry.device_peaks import measured_ceilings
 if TYPE_CHECKING:
     from jaxllm.decoding.beam_search import BeamSearchOutput, BeamSearchParams
 
+_BUSY_SECONDS = 10.0  # for a step of another thread
 _TURN_SECONDS = 0.0001  # between steps while other calls are open: their thread may want the lock
 
 
@@ -40,6 +41,21 @@ class LLM(Frontend):
         super().__init__(model, use_tqdm=use_tqdm, **kwargs)
         self._exclusive = Exclusive(self._jobs)
         self.after_step: Callable[[], None] | None = None  # what it raises ends the call that is running
+        self.at_exit(self.close)
+
+    def close(self) -> None:
+        """End what is unfinished, and write cached prefixes to the disk tier, if there is one, for 10 s at most.
+
+        `with LLM(...) as llm:` and the interpreter's end do it, too. May be repeated, also after an interrupt: the next
+        call goes on.
+        """
+        self._exclusive.run_last(self.save_cache, _BUSY_SECONDS)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def get_metrics(self) -> dict[str, Any]:
         """Queues, cache, totals and recent rates; see `jaxllm.telemetry.figures`.

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from jaxllm.scheduling.tiers import Load, Tiers
 
 _BATCHES_AHEAD = 8  # on the device and not yet in their pages
 _LEAVING_BYTES = 256 << 20  # on the device, out of their pages and not yet in the host: then the engine waits
+_UNBOUNDED = 1e6  # seconds
 _WRITES_AHEAD = 64  # slabs that wait for the disk; more are dropped
 
 
@@ -77,6 +78,7 @@ class Mover:
         self._rides: list[_Ride] = []
         self._leaving: deque[tuple[float, Any]] = deque()
         self._last_left = 0.0
+        self._save_until: float | None = None
         tiers.copy_rate = arrays.memory.copy_rate(tiers.page_bytes)
 
     # On the engine's thread.
@@ -115,6 +117,9 @@ class Mover:
         """A slab leaves the host: write it to the disk, unless that is far behind. The host pool calls this."""
         if self.disk is None or key in self.disk:
             return
+        if self._save_until is not None:
+            self._write_in_time(key, slab)
+            return
         while self._writes and self._writes[0].done():
             self._writes.popleft()
         if len(self._writes) >= _WRITES_AHEAD:
@@ -127,15 +132,38 @@ class Mover:
         for _, slab in self._leaving:
             jax.block_until_ready(slab)
 
-    def flush(self) -> None:
-        """Write every prefix page of the host to the disk, and wait for it."""
+    def save(self, seconds: float, evict: Callable[[], None]) -> None:
+        """Write every prefix page to the disk, for at most `seconds` and the page that is being written then.
+
+        On the calling thread, for when the interpreter ends no other takes work. May be interrupted and called again;
+        what is on the disk is not written twice.
+
+        Args:
+            seconds: what is not on the disk then is dropped and counted.
+            evict: pushes pages off the device.
+        """
         if self.disk is None:
             return
-        for key, slab in self._tiers.host.unpinned():
-            if key not in self.disk:
-                self._writes.append(self._writer.submit(self._write, key, slab))
-        for future in self._writes:
-            future.result()
+        self._save_until = time.monotonic() + seconds
+        try:
+            wait(self._writes, seconds)
+            evict()
+            for key, slab in reversed(self._tiers.host.unpinned()):  # the most recently used are worth most
+                if key not in self.disk:
+                    self._write_in_time(key, slab)
+        finally:
+            self._save_until = None
+
+    def flush(self) -> None:
+        """Write every prefix page of the host to the disk, however long it takes."""
+        self.save(_UNBOUNDED, lambda: None)
+
+    def _write_in_time(self, key: bytes, slab: Any) -> None:
+        assert self._save_until is not None
+        if time.monotonic() < self._save_until:
+            self._write(key, slab)
+        else:
+            self.num_dropped_writes += 1
 
     def _bring_down(self, outs: Sequence[tuple[int, bytes]]) -> None:
         while len(self._leaving) * MOVE_BATCH * self._tiers.page_bytes > _LEAVING_BYTES:

@@ -49,8 +49,16 @@ class Compiler:
         """The future of one program."""
         with self._lock:
             if key not in self._futures:
-                self._futures[key] = self._threads.submit(self._compile, key)
+                self._futures[key] = self._start(key)
             return self._futures[key]
+
+    def _start(self, key: Key) -> Future[jax.stages.Compiled]:
+        try:
+            return self._threads.submit(self._compile, key)
+        except RuntimeError:  # the interpreter ends, and no thread takes work any more: the cache is being saved
+            future: Future[jax.stages.Compiled] = Future()
+            future.set_result(self._compile(key))
+            return future
 
     def prepare(self) -> None:
         """Begin to compile what the first short request needs."""

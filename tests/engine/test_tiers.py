@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -306,3 +308,65 @@ def test_replicas_share_the_tiers(tiny_llama: Path, expected: list, tmp_path: Pa
     assert metrics["kv_failed_loads_total"] == 0
     for part in llm.engine.scheduler.parts:
         part.pool.check([])
+
+
+CACHED = [88, 32, 64, 48, 40, 56]  # full pages of the prompts, without the last token
+
+
+@pytest.mark.parametrize("num_host_pages", [4, 100])
+def test_what_is_cached_at_a_clean_end_is_on_the_disk(
+    tiny_llama: Path, expected: list, tmp_path: Path, num_host_pages: int
+) -> None:
+    settings = {"disk_kv_bytes": 4 << 20, "disk_kv_path": str(tmp_path), "host_kv_bytes": num_host_pages * PAGE_BYTES}
+    with make_llm(tiny_llama, **settings) as writer:
+        assert ids(writer.generate(prompts(), GREEDY)) == expected
+    files = sorted(tmp_path.iterdir())
+    writer.close()
+    assert sorted(tmp_path.iterdir()) == files, "closing again changes nothing"
+    reader = make_llm(tiny_llama, **settings)
+    outputs = reader.generate(prompts(), GREEDY)
+    assert ids(outputs) == expected
+    assert [o.num_cached_tokens for o in outputs] == CACHED
+    assert reader.get_metrics()["kv_disk_dropped_writes_total"] == 0
+
+
+def test_closing_ends_open_streams_and_takes_no_longer_than_it_may(tiny_llama: Path, tmp_path: Path) -> None:
+    llm = make_llm(
+        tiny_llama, host_kv_bytes=100 * PAGE_BYTES, disk_kv_bytes=4 << 20, disk_kv_path=str(tmp_path), max_num_seqs=2
+    )
+    stream = llm.stream(prompts()[0], SamplingParams(temperature=0.0, max_tokens=900, ignore_eos=True))
+    next(stream)
+    mover = llm.engine.mover
+    assert mover is not None
+    write, written = mover._write, []
+
+    def slowly(key: bytes, slab: Any) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(key)
+        write(key, slab)
+
+    mover._write = slowly  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        llm.close()
+    mover._write = write  # type: ignore[method-assign]
+    assert len(list(tmp_path.iterdir())) == 3
+    llm.engine.save_cache(seconds=0.0)
+    assert len(list(tmp_path.iterdir())) == 3, "no time, nothing written"
+    llm.close()
+    assert len(list(tmp_path.iterdir())) >= 11, "the interrupted call lost nothing"
+    assert not llm.engine.has_work or not llm.engine.unfinished
+    stream.close()
+
+
+def test_a_script_that_just_ends_leaves_its_pages_on_the_disk(tiny_llama: Path, tmp_path: Path) -> None:
+    script = f"""
+from jaxllm import LLM, SamplingParams
+llm = LLM({str(tiny_llama)!r}, dtype="float32", page_size=8, max_model_len=64, max_num_seqs=2, host_kv_bytes=1 << 20,
+          kv_cache_memory_bytes=1 << 20, disk_kv_bytes=4 << 20, disk_kv_path={str(tmp_path)!r})
+llm.generate([{{"prompt_token_ids": list(range(33))}}], SamplingParams(temperature=0.0, max_tokens=1))
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=180)
+    assert run.returncode == 0, run.stderr
+    assert "could not" not in run.stderr
+    assert len(list(tmp_path.iterdir())) == 4
