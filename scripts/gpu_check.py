@@ -164,22 +164,22 @@ def engine(plan: Plan, kv_dtype: str = "auto") -> Rows:
 
     runner, cost = make_runner(plan, kv_dtype)
     token_bytes = cost.kv_bytes * plan.model["num_layers"]
-    keys = [("decode", bucket(runner, b), True) for b, _ in plan.decode]
+    keys = [("decode_greedy", bucket(runner, b)) for b, _ in plan.decode]
     if kv_dtype == "auto":
-        keys += [("ragged", t, True) for t in plan.prefill]
+        keys += [("ragged", t) for t in plan.prefill]
     futures = {key: runner.compiler.submit(key) for key in keys}  # all at once, and waited for as they are needed
     for rows, context in plan.decode:
         point = {"phase": "decode", "rows": rows, "context": context, "kv_dtype": runner.shapes.kv_dtype.name}
         if rows * (context + 8 * plan.steps + 64) > (runner.shapes.num_pages - 1) * plan.page_size:
             yield point | {"skipped": f"the cache would take {rows * context * token_bytes / 1e9:.0f} GB"}
             continue
-        futures["decode", bucket(runner, rows), True].result()
+        futures["decode_greedy", bucket(runner, rows)].result()
         seconds = decode_seconds(runner, rows, context, plan)
         work = cost.cost(tokens=rows, samples=rows, pairs=rows * context, keys=rows * context)
         yield point | {"ms": 1e3 * seconds, "tokens_per_s": rows / seconds,
                        "bytes_per_s": work.bytes / seconds, "flops_per_s": work.flops / seconds}  # fmt: skip
     for tokens in plan.prefill if kv_dtype == "auto" else ():
-        futures["ragged", tokens, True].result()
+        futures["ragged", tokens].result()
         seconds = prefill_seconds(runner, tokens)
         work = cost.cost(tokens=tokens, samples=0, pairs=tokens * (tokens + 1) // 2, keys=tokens)
         yield {"phase": "prefill", "tokens": tokens, "ms": 1e3 * seconds, "tokens_per_s": tokens / seconds,
@@ -329,11 +329,11 @@ def prefill_seconds(runner: Any, tokens: int) -> float:
 
     from jaxllm.config.sampling import SamplingParams
     from jaxllm.runner.batch import Dispatch, by_replica, ragged_batch
-    from jaxllm.scheduling.request import Request
+    from jaxllm.scheduling.request import Held, Request
     from jaxllm.scheduling.scheduler import Chunk
 
     request = Request("prefill", [1] * tokens, SamplingParams(), limit=tokens)
-    request.slot, request.pages = 0, list(range(1, 1 + -(-tokens // runner.shapes.page_size)))
+    request.held = Held(slot=0, pages=list(range(1, 1 + -(-tokens // runner.shapes.page_size))))
     batch = ragged_batch(by_replica([Chunk(request, 0, tokens, 0)], runner.shapes), tokens, runner.shapes)
     ids = np.random.default_rng(0).integers(0, runner.model.cfg.vocab_size, runner.shapes.max_model_len)
     runner.execute(Dispatch("admit", 1, (np.int32(0), ids.astype(np.int32))))

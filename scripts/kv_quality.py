@@ -39,13 +39,13 @@ def last_logits(llm: Any, ids: list[int], count: int) -> np.ndarray:
     import jax
 
     from jaxllm.config.sampling import SamplingParams
-    from jaxllm.scheduling.request import Request
+    from jaxllm.scheduling.request import Held, Request
     from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 
     runner, start = llm.engine.runner, 0
     request = Request("logits", ids, SamplingParams(), limit=len(ids))
     pages = llm.engine.pool.allocate(llm.engine.pool.pages_for(len(ids)))
-    request.slot, request.pages = runner.shapes.max_num_seqs, pages
+    request.held = Held(slot=runner.shapes.spare_slot, pages=pages)
     head = jax.jit(lambda params, x: runner.steps._model(params).logits(x, runner.model.placement.shard))
     while start < len(ids):
         size = min(runner.shapes.scoring_buckets[-1], len(ids) - count - start) or count
