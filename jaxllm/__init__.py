@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from jaxllm.entrypoints.async_llm import AsyncLLM
     from jaxllm.entrypoints.llm import LLM
 
-__version__ = "0.1.0"
+from jaxllm.version import __version__ as __version__
+
 __all__ = [
     "LLM",
     "AsyncLLM",

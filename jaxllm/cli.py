@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jaxllm import __version__
 from jaxllm.commands import bench, chat, collectives, convert, generate, plan, pull, roofline, run_batch, serve
 from jaxllm.commands.interrupts import EXIT_CODE, counted_interrupts
+from jaxllm.version import __version__
 
 COMMANDS = (
     generate,

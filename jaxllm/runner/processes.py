@@ -21,7 +21,6 @@ from typing import Any
 
 import jax
 
-import jaxllm
 from jaxllm.config import EngineConfig
 from jaxllm.runner.connections import Follower, Leader
 from jaxllm.runner.members import Member
@@ -29,6 +28,7 @@ from jaxllm.runner.messages import STOP
 from jaxllm.runner.rendezvous import JOIN_SECONDS, gather, reach
 from jaxllm.sharding.mesh import MAX_EMULATED
 from jaxllm.sharding.rules import parse_mesh
+from jaxllm.version import __version__
 
 _OWN = ("coordinator_address", "process_id", "tokenizer", "disk_kv_path")  # may differ between processes
 
@@ -51,7 +51,7 @@ def join(member: Member, config: EngineConfig) -> Leader | Follower:
 def shared_facts(config: EngineConfig) -> dict[str, Any]:
     """What must be the same on all processes; a model's files may lie elsewhere on another machine."""
     facts = {name: value for name, value in dataclasses.asdict(config).items() if name not in _OWN}
-    return {**facts, "model": Path(config.model).name, "num_processes": None, "version": jaxllm.__version__}
+    return {**facts, "model": Path(config.model).name, "num_processes": None, "version": __version__}
 
 
 # JAX's runtime.

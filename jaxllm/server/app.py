@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
-from jaxllm import __version__
 from jaxllm.entrypoints.async_llm import AsyncLLM
 from jaxllm.server import errors
 from jaxllm.server.context import Context, CrossOrigin, Settings
@@ -26,6 +25,7 @@ from jaxllm.server.routes import (
     tokens,
 )
 from jaxllm.server.schema.openapi import complete
+from jaxllm.version import __version__
 
 _ROUTERS = (completions, chat, responses, messages, embeddings, tokens, batches, status, docs, page)
 

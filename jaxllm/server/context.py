@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 
-from jaxllm import __version__
 from jaxllm.server.errors import ApiError
 from jaxllm.server.file_store import Batch, FileStore
 from jaxllm.server.parsing.registry import AnswerFormat
 from jaxllm.server.response_store import ResponseStore
+from jaxllm.version import __version__
 
 if TYPE_CHECKING:
     from jaxllm.entrypoints.async_llm import AsyncLLM
