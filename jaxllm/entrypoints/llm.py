@@ -142,6 +142,8 @@ class LLM(Frontend):
         call = self._exclusive.open()
         try:
             job = self._jobs.prepare(prompt, params, streamed=True)
+            for text in job.output.warnings:
+                warnings.warn(text, stacklevel=2)
             call.works.append(job)
             sent = 0
             for _ in self._steps(call):

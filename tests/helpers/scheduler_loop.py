@@ -104,12 +104,17 @@ class Harness:
                 continue
             assert all(request.rank < other.rank for other in short), "a short prompt was overtaken"
             passed = [other for other in long if other.rank < request.rank]
-            assert not passed or self.beside_long_prefill(plan, request), "a long prompt was overtaken for nothing"
+            assert not passed or self.beside_long_prefill(plan, request, late), (
+                "a long prompt was overtaken for nothing"
+            )
 
-    def beside_long_prefill(self, plan: IterationPlan, request: Request) -> bool:
-        """Whether a request may have been admitted before longer prompts that came first."""
-        budget = self.scheduler.max_num_batched_tokens
-        before = [(c.request, c.request.num_left + c.count) for c in plan.chunks if c.request not in plan.admitted]
+    def beside_long_prefill(self, plan: IterationPlan, request: Request, late: list[Request]) -> bool:
+        """Whether a request may have been admitted before longer prompts that came first.
+
+        What is `late` runs already: it had its slot when its pages were sent for.
+        """
+        budget, new = self.scheduler.max_num_batched_tokens, [r for r in plan.admitted if r not in late]
+        before = [(c.request, c.request.num_left + c.count) for c in plan.chunks if c.request not in new]
         return any(left > budget // 2 and r.priority >= request.priority for r, left in before)
 
     def run(self, max_steps: int = 5000) -> None:
