@@ -56,7 +56,7 @@ def build_engine(
         tokenizer: Future[Tokenizer | None] = pool.submit(_tokenizer, config, source.path)
 
         from jaxllm.engine.engine import Engine
-        from jaxllm.kv.offload import add_tiers
+        from jaxllm.kv.offload import add_tiers, check_tiers
         from jaxllm.runner.compiler import use_compilation_cache
         from jaxllm.runner.memory_check import check_memory, out_of_memory_explained
         from jaxllm.runner.runner import ModelRunner
@@ -71,6 +71,7 @@ def build_engine(
         longest = _say_length_scaling(model_config, shapes.max_model_len)
         identity = model_identity(config, source.hf_config, source.path, longest)
         memory = make_memory(model, shapes, enable_prefix_caching=config.enable_prefix_caching, namespace=identity)
+        check_tiers(memory, config)
         runner = ModelRunner(model, shapes, memory, announce=connection.announce)
         runner.compiler.prepare()  # programs compile while the weights are read
         say(f"loading {source.path.name if source.path else config.model}")

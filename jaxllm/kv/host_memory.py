@@ -1,7 +1,8 @@
 """Slabs (one page over all layers) between the devices and this process's memory.
 
-On the device a slab is cut as the pages are; in host memory it is arrays of the memory kind `pinned_host`, or NumPy
-where the backend has none. Where the mesh spans several processes, each keeps the parts that lie on its own devices.
+On the device a slab is cut as the pages are; in host memory it is arrays of the memory kind `pinned_host` (which a
+device reads and writes by itself, beside its programs; the system never swaps it out), or NumPy where the backend has
+none. Where the mesh spans several processes, each keeps the parts that lie on its own devices.
 """
 
 from __future__ import annotations

@@ -46,8 +46,8 @@ class HostPages(Protocol):
 
 
 @dataclass(slots=True)
-class _Ride:
-    """One load under way: batches that were sent off, and what has arrived."""
+class _LoadUnderWay:
+    """One load: batches that were sent off, and what has arrived."""
 
     load: Load
     sent: deque[tuple[int, Future[tuple[list[Any], float]]]] = field(default_factory=deque)
@@ -62,7 +62,7 @@ class Mover:
         arrays: owner of the page arrays.
         tiers: whose decisions are carried out.
         slab: shapes and shardings of one slab.
-        disk: below the host, or None.
+        disk: the tier after the host, or None.
         layout: how keys and values lie in a slab; the disk has them in the logical layout.
     """
 
@@ -75,7 +75,7 @@ class Mover:
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="kv-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="kv-write")
         self._writes: deque[Future[None]] = deque()
-        self._rides: list[_Ride] = []
+        self._loads: list[_LoadUnderWay] = []
         self._leaving: deque[tuple[float, Any]] = deque()
         self._last_left = 0.0
         self._save_until: float | None = None
@@ -86,31 +86,35 @@ class Mover:
     @property
     def is_moving(self) -> bool:
         """Whether any load is under way."""
-        return bool(self._rides)
+        return bool(self._loads)
 
     def start(self) -> None:
-        """Send off what was decided since the last call, before anything else changes the pages."""
-        outs = self._tiers.take_outs()
-        for i in range(0, len(outs), MOVE_BATCH):
-            self._bring_down(outs[i : i + MOVE_BATCH])
-        self._rides += [_Ride(load) for load in self._tiers.take_loads()]
-        self._rides.sort(key=lambda ride: any(source is None for source in ride.load.sources))  # the disk is slower
-        for ride in self._rides:
-            self._send(ride)
+        """Send off what was decided since the last call, before anything else changes the pages.
+
+        Evicted pages may have new owners already, so they are copied before any program is dispatched that writes
+        there. The device runs programs in that order: nobody waits for the copy itself.
+        """
+        evictions = self._tiers.take_evictions()
+        for i in range(0, len(evictions), MOVE_BATCH):
+            self._bring_down(evictions[i : i + MOVE_BATCH])
+        self._loads += [_LoadUnderWay(load) for load in self._tiers.take_loads()]
+        self._loads.sort(key=lambda move: any(source is None for source in move.load.sources))  # the disk is slower
+        for move in self._loads:
+            self._send(move)
 
     def finish(self, loaded: Callable[[Load, Sequence[bool]], None]) -> int:
         """Put what has arrived into its pages; `loaded` hears of loads that are complete. Returns how many are."""
         self._count_left()
-        done = [ride for ride in self._rides if self._advance(ride)]
-        for ride in done:
-            self._rides.remove(ride)
-            if not ride.load.ended:
-                loaded(ride.load, ride.arrived)
+        done = [move for move in self._loads if self._advance(move)]
+        for move in done:
+            self._loads.remove(move)
+            if not move.load.ended:
+                loaded(move.load, move.arrived)
         return len(done)
 
     def reset(self) -> None:
         """Forget loads under way."""
-        self._rides.clear()
+        self._loads.clear()
         self._leaving.clear()
 
     def evict(self, key: bytes, slab: Any) -> None:
@@ -165,15 +169,15 @@ class Mover:
         else:
             self.num_dropped_writes += 1
 
-    def _bring_down(self, outs: Sequence[tuple[int, bytes]]) -> None:
+    def _bring_down(self, evictions: Sequence[tuple[int, bytes]]) -> None:
         while len(self._leaving) * MOVE_BATCH * self._tiers.page_bytes > _LEAVING_BYTES:
             jax.block_until_ready(self._leaving[0][1])
             self._count_left()
         started = time.perf_counter()
-        slabs = self._arrays.bring_down([page for page, _ in outs])
-        for (_, key), slab in zip(outs, slabs, strict=True):
+        slabs = self._arrays.bring_down([page for page, _ in evictions])
+        for (_, key), slab in zip(evictions, slabs, strict=True):
             self._tiers.host.fill(key, slab)
-        self._tiers.stats.pages_out += len(outs)
+        self._tiers.stats.pages_out += len(evictions)
         self._leaving.append((started, slabs[-1]))
 
     def _count_left(self) -> None:
@@ -184,28 +188,28 @@ class Mover:
             self._tiers.stats.seconds_out += now - max(started, self._last_left)
             self._last_left = now
 
-    def _send(self, ride: _Ride) -> None:
-        load = ride.load
-        while ride.next < len(load.keys) and sum(len(other.sent) for other in self._rides) < _BATCHES_AHEAD:
-            batch = slice(ride.next, ride.next + MOVE_BATCH)
-            ride.sent.append(
-                (ride.next, self._readers.submit(self._bring, load, load.keys[batch], load.sources[batch]))
+    def _send(self, move: _LoadUnderWay) -> None:
+        load = move.load
+        while move.next < len(load.keys) and sum(len(other.sent) for other in self._loads) < _BATCHES_AHEAD:
+            batch = slice(move.next, move.next + MOVE_BATCH)
+            move.sent.append(
+                (move.next, self._readers.submit(self._bring, load, load.keys[batch], load.sources[batch]))
             )
-            ride.next += MOVE_BATCH
+            move.next += MOVE_BATCH
 
-    def _advance(self, ride: _Ride) -> bool:
+    def _advance(self, move: _LoadUnderWay) -> bool:
         """Put the batches that are here into their pages; whether that was all."""
-        while ride.sent and ride.sent[0][1].done():
-            first, future = ride.sent.popleft()
+        while move.sent and move.sent[0][1].done():
+            first, future = move.sent.popleft()
             slabs, seconds = future.result()
             self._learn_rate(sum(slab is not None for slab in slabs), seconds)
-            pages = ride.load.pages[first : first + len(slabs)]
+            pages = move.load.pages[first : first + len(slabs)]
             here = [(page, slab) for page, slab in zip(pages, slabs, strict=True) if slab is not None]
-            if here and not ride.load.ended:
+            if here and not move.load.ended:
                 self._arrays.put_pages([page for page, _ in here], [slab for _, slab in here])
-            ride.arrived += [slab is not None for slab in slabs]
-        self._send(ride)
-        return ride.load.ended or len(ride.arrived) == len(ride.load.keys)
+            move.arrived += [slab is not None for slab in slabs]
+        self._send(move)
+        return move.load.ended or len(move.arrived) == len(move.load.keys)
 
     def _learn_rate(self, num_pages: int, seconds: float) -> None:
         self._tiers.stats.seconds_in += seconds

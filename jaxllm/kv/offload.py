@@ -12,24 +12,32 @@ from jaxllm.scheduling.host_pool import HostPool
 from jaxllm.scheduling.tiers import Tiers
 
 
+def check_tiers(memory: KVMemory, config: EngineConfig) -> None:
+    """Raise ValueError where lower tiers are asked for that cannot be; on every process, before weights are read."""
+    page_bytes = memory.host_page_bytes
+    if not config.host_kv_bytes and config.preemption_mode == "swap":
+        raise ValueError("preemption_mode='swap' needs room in host memory; set host_kv_bytes")
+    if 0 < config.host_kv_bytes < page_bytes:
+        raise ValueError(f"host_kv_bytes={config.host_kv_bytes} is less than one page; use at least {page_bytes}")
+    if config.disk_kv_bytes and memory.placement.mesh.is_multi_process:
+        raise ValueError(
+            "disk_kv_bytes is for one process; where there are several leave it and disk_kv_path out, host_kv_bytes "
+            "works without"
+        )
+
+
 def add_tiers(memory: KVMemory, config: EngineConfig, arrays: HostPages, identity: str) -> None:
-    """Put host memory, and a disk, below the pages, where the configuration asks for them.
+    """Put host memory, and a disk, under the pages, where the configuration asks for them.
 
     Args:
         memory: gets `tiers` and `mover`.
-        config: sizes in bytes; ValueError where they are of no use.
+        config: sizes in bytes, which `check_tiers` has passed.
         arrays: who runs the programs that move pages.
         identity: what decides the content of a page besides its tokens.
     """
     if not config.host_kv_bytes:
-        if config.preemption_mode == "swap":
-            raise ValueError("preemption_mode='swap' needs room in host memory; set host_kv_bytes")
         return
-    if memory.placement.mesh.is_multi_process and config.disk_kv_bytes:
-        raise ValueError("disk_kv_bytes is for one process; leave it out where there are several")
     slab, page_bytes = memory.slab(), memory.host_page_bytes
-    if config.host_kv_bytes < page_bytes:
-        raise ValueError(f"host_kv_bytes={config.host_kv_bytes} is less than one page; use at least {page_bytes}")
     disk = None
     if config.disk_kv_path is not None:
         form = page_format(slab, identity, memory.layout)

@@ -1,7 +1,8 @@
 """Programs that move whole pages: copy them on the device, take them out of the page arrays, put them back.
 
 Pages are a list over layers of arrays (or trees of arrays) `[P, ...]`; a slab is one page over all layers, the same
-tree with leaves `[L, ...]`. A fixed number of pages moves at a time; rows that are not needed point to page 0.
+tree with leaves `[L, ...]`: a page crosses to the host as one run of bytes, not as one small piece for each layer. A
+fixed number of pages moves at a time; rows that are not needed point to page 0.
 
 Dimension letters: P pages, L layers, G pages moved together.
 """

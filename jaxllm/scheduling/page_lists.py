@@ -44,18 +44,18 @@ class PageLists:
         total = pool.pages_for(request.num_tokens)
         missing = total - len(found.pages) + len(found.keys)
         tail = int(pool.shares_tail(found.pages, found.num_tokens))
-        fresh = pool.allocate(missing + tail) if missing + tail + spare <= pool.num_free else None
-        if fresh is None:
+        new_pages = pool.allocate(missing + tail) if missing + tail + spare <= pool.num_free else None
+        if new_pages is None:
             pool.free([page for page in found.pages if page])
             return False
-        self._start(request, found, fresh)
+        self._start(request, found, new_pages)
         if tail:
-            self._own_tail(request, fresh[-1])
+            self._own_tail(request, new_pages[-1])
         return True
 
-    def _start(self, request: Request, found: Found, fresh: list[int]) -> None:
-        """Put together the pages found and fresh ones, first those that a lower tier fills."""
-        new = iter(fresh)
+    def _start(self, request: Request, found: Found, new_pages: list[int]) -> None:
+        """Put together the pages found and new ones, first those that a lower tier fills."""
+        new = iter(new_pages)
         pages = [next(new) if page is None else page for page in found.pages]
         extent = self.pool.pages_for(request.num_tokens) - len(pages)
         held = request.held = Held(pages=pages + [next(new) for _ in range(extent)], swapped=request.held.swapped)
@@ -115,12 +115,12 @@ class PageLists:
     def grow(self, request: Request, num_tokens: int) -> bool:
         """Get pages up to `num_tokens`, and a page of its own to write into; False where there are too few."""
         tail = int(self.pool.shares_tail(request.held.pages, request.held.num_computed))
-        fresh = self.pool.allocate(self.missing(request, num_tokens) + tail)
-        if fresh is None:
+        new_pages = self.pool.allocate(self.missing(request, num_tokens) + tail)
+        if new_pages is None:
             return False
         if tail:
-            self._own_tail(request, fresh.pop())
-        request.held.pages += fresh
+            self._own_tail(request, new_pages.pop())
+        request.held.pages += new_pages
         return True
 
     def _own_tail(self, request: Request, page: int) -> None:

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from jaxllm.scheduling.host_pool import HostPool
 
 
-class Below(Protocol):
-    """What lies below the host: the disk store, as far as deciding goes."""
+class LowerTier(Protocol):
+    """The tier after the host: the disk store, as far as deciding goes."""
 
     def __contains__(self, key: bytes) -> bool: ...
 
@@ -72,24 +72,24 @@ def swap_is_cheaper(num_bytes: float, num_tokens: int, copy_bytes_per_s: float, 
 
 @dataclass(slots=True)
 class Tiers:
-    """Decides what is kept below the device.
+    """Decides what is kept in the tiers under the device.
 
     Attributes:
         page_bytes: of one page over all layers and devices.
         preemption: "swap" or "recompute" preempted requests, or ("auto") what `swap_is_cheaper` says.
         prefill_rate: tokens per second that the engine computes, 0 while unknown.
         copy_rate: bytes per second between device and host, measured by whoever copies.
-        outs: `(page, key)` to copy to the host before the device does anything else with the page.
+        evictions: `(page, key)` to copy to the host before the device does anything else with the page.
         loads: to be begun.
     """
 
     host: HostPool
-    disk: Below | None
+    disk: LowerTier | None
     page_bytes: int
     preemption: str = "auto"
     prefill_rate: Callable[[], float] = lambda: 0.0
     copy_rate: float = 0.0
-    outs: list[tuple[int, bytes]] = field(default_factory=list)
+    evictions: list[tuple[int, bytes]] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     stats: MoveStats = field(default_factory=MoveStats)
     _under_way: dict[tuple[int, bytes], Load] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class Tiers:
         if digest in self.host:
             self.host.touch(digest)
         elif self.host.reserve(digest):
-            self.outs.append((page, digest))
+            self.evictions.append((page, digest))
 
     def has(self, digest: bytes) -> bool:
         """Whether a page can be loaded."""
@@ -153,7 +153,7 @@ class Tiers:
         keys = {i: b"swap %d %d" % (self._num_swaps, i) for i in indices}
         for i, key in keys.items():
             assert self.host.reserve(key, pin=True), "there was room for it"
-            self.outs.append((pages[i], key))
+            self.evictions.append((pages[i], key))
         self.stats.swaps_out += 1
         return Swapped(num_tokens, keys)
 
@@ -167,13 +167,13 @@ class Tiers:
         for key in swapped.keys.values():
             self.host.drop(key)
 
-    def take_outs(self) -> list[tuple[int, bytes]]:
+    def take_evictions(self) -> list[tuple[int, bytes]]:
         """The copies to make now, without those that nobody wants any more."""
-        outs, self.outs = [(page, key) for page, key in self.outs if self.host.expects(key)], []
-        return outs
+        evictions, self.evictions = [(page, key) for page, key in self.evictions if self.host.expects(key)], []
+        return evictions
 
     def take_loads(self) -> list[Load]:
-        """The loads to begin now, after the copies of `take_outs`: what these brought down may come up again."""
+        """The loads to begin now, after the copies of `take_evictions`: what these brought down may come up again."""
         loads, self.loads = [load for load in self.loads if not load.ended], []
         for load in loads:
             known = zip(load.keys, load.sources, strict=True)
@@ -185,5 +185,5 @@ class Tiers:
         for load in list(self._under_way.values()):
             self.end(load)
         self.host.clear()
-        self.outs.clear()
+        self.evictions.clear()
         self.loads.clear()

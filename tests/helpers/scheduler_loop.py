@@ -60,7 +60,7 @@ class Harness:
     def start_moves(self) -> None:
         if (tiers := self.scheduler.tiers) is None:
             return
-        for page, key in tiers.take_outs():
+        for page, key in tiers.take_evictions():
             tiers.host.fill(key, self.device.read_page(page))
         self.loads += tiers.take_loads()
         assert len(tiers.host) <= tiers.host.capacity

@@ -5,15 +5,15 @@ from __future__ import annotations
 from jaxllm.scheduling.host_pool import HostPool
 
 
-def test_the_least_recently_used_goes_first_and_below() -> None:
-    below: list[tuple[bytes, str]] = []
-    pool = HostPool(2, lambda key, slab: below.append((key, slab)))
+def test_the_least_recently_used_goes_first_and_to_the_next_tier() -> None:
+    evicted: list[tuple[bytes, str]] = []
+    pool = HostPool(2, lambda key, slab: evicted.append((key, slab)))
     for key in (b"a", b"b"):
         assert pool.reserve(key)
         pool.fill(key, key.decode())
     assert pool.get(b"a") == "a"
     pool.reserve(b"c")
-    assert below == [(b"b", "b")]
+    assert evicted == [(b"b", "b")]
     assert (b"a" in pool, b"b" in pool, b"c" in pool) == (True, False, True)
     assert pool.num_evictions == 1
 
@@ -26,14 +26,14 @@ def test_a_promised_slab_is_not_found_before_it_is_there() -> None:
     assert pool.has(b"a")
 
 
-def test_a_slab_whose_place_was_taken_before_it_came_goes_below() -> None:
-    below: list[bytes] = []
-    pool = HostPool(1, lambda key, _: below.append(key))
+def test_a_slab_whose_place_was_taken_before_it_came_goes_to_the_next_tier() -> None:
+    evicted: list[bytes] = []
+    pool = HostPool(1, lambda key, _: evicted.append(key))
     pool.reserve(b"a")
     pool.reserve(b"b")
     assert pool.expects(b"a")
     pool.fill(b"a", "slab")
-    assert below == [b"a"]
+    assert evicted == [b"a"]
     assert len(pool) == 1
 
 
