@@ -61,6 +61,53 @@ def test_two_processes_say_what_one_says_with_the_same_flags(tmp_path, capsys):
     assert answers[0] == answers[1] and len(answers[0]) == 4 and len(answers[0][0]) == 12
 
 
+TIERED = """
+import json, sys
+from jaxllm import LLM, SamplingParams
+half_page = 2 * 2 * 8 * 2 * 16 * 4 // 2  # layers, K and V, tokens, heads, width, float32: what one process has of it
+llm = LLM(sys.argv[1], mesh="tp=2", dtype="float32", max_model_len=128, max_num_seqs=4, max_num_batched_tokens=32,
+          page_size=8, kv_cache_memory_bytes=200 * half_page, host_kv_bytes=100 * half_page, use_tqdm=False)
+params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+prompts = [{"prompt_token_ids": [(7 * i + 3 * j) % 256 for i in range(n)]} for j, n in enumerate((90, 33, 70))]
+said = []
+for _ in range(3):
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    said.append([[o.outputs[0].token_ids for o in outputs], [o.num_cached_tokens for o in outputs]])
+    llm.engine.evict_idle()
+print(json.dumps([said, llm.get_metrics()["prefix_cache_host_hits_total"]]), flush=True)
+"""
+
+
+def test_two_processes_load_what_was_evicted_instead_of_computing_it(tmp_path):
+    """Each has its half of every page in its own memory; what comes back gives the same tokens."""
+    model = str(write_tiny_model(tmp_path))
+    script = tmp_path / "tiered.py"
+    script.write_text(TIERED)
+    together = subprocess.run(
+        [
+            sys.executable, str(ROOT / "scripts/launch_local.py"), "--processes", "2", "--devices-per-process", "1",
+            "--", sys.executable, str(script), model,
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert together.returncode == 0, together.stderr
+    said, hits = json.loads(together.stdout)
+    first, *later = said
+    assert first[1] == [0, 0, 0]
+    assert [tokens for tokens, _ in later] == [first[0]] * 2
+    assert [cached for _, cached in later] == [[88, 32, 64]] * 2
+    assert hits == 2 * (88 + 32 + 64)
+
+
+def test_a_disk_tier_over_two_processes_is_refused_on_both(tmp_path):
+    model = str(write_tiny_model(tmp_path))
+    tiers = ["--host-kv-bytes", "1000000", "--disk-kv-bytes", "1000000", "--disk-kv-path", str(tmp_path / "disk")]
+    together = launch(2, "generate", "hello", "--model", model, "--mesh", "tp=2", *SMALL, *tiers)
+    _, err = together.communicate(timeout=180)
+    assert together.returncode == 1
+    assert "disk_kv_bytes is for one process" in err and "Traceback" not in err
+
+
 @pytest.fixture(scope="module")
 def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(

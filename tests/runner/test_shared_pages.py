@@ -11,7 +11,6 @@ import pytest
 from jaxllm.checkpoints import open_checkpoint
 from jaxllm.config import EngineConfig
 from jaxllm.config.sampling import SamplingParams
-from jaxllm.engine.build import make_model
 from jaxllm.engine.engine import Engine
 from jaxllm.families import read_config
 from jaxllm.kv.host_memory import HostMemory
@@ -20,6 +19,7 @@ from jaxllm.runner.runner import ModelRunner
 from jaxllm.runner.shapes import make_memory, runner_shapes
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
+from jaxllm.weights.abstract import make_model
 from jaxllm.weights.loader import load_parameters
 
 
