@@ -13,7 +13,7 @@ import typing
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.commands.interrupts import raise_if_interrupted
+from jaxllm.commands.interrupts import raise_between_steps, raise_if_interrupted
 from jaxllm.config import EngineConfig
 from jaxllm.config.fields import FieldDoc, describe
 from jaxllm.config.sampling import SamplingParams
@@ -104,4 +104,6 @@ def load_llm(args: argparse.Namespace) -> LLM:
 
     llm = LLM(**engine_arguments(args))
     llm.after_step = raise_if_interrupted
+    if llm.config.disk_kv_bytes:  # there is something to save
+        raise_between_steps(lambda: llm.is_stepping)
     return llm

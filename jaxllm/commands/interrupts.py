@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 EXIT_CODE = 130
 _interrupted = threading.Event()
+_waits: Callable[[], bool] = lambda: False
 
 
 @contextlib.contextmanager
@@ -20,8 +21,10 @@ def counted_interrupts() -> Iterator[None]:
         return
 
     def on_signal(signum: int, frame: Any) -> None:
+        is_first = not _interrupted.is_set()
         _interrupted.set()
-        raise KeyboardInterrupt
+        if not (is_first and _waits()):
+            raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, on_signal)
     try:
@@ -29,6 +32,16 @@ def counted_interrupts() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGINT, before)
         _interrupted.clear()
+        raise_between_steps(lambda: False)
+
+
+def raise_between_steps(is_stepping: Callable[[], bool]) -> None:
+    """While this is true of the main thread the first Ctrl-C is only remembered, for `raise_if_interrupted`.
+
+    An engine that is cut off inside a step has to forget what it has cached; a second Ctrl-C does that.
+    """
+    global _waits
+    _waits = is_stepping
 
 
 def raise_if_interrupted() -> None:

@@ -63,6 +63,11 @@ class Exclusive:
         """Whether several calls are under way."""
         return len(self._calls) > 1
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread is changing the engine now."""
+        return self._lock._is_owned()  # type: ignore[attr-defined]
+
     def run(self, function: Callable[[], T]) -> T:
         """Call `function`, alone, on a sound engine.
 

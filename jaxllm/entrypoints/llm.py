@@ -43,6 +43,11 @@ class LLM(Frontend):
         self.after_step: Callable[[], None] | None = None  # what it raises ends the call that is running
         self.at_exit(self.close)
 
+    @property
+    def is_stepping(self) -> bool:
+        """Whether the thread that asks (a signal handler, say) is inside a step of the engine."""
+        return self._exclusive.is_inside
+
     def close(self) -> None:
         """End what is unfinished, and write cached prefixes to the disk tier, if there is one, for 10 s at most.
 

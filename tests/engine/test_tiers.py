@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, AsyncLLM, SamplingParams
+from jaxllm.cli import main
+from jaxllm.entrypoints.exclusive import Exclusive
+from jaxllm.runner.runner import ModelRunner
 from jaxllm.scheduling.request import Request
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -370,3 +376,46 @@ llm.generate([{{"prompt_token_ids": list(range(33))}}], SamplingParams(temperatu
     assert run.returncode == 0, run.stderr
     assert "could not" not in run.stderr
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_server_that_shuts_down_leaves_its_pages_on_the_disk(tiny_llama: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "dtype": "float32", "max_model_len": 128, "max_num_seqs": 2, "page_size": 8, "host_kv_bytes": 100 * PAGE_BYTES,
+        "kv_cache_memory_bytes": 8 << 20, "disk_kv_bytes": 4 << 20, "disk_kv_path": str(tmp_path),
+    }  # fmt: skip
+
+    async def answer(llm: AsyncLLM) -> list[int]:
+        last = [output async for output in llm.generate(prompts()[0], GREEDY)][-1]  # type: ignore[arg-type]
+        return last.outputs[0].token_ids
+
+    llm = AsyncLLM(str(tiny_llama), **settings)
+    tokens = asyncio.run(answer(llm))
+    llm.shutdown()
+    assert len(list(tmp_path.iterdir())) == (90 + 11) // 8
+    llm.shutdown()  # once more is harmless
+    again = AsyncLLM(str(tiny_llama), **settings)
+    assert asyncio.run(answer(again)) == tokens
+    assert again.engine.tiers is not None and again.engine.tiers.stats.disk_hits == 88 // 8
+    again.shutdown()
+
+
+@pytest.mark.parametrize("when", ["inside a step", "between steps"])
+def test_ctrl_c_ends_a_command_with_its_pages_on_the_disk(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    dispatch, calls = ModelRunner.dispatch, []
+
+    def interrupted(runner: ModelRunner, plan: Any) -> Any:
+        calls.append(plan)
+        if len(calls) == 12 and when == "inside a step":
+            os.kill(os.getpid(), signal.SIGINT)
+        return dispatch(runner, plan)
+
+    monkeypatch.setattr(ModelRunner, "dispatch", interrupted)
+    if when == "between steps":
+        monkeypatch.setattr(Exclusive, "is_shared", property(lambda _: len(calls) == 12 and signal.raise_signal(2)))
+    command = ["generate", *(letter * 30 for letter in "abcdefgh"), "--model", str(tiny_llama), "--dtype", "float32"]
+    command += ["--max-tokens", "8", "--max-model-len", "64", "--max-num-seqs", "1", "--ignore-eos", "--page-size", "8"]
+    command += ["--kv-cache-memory-bytes", "1000000", "--host-kv-bytes", "1000000", "--disk-kv-bytes", "1000000"]
+    assert main([*command, "--disk-kv-path", str(tmp_path)]) == 130
+    assert len(list(tmp_path.iterdir())) > 4
