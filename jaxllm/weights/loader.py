@@ -25,7 +25,7 @@ from jaxllm.weights.abstract import AbstractModel
 from jaxllm.weights.stored import aligned_zeros
 
 _THREADS = 2  # parameters read at the same time; more only adds to the peak of memory
-_PIECE_ELEMENTS = 1 << 20  # of a tensor handled at a time: what is read fits the processor's cache
+_PIECE_ELEMENTS = 1 << 19  # of a tensor handled at a time: what is read fits the processor's cache
 
 
 def load_parameters(model: AbstractModel, checkpoint: Checkpoint) -> Any:

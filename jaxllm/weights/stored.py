@@ -24,7 +24,7 @@ from jaxllm.sharding.mesh import Placement
 Box = tuple[slice, ...]
 ReadBox = Callable[[Box], np.ndarray]
 _ALIGNMENT = 64  # bytes; what the CPU backend needs to take a host array over without a copy
-_PIECE_BYTES = 4 << 20  # of a matrix that exist beside its panels while these are made
+_PIECE_BYTES = 1 << 20  # of a matrix that exist beside its panels while these are made
 
 
 class Storage(Protocol):
@@ -93,9 +93,10 @@ class Panels:
         like = abstract_panels(want, self.contracted)
         panels, first = aligned_zeros(like.shape, like.dtype), 0
         for box in self._boxes(want):
-            piece = pack(read(box), self.contracted)
-            panels[first : first + len(piece)] = piece
-            first += len(piece)
+            matrix = read(box)
+            end = first + abstract_panels(matrix, self.contracted).shape[0]
+            pack(matrix, self.contracted, panels[first:end])
+            first = end
         assert first == len(panels), (first, panels.shape)
         return self._placed(panels, want.shape, sharding)
 

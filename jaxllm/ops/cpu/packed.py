@@ -67,7 +67,9 @@ def _sizes(shape: tuple[int, ...], contracted: tuple[int, ...]) -> tuple[int, in
     return k, math.prod(shape) // k
 
 
-def abstract_panels(matrix: jax.ShapeDtypeStruct | jax.Array, contracted: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+def abstract_panels(
+    matrix: jax.ShapeDtypeStruct | jax.Array | np.ndarray, contracted: tuple[int, ...]
+) -> jax.ShapeDtypeStruct:
     """The shape that `pack` gives."""
     k, n = _sizes(matrix.shape, contracted)
     return jax.ShapeDtypeStruct((n // PANEL, k // 2, PANEL), jnp.uint32)
