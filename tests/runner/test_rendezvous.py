@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,6 +17,7 @@ from jaxllm.runner import rendezvous
 from jaxllm.runner.connections import Follower, Leader
 from jaxllm.runner.members import Member, member_of, parse_address
 from jaxllm.runner.processes import shared_facts
+from tests.helpers.patience import slowness
 from tests.server.live import free_port
 
 LAST = b"last"
@@ -26,8 +29,8 @@ def member(port: int, process_id: int = 0, num_processes: int = 2) -> Member:
 
 @pytest.fixture(autouse=True)
 def little_patience(monkeypatch):
-    monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 3.0)
-    monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 0.5)
+    monkeypatch.setattr(rendezvous, "JOIN_SECONDS", 3 * slowness())
+    monkeypatch.setattr(rendezvous, "_HELLO_SECONDS", 0.5 * slowness())
 
 
 def test_configuration_goes_before_the_environment():
@@ -81,28 +84,32 @@ def test_unknown_host_is_refused_and_a_known_one_split():
 
 def meet(port: int, *others: tuple[Member, dict]) -> list[BaseException | Leader | Follower]:
     """What process 0 and the others make of each other."""
+    come: list[int] = []
 
     def outcome(who: Member, facts: dict) -> BaseException | Leader | Follower:
         try:
             if who.process_id:
                 return rendezvous.reach(who, facts, LAST)
             leader = rendezvous.gather(who, facts, LAST)
-            listen_as_jax_does(port, len(others))
+            listen_as_jax_does(port, lambda: len(come) == len(others))
             return leader
         except ValueError as error:
             return error
+        finally:
+            come.extend([who.process_id] if who.process_id else [])
 
     everybody = [(member(port, 0, 1 + len(others)), {"size": 1}), *others]
     with ThreadPoolExecutor(len(everybody)) as pool:
         return list(pool.map(lambda one: outcome(*one), everybody))
 
 
-def listen_as_jax_does(port: int, num_followers: int) -> None:
-    """JAX's runtime takes the coordinator's port over while our connections are open there."""
+def listen_as_jax_does(port: int, is_done: Callable[[], bool]) -> None:
+    """JAX's runtime takes the port over while our connections are open there; strangers come there too."""
     with socket.create_server(("127.0.0.1", port)) as server:
-        server.settimeout(3.0)
-        for _ in range(num_followers):
-            server.accept()[0].close()
+        server.settimeout(0.05)
+        while not is_done():
+            with contextlib.suppress(TimeoutError):
+                server.accept()[0].close()
 
 
 def test_processes_meet_beside_strangers_agree_and_end_together():
