@@ -269,7 +269,7 @@ def sampling_rows(
         top_k=_at(rows, [min(p.top_k, vocab_size) for p in params], num_rows),
         seed=_seeds(requests, rows, num_rows),
         prompt_len=_at(rows, [request.num_prompt for request in requests], num_rows),
-        min_len=_at(rows, [r.num_prompt + r.params.min_tokens for r in requests], num_rows),
+        min_len=_at(rows, [min(r.num_prompt + r.params.min_tokens, r.limit) for r in requests], num_rows),
         num_logprobs=_at(rows, [-1 if p.logprobs is None else p.logprobs for p in params], num_rows, -1),
         bias_ids=bias_ids,
         bias_values=bias_values,

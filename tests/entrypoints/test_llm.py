@@ -275,3 +275,10 @@ def test_token_id_prompts_need_no_tokenizer(tiny_llama: Path) -> None:
     assert len(output.outputs[0].token_ids) == 12
     with pytest.raises(ValueError, match="skip_tokenizer_init"):
         llm.generate("text", GREEDY)
+
+
+def test_the_largest_min_tokens_is_only_the_limit(tiny_llama: Path) -> None:
+    llm = LLM(str(tiny_llama), max_model_len=32, max_num_seqs=2)
+    params = SamplingParams(temperature=0.0, max_tokens=None, min_tokens=2**31 - 1)
+    (output,) = llm.generate([{"prompt_token_ids": [3, 4, 5]}], params, use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 29
