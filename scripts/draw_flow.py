@@ -23,7 +23,7 @@ STATIONS = """
     3 1 kv/          | pages: device, host, disk
     4 1 sharding/    | rule files: which dim lies where
     5 1 ops/         | attention, products: XLA, CPU, GPU, TPU
-    2 1 server/parsing | text, thoughts and calls as they come
+    2 1 parsing | text, thoughts and calls as they come
 """
 ARROWS = """
     0,0 > 1,0 : prompt

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from jaxllm.checkpoints.base import Checkpoint, CheckpointError, TensorInfo
 from jaxllm.checkpoints.download import pull
-from jaxllm.checkpoints.gguf_names import is_gguf, part_files
+from jaxllm.checkpoints.gguf.names import is_gguf, part_files
 from jaxllm.checkpoints.registry import DEFAULT_MODEL, MODELS, cache_home
 from jaxllm.checkpoints.resolve import resolve_model
 
@@ -41,7 +41,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
         return SafetensorsCheckpoint.open(path)
     if is_gguf(path):
-        from jaxllm.checkpoints.gguf_checkpoint import GGUFCheckpoint
+        from jaxllm.checkpoints.gguf.checkpoint import GGUFCheckpoint
 
         return GGUFCheckpoint.open(path)
     raise CheckpointError(f"{path}: not a checkpoint; pass a Hugging Face folder or a .gguf file")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxllm.checkpoints.base import PICKLE_SUFFIXES, CheckpointError, refuse_pickle
 from jaxllm.checkpoints.download import pull, unknown_model
-from jaxllm.checkpoints.gguf_names import is_gguf, is_later_part
+from jaxllm.checkpoints.gguf.names import is_gguf, is_later_part
 from jaxllm.checkpoints.registry import DEFAULT_MODEL, MODELS
 
 _REPOSITORY_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)

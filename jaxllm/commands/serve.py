@@ -214,8 +214,8 @@ def _cors(args: argparse.Namespace) -> CrossOrigin:
 
 
 def _settings(args: argparse.Namespace, engine: dict[str, Any]) -> Settings:
+    from jaxllm.parsing.registry import AnswerFormat
     from jaxllm.server.context import Settings
-    from jaxllm.server.parsing.registry import AnswerFormat
 
     keys = [*(args.api_key or []), *([key] if (key := os.environ.get("JAXLLM_API_KEY")) else [])]
     if any(not key for key in keys):

@@ -11,6 +11,7 @@ from jaxllm.entrypoints.async_llm import AsyncLLM
 from jaxllm.server import errors
 from jaxllm.server.context import Context, CrossOrigin, Settings
 from jaxllm.server.middleware import Gate
+from jaxllm.server.openapi import complete
 from jaxllm.server.prometheus import Metrics
 from jaxllm.server.routes import (
     batches,
@@ -24,7 +25,6 @@ from jaxllm.server.routes import (
     status,
     tokens,
 )
-from jaxllm.server.schema.openapi import complete
 from jaxllm.version import __version__
 
 _ROUTERS = (completions, chat, responses, messages, embeddings, tokens, batches, status, docs, page)

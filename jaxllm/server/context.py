@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from fastapi import Request
 
+from jaxllm.parsing.registry import AnswerFormat
 from jaxllm.server.errors import ApiError
 from jaxllm.server.file_store import Batch, FileStore
-from jaxllm.server.parsing.registry import AnswerFormat
 from jaxllm.server.response_store import ResponseStore
 from jaxllm.version import __version__
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from jaxllm.config.sampling import SamplingParams, StructuredOutputs
 from jaxllm.engine.outputs import CompletionOutput
+from jaxllm.parsing.events import ParsedAnswer, Parser, collect
 from jaxllm.server.context import Context
+from jaxllm.server.forced import FirstCall, ToolUse, arguments_schema
 from jaxllm.server.generation import Generation
-from jaxllm.server.parsing.events import ParsedAnswer, Parser, collect
-from jaxllm.server.parsing.forced import FirstCall, ToolUse, arguments_schema
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

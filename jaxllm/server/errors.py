@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from jaxllm.engine.errors import EngineError, NotFinite, Unavailable
-from jaxllm.server.schema.validation import explain
+from jaxllm.schema.validation import explain
 
 log = logging.getLogger(__name__)
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}

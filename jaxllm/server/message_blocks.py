@@ -9,8 +9,8 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, final
 
-from jaxllm.server.parsing.events import CallArguments, CallEnd, CallStart, Event, Reasoning, Text
-from jaxllm.server.schema.messages_request import (
+from jaxllm.parsing.events import CallArguments, CallEnd, CallStart, Event, Reasoning, Text
+from jaxllm.schema.messages_request import (
     Block,
     MessageParam,
     MessagesTool,
@@ -19,7 +19,7 @@ from jaxllm.server.schema.messages_request import (
     ToolResultBlock,
     ToolUseBlock,
 )
-from jaxllm.server.schema.tools import Tool
+from jaxllm.schema.tools import Tool
 
 Json = dict[str, Any]
 Send = Callable[..., bytes]

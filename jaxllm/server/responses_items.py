@@ -9,9 +9,8 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, final
 
-from jaxllm.server.errors import ApiError
-from jaxllm.server.parsing.events import CallArguments, CallEnd, CallStart, Event, Reasoning, Text
-from jaxllm.server.schema.responses_request import (
+from jaxllm.parsing.events import CallArguments, CallEnd, CallStart, Event, Reasoning, Text
+from jaxllm.schema.responses_request import (
     CallItem,
     Item,
     MessageItem,
@@ -19,6 +18,7 @@ from jaxllm.server.schema.responses_request import (
     ReasoningItem,
     ResponsePart,
 )
+from jaxllm.server.errors import ApiError
 
 Json = dict[str, Any]
 Send = Callable[..., bytes]

@@ -33,10 +33,10 @@ def _read(path: Path) -> Tokenizer:
         from jaxllm.tokenizer.hf_folder import tokenizer_from_folder
 
         return tokenizer_from_folder(path)
-    from jaxllm.checkpoints.gguf_names import is_gguf
+    from jaxllm.checkpoints.gguf.names import is_gguf
 
     if path.is_file() and is_gguf(path):
-        from jaxllm.checkpoints.gguf_file import read_header
+        from jaxllm.checkpoints.gguf.file import read_header
         from jaxllm.tokenizer.gguf import tokenizer_from_metadata
 
         return tokenizer_from_metadata(read_header(path).metadata)

@@ -60,7 +60,7 @@ def _copy(source: Path, folder: Path) -> None:
 
 def _tokenizer(path: Path) -> Tokenizer | None:
     """None where the file has no vocabulary; one that cannot be read is an error, not a model without text."""
-    from jaxllm.checkpoints.gguf_file import read_header
+    from jaxllm.checkpoints.gguf.file import read_header
     from jaxllm.tokenizer.gguf import tokenizer_from_metadata
 
     metadata = read_header(path).metadata

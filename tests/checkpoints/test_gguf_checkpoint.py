@@ -391,7 +391,7 @@ def test_unknown_architecture_is_refused_with_those_supported(make_gguf: Callabl
 
 
 def test_every_end_of_turn_token_is_in_the_generation_config(tmp_path: Path) -> None:
-    from jaxllm.checkpoints.gguf_config import hf_generation_config
+    from jaxllm.checkpoints.gguf.config import hf_generation_config
 
     metadata = {
         "tokenizer.ggml.eos_token_id": 7,
@@ -404,7 +404,7 @@ def test_every_end_of_turn_token_is_in_the_generation_config(tmp_path: Path) -> 
 
 
 def test_sampling_defaults_of_the_file_are_those_of_the_model() -> None:
-    from jaxllm.checkpoints.gguf_config import hf_generation_config
+    from jaxllm.checkpoints.gguf.config import hf_generation_config
 
     keys = {"temp": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.0, "penalty_repeat": 1.5, "mirostat": 1}
     metadata = {f"general.sampling.{key}": np.float32(v).item() for key, v in keys.items() if isinstance(v, float)}

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from jaxllm.checkpoints import CheckpointError, open_checkpoint
-from jaxllm.checkpoints.gguf_checkpoint import arranged, config_of, family_of
-from jaxllm.checkpoints.gguf_families import FAMILIES, WITH_CORRECTION, WITH_EXPERTS, WITH_WINDOW
-from jaxllm.checkpoints.gguf_parts import open_parts
+from jaxllm.checkpoints.gguf.checkpoint import arranged, config_of, family_of
+from jaxllm.checkpoints.gguf.families import FAMILIES, WITH_CORRECTION, WITH_EXPERTS, WITH_WINDOW
+from jaxllm.checkpoints.gguf.parts import open_parts
 from jaxllm.families import read_config
 from jaxllm.families.registry import ARCHITECTURES
 from jaxllm.tokenizer.gguf_splitting import SPLITTINGS

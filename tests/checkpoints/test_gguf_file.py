@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from jaxllm.checkpoints import CheckpointError
-from jaxllm.checkpoints.ggml_types import TENSOR_TYPES, UNREADABLE
-from jaxllm.checkpoints.gguf_checkpoint import GGUFCheckpoint
-from jaxllm.checkpoints.gguf_file import GGUFTensor, read_header
+from jaxllm.checkpoints.gguf.checkpoint import GGUFCheckpoint
+from jaxllm.checkpoints.gguf.file import GGUFTensor, read_header
+from jaxllm.checkpoints.gguf.ggml_types import TENSOR_TYPES, UNREADABLE
 from tests.helpers.patience import patience
 
 _LARGEST_ALLOCATION = 8 << 20  # the tiny file has 150 KB; a length that is believed would ask for far more
@@ -186,7 +186,7 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_array_longer_than_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jaxllm.checkpoints.gguf_file._MAX_ARRAY", 3)
+    monkeypatch.setattr("jaxllm.checkpoints.gguf.file._MAX_ARRAY", 3)
     path = tmp_path / "long.gguf"
     for count, ok in ((3, True), (4, False)):
         path.write_bytes(raw_gguf(entries=[entry(b"k", 9, array(0, count, b"\7" * count))]))

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from jaxllm.server.schema.messages_request import CountTokensRequest, MessagesRequest
-from jaxllm.server.schema.other_servers import OTHERS
-from jaxllm.server.schema.requests import ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest
-from jaxllm.server.schema.responses_request import ResponsesRequest
+from jaxllm.schema.messages_request import CountTokensRequest, MessagesRequest
+from jaxllm.schema.other_servers import OTHERS
+from jaxllm.schema.requests import ChatRequest, CompletionRequest, EmbeddingRequest, TokenizeRequest
+from jaxllm.schema.responses_request import ResponsesRequest
 
 MESSAGES = [{"role": "user", "content": "hello"}]
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}

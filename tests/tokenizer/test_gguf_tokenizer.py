@@ -74,7 +74,7 @@ def test_smollm2_prompt_follows_the_template_in_the_file(smollm2: Tokenizer):
 
 
 def test_smollm2_tokenizer_is_built_quickly(smollm2_path: Path):
-    from jaxllm.checkpoints.gguf_file import read_header
+    from jaxllm.checkpoints.gguf.file import read_header
 
     metadata = read_header(smollm2_path).metadata
     seconds = []

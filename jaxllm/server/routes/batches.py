@@ -9,10 +9,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from jaxllm.schema.requests import BatchRequest
 from jaxllm.server.context import Context, context_of
 from jaxllm.server.errors import ApiError
 from jaxllm.server.file_store import Batch, StoredFile
-from jaxllm.server.schema.requests import BatchRequest
 
 router = APIRouter()
 _MAX_BATCHES = 1000

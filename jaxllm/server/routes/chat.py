@@ -11,18 +11,18 @@ from fastapi.responses import Response
 
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.outputs import CompletionDelta, CompletionOutput
+from jaxllm.parsing.chat_shapes import Deltas, message
+from jaxllm.parsing.events import Event, Parser, Reasoning
+from jaxllm.schema.answers import ChatCompletion, answered
+from jaxllm.schema.logprobs import chat_logprobs, prompt_logprobs
+from jaxllm.schema.requests import ChatMessage, ChatRequest, TokenizeRequest
 from jaxllm.server.context import Context
 from jaxllm.server.conversation import Conversation, Turn
 from jaxllm.server.errors import ApiError
+from jaxllm.server.forced import ToolUse
 from jaxllm.server.generation import Generation
-from jaxllm.server.parsing.chat_shapes import Deltas, message
-from jaxllm.server.parsing.events import Event, Parser, Reasoning
-from jaxllm.server.parsing.forced import ToolUse
 from jaxllm.server.respond import respond
-from jaxllm.server.schema.answers import ChatCompletion, answered
-from jaxllm.server.schema.logprobs import chat_logprobs, prompt_logprobs
-from jaxllm.server.schema.requests import ChatMessage, ChatRequest, TokenizeRequest
-from jaxllm.server.schema.sampling_fields import continuous, final_usage, prompt_extras, sampling_params
+from jaxllm.server.sampling_fields import continuous, final_usage, prompt_extras, sampling_params
 from jaxllm.server.streaming import DONE, event
 
 router = APIRouter()

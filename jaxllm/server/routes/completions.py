@@ -11,14 +11,14 @@ from fastapi.responses import Response
 
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.outputs import CompletionDelta, CompletionOutput, RequestOutput
+from jaxllm.schema.answers import Completion, answered
+from jaxllm.schema.logprobs import completion_logprobs, prompt_logprobs
+from jaxllm.schema.requests import CompletionRequest
 from jaxllm.server.context import Context
 from jaxllm.server.errors import ApiError
 from jaxllm.server.generation import Generation
 from jaxllm.server.respond import respond
-from jaxllm.server.schema.answers import Completion, answered
-from jaxllm.server.schema.logprobs import completion_logprobs, prompt_logprobs
-from jaxllm.server.schema.requests import CompletionRequest
-from jaxllm.server.schema.sampling_fields import continuous, final_usage, prompt_extras, sampling_params
+from jaxllm.server.sampling_fields import continuous, final_usage, prompt_extras, sampling_params
 from jaxllm.server.streaming import DONE, event
 
 router = APIRouter()

@@ -10,11 +10,11 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from jaxllm.engine.scoring import Scorer
+from jaxllm.schema.answers import Embeddings, answered
+from jaxllm.schema.requests import EmbeddingRequest
 from jaxllm.server.context import Context, context_of
 from jaxllm.server.errors import ApiError
 from jaxllm.server.routes.completions import as_prompts
-from jaxllm.server.schema.answers import Embeddings, answered
-from jaxllm.server.schema.requests import EmbeddingRequest
 from jaxllm.server.streaming import unless_disconnected
 
 router = APIRouter()

@@ -9,17 +9,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from jaxllm.schema.answers import MessageAnswer, TokenCount, answered
+from jaxllm.schema.messages_request import CountTokensRequest, MessagesRequest, Prompted
+from jaxllm.schema.tools import FunctionName, NamedTool
 from jaxllm.server.context import Context, context_of
 from jaxllm.server.conversation import Conversation, Turn
 from jaxllm.server.errors import ApiError, as_api_error
+from jaxllm.server.forced import Choice, ToolUse
 from jaxllm.server.generation import Generation
 from jaxllm.server.message_blocks import BlockWriter, messages_of, tools_of
-from jaxllm.server.parsing.forced import Choice, ToolUse
 from jaxllm.server.respond import respond
-from jaxllm.server.schema.answers import MessageAnswer, TokenCount, answered
-from jaxllm.server.schema.messages_request import CountTokensRequest, MessagesRequest, Prompted
-from jaxllm.server.schema.sampling_fields import prompt_extras, sampling_params
-from jaxllm.server.schema.tools import FunctionName, NamedTool
+from jaxllm.server.sampling_fields import prompt_extras, sampling_params
 from jaxllm.server.streaming import event
 
 router = APIRouter()

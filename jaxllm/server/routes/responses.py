@@ -10,19 +10,19 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from jaxllm.schema.answers import ResponseAnswer, answered
+from jaxllm.schema.fields import JsonSchema, ResponseFormat
+from jaxllm.schema.responses_request import ResponsesRequest
+from jaxllm.schema.tools import Tool
 from jaxllm.server.context import Context, context_of
 from jaxllm.server.conversation import Conversation, Turn
 from jaxllm.server.errors import ApiError
+from jaxllm.server.forced import ToolUse
 from jaxllm.server.generation import Generation
-from jaxllm.server.parsing.forced import ToolUse
 from jaxllm.server.respond import respond
 from jaxllm.server.response_store import StoredResponse
 from jaxllm.server.responses_items import ItemWriter, messages_of
-from jaxllm.server.schema.answers import ResponseAnswer, answered
-from jaxllm.server.schema.fields import JsonSchema, ResponseFormat
-from jaxllm.server.schema.responses_request import ResponsesRequest
-from jaxllm.server.schema.sampling_fields import of_response_format, prompt_extras, sampling_params
-from jaxllm.server.schema.tools import Tool
+from jaxllm.server.sampling_fields import of_response_format, prompt_extras, sampling_params
 from jaxllm.server.streaming import event
 
 router = APIRouter()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from jaxllm.schema.answers import ModelCard, ModelList, answered
 from jaxllm.server.context import context_of
 from jaxllm.server.errors import ApiError
 from jaxllm.server.prometheus import CONTENT_TYPE
 from jaxllm.server.routes.tokens import max_model_len
-from jaxllm.server.schema.answers import ModelCard, ModelList, answered
 from jaxllm.version import __version__
 
 router = APIRouter()

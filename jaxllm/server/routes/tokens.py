@@ -7,11 +7,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from jaxllm.schema.answers import Detokenized, Tokenized, answered
+from jaxllm.schema.requests import DetokenizeRequest, TokenizeRequest
 from jaxllm.server.context import context_of
 from jaxllm.server.errors import ApiError
 from jaxllm.server.routes.chat import plain_messages, template_arguments
-from jaxllm.server.schema.answers import Detokenized, Tokenized, answered
-from jaxllm.server.schema.requests import DetokenizeRequest, TokenizeRequest
 
 router = APIRouter()
 
