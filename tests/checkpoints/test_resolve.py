@@ -150,7 +150,7 @@ def test_import_loads_neither_jax_nor_numpy() -> None:
     program = "import sys, jaxllm.checkpoints; print(sorted({'jax', 'numpy', 'torch'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-    modules = "safetensors_folder, gguf_checkpoint"
-    program = f"import sys; from jaxllm.checkpoints import {modules}; print('jax' in sys.modules)"
+    modules = "jaxllm.checkpoints.safetensors_folder, jaxllm.checkpoints.gguf.checkpoint"
+    program = f"import sys; import {modules}; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
