@@ -65,6 +65,7 @@ GRAPH = import_graph(PACKAGE)
 # Rooms that decide, read files or describe: without what they do not need, they start fast and run anywhere.
 WITHOUT = {
     "scheduling": ARRAYS, "decoding": ARRAYS, "config": ARRAYS, "checkpoints": {"jax", "jaxlib", "flax"},
+    "pool/policies.py": ARRAYS, "pool/prefill_groups.py": ARRAYS, "pool/decode_rounds.py": ARRAYS,
     "tokenizer": ARRAYS, "telemetry/figures.py": ARRAYS, "sharding/rules.py": ARRAYS, "engine/outputs.py": ARRAYS,
 }  # fmt: skip
 
