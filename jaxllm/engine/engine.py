@@ -14,19 +14,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.errors import EngineError, NotFinite
-from jaxllm.kv.memory import KVMemory
-from jaxllm.runner.in_flight import InFlight
-from jaxllm.runner.runner import ModelRunner
+from jaxllm.runner.interface import Memory, Runner, Work
 from jaxllm.runner.sampler import NOT_FINITE, Sampled
-from jaxllm.scheduling.replicas import side_by_side
+from jaxllm.runner.shapes import RunnerShapes
+from jaxllm.scheduling.replicas import Scheduling, side_by_side
 from jaxllm.scheduling.request import Ending, Held, Listener, Request, Status, next_arrival
 from jaxllm.scheduling.scheduler import Chunk, Scheduler
 from jaxllm.telemetry.accounting import Accounting, IterationRecord
 from jaxllm.telemetry.device_peaks import engine_cost, known_ceilings
+
+if TYPE_CHECKING:
+    from jaxllm.kv.memory import KVMemory
+    from jaxllm.runner.runner import ModelRunner
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -70,43 +73,36 @@ class Engine:
         eos_token_ids: tokens that end a request unless it ignores them.
         seed: from which requests without a seed of their own get one.
         memory: the KV cache that the runner runs on, with its page pools and lower tiers; default: the runner's.
+        scheduling: who runs next; default: a `Scheduler` for each page pool.
+        accounting: the books; default: those of the runner's model on its devices.
     """
 
     def __init__(
         self,
-        runner: ModelRunner,
+        runner: Runner,
         *,
         eos_token_ids: Sequence[int] = (),
-        memory: KVMemory | None = None,
+        memory: Memory | None = None,
+        scheduling: Scheduling | None = None,
+        accounting: Accounting | None = None,
         seed: int = 0,
     ):
-        shapes = runner.shapes
-        self.runner = runner
-
-        self.memory = memory or runner.memory
-        schedulers = [
-            Scheduler(
-                pool,
-                max_num_seqs=shapes.max_num_seqs,
-                max_num_batched_tokens=shapes.max_num_batched_tokens,
-                max_decode_steps=shapes.max_decode_steps,
-                first_slot=replica * shapes.max_num_seqs,
-                first_page=replica * shapes.num_pages,
-                tiers=self.memory.tiers,
-            )
-            for replica, pool in enumerate(self.memory.pools)
-        ]
-        self.scheduler = side_by_side(schedulers)
+        # The loop uses what `Runner` has; whoever asks for more (scoring, a warm-up) has an engine on devices.
+        self.runner = cast("ModelRunner", runner)
+        self.memory = cast("KVMemory", memory or runner.memory)
+        self.scheduler = scheduling or side_by_side(schedulers_for(self.memory, runner.shapes))
         self.pool = self.scheduler.pool
         self.tiers, self.mover = self.memory.tiers, self.memory.mover
         self.records: deque[IterationRecord] = deque(maxlen=4096)
-        self.accounting = Accounting(engine_cost(runner.model, shapes.kv_dtype), known_ceilings(runner.model))
+        self.accounting = accounting or Accounting(
+            engine_cost(self.runner.model, runner.shapes.kv_dtype), known_ceilings(self.runner.model)
+        )
         self.eos_token_ids = tuple(eos_token_ids)
         if self.tiers is not None:
             self.tiers.prefill_rate = self.accounting.prefill_rate
         self._seed = seed
         self._counter = itertools.count()
-        self._in_flight: deque[InFlight] = deque()
+        self._in_flight: deque[Work] = deque()
         self._requests: dict[str, Request] = {}
         self.progress = 0  # grows with every iteration dispatched or read
         self.num_completed = 0  # iterations read without an error
@@ -289,7 +285,7 @@ class Engine:
                 self.finish(request, Ending("abort"))
         self.mover.save(seconds, self.evict_idle if self.is_sound else lambda: None)
 
-    def _collect(self, work: InFlight) -> list[NewTokens]:
+    def _collect(self, work: Work) -> list[NewTokens]:
         results = []
         self.progress += 1
         read = work.read()
@@ -367,14 +363,30 @@ class Engine:
         if (request := self._requests.get(request_id)) is not None:
             self.finish(request, Ending("abort"))
 
-    def _record(self, work: InFlight, read: Sequence[tuple[Chunk, Sampled]]) -> None:
-        now, compilations = time.perf_counter(), self.runner.num_compilations
+    def _record(self, work: Work, read: Sequence[tuple[Chunk, Sampled]]) -> None:
+        now, compilations = self.runner.now(), self.runner.num_compilations
         record = self.accounting.arrived(
             work.plan, read, dispatched=work.dispatched, now=now, num_compilations=compilations
         )
         self.records.append(record)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", record.line())
+
+
+def schedulers_for(memory: Memory, shapes: RunnerShapes) -> list[Scheduler]:
+    """A scheduler for each of the memory's page pools."""
+    return [
+        Scheduler(
+            pool,
+            max_num_seqs=shapes.max_num_seqs,
+            max_num_batched_tokens=shapes.max_num_batched_tokens,
+            max_decode_steps=shapes.max_decode_steps,
+            first_slot=replica * shapes.max_num_seqs,
+            first_page=replica * shapes.num_pages,
+            tiers=memory.tiers,
+        )
+        for replica, pool in enumerate(memory.pools)
+    ]
 
 
 def as_token_ids(ids: Any) -> list[int]:

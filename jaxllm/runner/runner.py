@@ -73,9 +73,13 @@ class ModelRunner:
         empty = functools.partial(zero_slots, self.shapes)
         self.state.slots = jax.jit(empty, out_shardings=self.model.placement.replicated)()
 
+    def now(self) -> float:
+        """See `Runner`."""
+        return time.perf_counter()
+
     def dispatch(self, plan: IterationPlan) -> InFlight:
         """Put one plan's work on the device queue."""
-        started = time.perf_counter()
+        started = self.now()
         layout = lay_out(plan, self.shapes)
         sampled = self._execute_all(layout.dispatches)
         for array in jax.tree.leaves(sampled):

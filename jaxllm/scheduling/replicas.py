@@ -35,7 +35,7 @@ class Scheduling(Protocol):
     def has_work(self) -> bool: ...
     def check_fits(self, limit: int) -> None: ...
     def add(self, request: Request) -> None: ...
-    def schedule(self) -> IterationPlan | None: ...
+    def schedule(self, steps: int | None = None) -> IterationPlan | None: ...
     def fork(self, parent: Request, child: Request) -> None: ...
     def extend(self, request: Request, tokens: Sequence[int]) -> None: ...
     def truncate(self, request: Request, length: int) -> None: ...
@@ -116,13 +116,14 @@ class Replicas:
         best = max(range(len(hits)), key=lambda z: (hits[z], -loads[z]))
         return best if hits[best] and loads[best] < loads[least] + self.slack else least
 
-    def schedule(self) -> IterationPlan | None:
-        """Plan the next iteration of every replica that has anything to do.
+    def schedule(self, steps: int | None = None) -> IterationPlan | None:
+        """Plan the next iteration of every replica that has anything to do; `steps` as in `Scheduler.schedule`.
 
         All run the same program: a decode loop of as many steps as each of them allows, or else a ragged step.
         """
         busy = [part for part in self.parts if part.num_waiting or not all(r.exhausted for r in part.running)]
-        steps = min((part.loop_steps() for part in busy), default=0)
+        if steps is None:
+            steps = min((part.loop_steps() for part in busy), default=0)
         plans, copies = [], []
         for part in busy:
             if (plan := part.plan(steps)) is not None:

@@ -130,9 +130,12 @@ class Scheduler:
             left = 1
         heapq.heappush(self._waiting[self._is_long(left)], (request.rank, request))
 
-    def schedule(self) -> IterationPlan | None:
-        """Plan the next iteration, or None when nothing can run before results in flight are read."""
-        return self.plan(self.loop_steps())
+    def schedule(self, steps: int | None = None) -> IterationPlan | None:
+        """Plan the next iteration, or None when nothing can run before results in flight are read.
+
+        `steps`: of a decode loop, where the caller knows that nothing comes in between; default: `loop_steps`.
+        """
+        return self.plan(self.loop_steps() if steps is None else steps)
 
     def plan(self, steps: int) -> IterationPlan | None:
         """A decode loop of `steps` iterations (no more than `loop_steps` allows), or else one iteration."""

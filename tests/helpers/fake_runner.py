@@ -85,6 +85,9 @@ class FakeRunner:
         self._device = _Device(self.shapes.page_size)
         self._device.entries = {}
 
+    def now(self) -> float:
+        return time.perf_counter()
+
     def dispatch(self, plan: IterationPlan) -> _InFlight:
         """Run a plan at once; it is read later."""
         self._trip()
@@ -93,7 +96,7 @@ class FakeRunner:
         results = device.run(plan)
         self._trip()
         sampled = [(chunk, self._sampled(tokens, device.entries[id(chunk.request)])) for chunk, tokens in results]
-        return _InFlight(plan, time.perf_counter(), sampled, self._trip)
+        return _InFlight(plan, self.now(), sampled, self._trip)
 
     def _sampled(self, tokens: list[int], entries: list[tuple[list[int], list[float]]]) -> Sampled:
         ids = np.array([ids for ids, _ in entries], np.int32)
