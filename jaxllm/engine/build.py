@@ -6,20 +6,24 @@ when a request is added, in one line.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.config import EngineConfig, ModelConfig
 from jaxllm.families import read_config
 
 if TYPE_CHECKING:
     from jaxllm.engine.engine import Engine
+    from jaxllm.runner.compiler import Compiler
     from jaxllm.runner.connections import Connection
+    from jaxllm.runner.shapes import RunnerShapes
     from jaxllm.tokenizer import Tokenizer
+    from jaxllm.weights.abstract import AbstractModel
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +39,20 @@ class BuiltEngine:
 
 
 def build_engine(
-    config: EngineConfig, *, progress: bool = True, on_stage: Callable[[str], None] | None = None
+    config: EngineConfig,
+    *,
+    progress: bool = True,
+    on_stage: Callable[[str], None] | None = None,
+    on_sized: Callable[[AbstractModel, RunnerShapes], Compiler | None] | None = None,
 ) -> BuiltEngine:
     """Load a model and start an engine. Raises ValueError with one line that says what to do.
 
-    `on_stage` is told what is being done.
+    Args:
+        config: what to build.
+        progress: bars on a terminal.
+        on_stage: told what is being done.
+        on_sized: told what the engine will take, before it takes anything; may wait, may refuse with an error, and may
+            give the compiler of another engine with the same programs.
     """
     from jaxllm.sharding.rules import load_rules, parse_mesh
 
@@ -67,12 +80,13 @@ def build_engine(
         use_compilation_cache()
         model = make_model(config, model_config, Placement(make_mesh(config.mesh, offset=config.device_offset), rules))
         shapes = runner_shapes(config, model, connection)
+        compiler = on_sized(model, shapes) if on_sized is not None else None
         check_memory(model, shapes)
         longest = _say_length_scaling(model_config, shapes.max_model_len)
         identity = model_identity(config, source.hf_config, source.path, longest)
         memory = make_memory(model, shapes, enable_prefix_caching=config.enable_prefix_caching, namespace=identity)
         check_tiers(memory, config)
-        runner = ModelRunner(model, shapes, memory, announce=connection.announce)
+        runner = ModelRunner(model, shapes, memory, announce=connection.announce, compiler=compiler)
         runner.compiler.prepare()  # programs compile while the weights are read
         say(f"loading {source.path.name if source.path else config.model}")
         with out_of_memory_explained(model, shapes):
@@ -86,6 +100,26 @@ def build_engine(
     add_tiers(memory, config, runner.host_pages(), identity)
     engine = Engine(runner, memory=memory, eos_token_ids=_eos_token_ids(hf, generation, text), seed=config.seed)
     return BuiltEngine(engine, text, model_config, generation)
+
+
+def read_parameters(config: EngineConfig, built: BuiltEngine) -> Any:
+    """The parameters that `config.model` has now, for an engine that is built already.
+
+    Raises ValueError where they are of another architecture or size.
+    """
+    from jaxllm.weights.source import open_source
+
+    source = open_source(config, progress=False)
+    found = read_config(source.hf_config)
+    if found != built.model_config:
+        names = [
+            f.name for f in dataclasses.fields(found) if getattr(found, f.name) != getattr(built.model_config, f.name)
+        ]
+        raise ValueError(
+            f"{config.model!r} is another kind of model ({', '.join(names)} differ); weights can only be replaced by "
+            "those of the same configuration"
+        )
+    return source.parameters(built.engine.runner.model)
 
 
 def _join(config: EngineConfig) -> Connection:

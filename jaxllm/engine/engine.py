@@ -262,6 +262,19 @@ class Engine:
             time.sleep(_MOVING_SECONDS)  # nothing else to do: leave the processor to what copies
         return []
 
+    @_whole
+    def settle(self) -> None:
+        """Read all that is on its way: afterwards nothing is on the device's queue, and no page moves."""
+        while self._in_flight:
+            self._collect(self._in_flight.popleft())
+        if self.mover is not None:
+            self.mover.start()
+            while self.mover.is_moving:
+                self.progress += self.mover.finish(self.scheduler.loaded)
+                time.sleep(_MOVING_SECONDS)
+            self.mover.wait()
+        self.runner.block_until_ready()
+
     def start_moves(self) -> None:
         """Send off what has to leave pages that were handed out anew; call it before anything writes there."""
         if self.mover is not None:

@@ -10,8 +10,8 @@ import asyncio
 import dataclasses
 import functools
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -22,8 +22,9 @@ from jaxllm.engine.outputs import CompletionDelta, CompletionOutput, RequestOutp
 from jaxllm.engine.prompts import Prompt
 from jaxllm.engine.scoring import ScoringPass
 from jaxllm.engine.work import Work
-from jaxllm.entrypoints.engine_thread import EngineThread, Update
+from jaxllm.entrypoints.engine_thread import EngineThread
 from jaxllm.entrypoints.frontend import Frontend
+from jaxllm.entrypoints.tasks import Update
 
 if TYPE_CHECKING:
     from jaxllm.decoding.beam_search import BeamSearchOutput, BeamSearchParams
@@ -100,6 +101,24 @@ class _Listener:
     index: int
 
 
+class Stepper(Protocol):
+    """Who steps the engine, seen by those who want something of it; see `EngineThread`."""
+
+    def submit(self, work: Work, listener: Any) -> None: ...
+    def cancel(self, listener: Any) -> None: ...
+    def call(self, function: Callable[[], T]) -> Future[T]: ...
+    def measure_when_idle(self) -> None: ...
+    def stop(self, timeout: float = 10.0) -> bool: ...
+    @property
+    def num_failures(self) -> int: ...
+    @property
+    def num_queued(self) -> int: ...
+    @property
+    def is_alive(self) -> bool: ...
+    @property
+    def stalled_seconds(self) -> float: ...
+
+
 class AsyncLLM(Frontend):
     """A model ready to generate, for async code.
 
@@ -109,6 +128,7 @@ class AsyncLLM(Frontend):
         stuck_seconds: without progress for so long, while there is work, the engine counts as stuck.
         before_step: a hook for tests that inject faults; called on the engine's thread.
         on_stage: told what is being done while the model is loaded.
+        make_thread: who steps the engine; a pool has one thread for several.
         **kwargs: the fields of `EngineConfig`.
     """
 
@@ -121,6 +141,7 @@ class AsyncLLM(Frontend):
         before_step: Callable[[], None] | None = None,
         on_stage: Callable[[str], None] | None = None,
         use_tqdm: bool = True,
+        make_thread: Callable[..., Stepper] = EngineThread,
         **kwargs: Any,
     ):
         super().__init__(model, use_tqdm=use_tqdm, on_stage=on_stage, **kwargs)
@@ -131,7 +152,7 @@ class AsyncLLM(Frontend):
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
-        self.thread = EngineThread(self._jobs, self._publish, before_step)
+        self.thread = make_thread(self._jobs, self._publish, before_step)
         self.at_exit(self.shutdown)
 
     async def generate(

@@ -1,9 +1,7 @@
-"""The engine's own thread: work in, updates out, and what happens when an iteration fails.
+"""The engine's own thread: work in, updates out.
 
-Policy for errors (docs/serving.md): a step that raises ends every request that had state on the device, with an
-error; pages, slots and prefix cache start anew and waiting requests go on. A second failure before any iteration
-has succeeded, a failed recovery, or the thread's own end is final: every request ends with an error and `death` is
-set for the owner to exit on. Knows nothing of event loops or protocols.
+Where an iteration fails, see `Tasks`. A failure that is final, or the thread's own end: every request ends with an
+error and `death` is set for the owner to exit on. Knows nothing of event loops or protocols.
 """
 
 from __future__ import annotations
@@ -13,17 +11,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxllm.engine.completions import Jobs
 from jaxllm.engine.errors import EngineError
-from jaxllm.engine.outputs import CompletionDelta
 from jaxllm.engine.work import Work
+from jaxllm.entrypoints.tasks import Task, Tasks, Update
 from jaxllm.telemetry.accounting import percent
 from jaxllm.telemetry.device_peaks import measured_ceilings
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 _IDLE_SECONDS = 0.5  # how often an idle thread shows that it lives
 _REPORT_SECONDS = 10.0
 _STOPPED = "the engine failed and stops"
@@ -33,22 +33,15 @@ class _WorkArrived(Exception):
     """Ends a measurement that may wait."""
 
 
-@dataclass(slots=True)
-class Update:
-    """News for one listener: a delta of its work, its end, or the error that ended it."""
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Something to do between two iterations, whose result somebody waits for."""
 
-    listener: Any
-    delta: CompletionDelta | None = None
-    finished: bool = False
-    error: Exception | None = None
+    run: Callable[[], None]
+    future: Future[Any]
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Task:
-    """Work, and whoever waits for it."""
-
-    work: Work
-    listener: Any
+    def __call__(self) -> None:
+        self.run()
 
 
 class EngineThread:
@@ -67,13 +60,10 @@ class EngineThread:
     ):
         self.death: BaseException | None = None
         self.last_progress = self._last_report = time.monotonic()
-        self.num_failures = 0
-        self._engine, self._jobs, self._publish, self._before_step = jobs.engine, jobs, publish, before_step
-        self._commands: queue.SimpleQueue[_Task | Callable[[], None] | None] = queue.SimpleQueue()
-        self._tasks: dict[Any, _Task] = {}  # by listener
-        self._failed_at = -1
+        self._engine, self._jobs = jobs.engine, jobs
+        self._tasks = Tasks(jobs, publish, before_step)
+        self._commands: queue.SimpleQueue[Task | _Call | Callable[[], None] | None] = queue.SimpleQueue()
         self._wants_ceilings = False
-        self._updates: list[Update] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -81,13 +71,24 @@ class EngineThread:
 
     def submit(self, work: Work, listener: Any) -> None:
         """Start work that is prepared; `listener` identifies it in updates."""
-        self._commands.put(_Task(work, listener))
+        self._commands.put(Task(work, listener))
         if self.death is not None:
             self._refuse_all()
 
     def cancel(self, listener: Any) -> None:
         """End what was started for a listener; there will be no more updates."""
-        self._commands.put(lambda: self._cancel(listener))
+        self._commands.put(lambda: self._tasks.cancel(listener))
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Call something between two iterations, when nothing is on its way; the future has what it returns or raises.
+
+        What it raises harms nobody else.
+        """
+        future: Future[T] = Future()
+        self._commands.put(_Call(lambda: self._answer(function, future), future))
+        if self.death is not None:
+            self._refuse_all()
+        return future
 
     def measure_when_idle(self) -> None:
         """Learn what the devices could do, for MFU and MBU, where no data sheet says it.
@@ -102,6 +103,11 @@ class EngineThread:
         self._commands.put(None)
         self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    @property
+    def num_failures(self) -> int:
+        """Iterations that raised."""
+        return self._tasks.num_failures
 
     @property
     def num_queued(self) -> int:
@@ -132,9 +138,7 @@ class EngineThread:
             self.death = EngineError("the engine was shut down")
         finally:
             self.death = self.death or EngineError("the engine's thread ended")
-            for task in list(self._tasks.values()):
-                self._updates.append(Update(task.listener, finished=True, error=EngineError(_STOPPED)))
-            self._flush()
+            self._tasks.fail_all(EngineError(_STOPPED))
             self._refuse_all()
 
     def _refuse_all(self) -> None:
@@ -144,8 +148,10 @@ class EngineThread:
                 command = self._commands.get_nowait()
             except queue.Empty:
                 return
-            if isinstance(command, _Task):
-                self._publish([Update(command.listener, finished=True, error=EngineError(_STOPPED))])
+            if isinstance(command, Task):
+                self._tasks.refuse(command, EngineError(_STOPPED))
+            elif isinstance(command, _Call):
+                command.future.set_exception(EngineError(_STOPPED))
 
     def _obey(self) -> bool:
         """Carry out commands, waiting for one when there is nothing else to do. False: stop."""
@@ -163,8 +169,8 @@ class EngineThread:
             if not busy:
                 self.last_progress = time.monotonic()
                 busy = True
-            if isinstance(command, _Task):
-                self._start(command)
+            if isinstance(command, Task):
+                self._tasks.start(command)
             else:
                 command()
 
@@ -191,16 +197,15 @@ class EngineThread:
         if not self._commands.empty():
             raise _WorkArrived
 
-    def _step(self) -> None:
-        before = self._engine.progress
+    def _answer(self, function: Callable[[], T], future: Future[T]) -> None:
+        self._tasks.settle()
         try:
-            if self._before_step is not None and self._jobs.has_work:
-                self._before_step()
-            self._jobs.step()
+            future.set_result(function())
         except Exception as error:
-            self._recover(error)
-        self._flush()
-        if self._engine.progress != before:
+            future.set_exception(error)
+
+    def _step(self) -> None:
+        if self._tasks.step():
             self.last_progress = time.monotonic()
             self._report()
         elif self._jobs.has_work:
@@ -219,58 +224,3 @@ class EngineThread:
             recent["generation_tokens_per_s"], percent(recent["mfu"]), percent(recent["mbu"]),
             100 * (1 - engine.pool.num_free / engine.pool.num_usable),
         )  # fmt: skip
-
-    def _flush(self) -> None:
-        if self._updates:
-            updates, self._updates = self._updates, []
-            self._publish(updates)
-
-    def _start(self, task: _Task) -> None:
-        self._tasks[task.listener] = task
-        task.work.notify = self._heard(task)
-        try:
-            task.work.start()
-        except ValueError as error:
-            self._fail(task, error)
-        except Exception as error:  # a fault of ours, which costs nobody else more than it has to
-            self._fail(task, EngineError(f"the request could not be started: {type(error).__name__}"))
-            self._recover(error)
-
-    def _heard(self, task: _Task) -> Callable[[Work, CompletionDelta | None], None]:
-        def hear(work: Work, delta: CompletionDelta | None) -> None:
-            finished = delta is None
-            self._updates.append(Update(task.listener, delta, finished, work.error if finished else None))
-            if finished:
-                self._tasks.pop(task.listener, None)
-
-        return hear
-
-    def _cancel(self, listener: Any) -> None:
-        if (task := self._tasks.pop(listener, None)) is not None:
-            self._end(task)
-
-    def _fail(self, task: _Task, error: Exception) -> None:
-        self._tasks.pop(task.listener, None)
-        self._end(task)
-        self._updates.append(Update(task.listener, finished=True, error=error))
-
-    def _end(self, task: _Task) -> None:
-        task.work.notify = None
-        try:
-            task.work.abort()
-        except Exception as error:
-            self._recover(error)
-            task.work.abort()
-
-    def _recover(self, error: Exception) -> None:
-        """Carry on after a failed step, or raise when that has not helped before."""
-        log.error("an iteration failed", exc_info=error)
-        self.num_failures += 1
-        if self._failed_at == self._engine.num_completed:
-            raise EngineError("two iterations failed in a row") from error
-        self._failed_at = self._engine.num_completed
-        lost = [task for task in self._tasks.values() if task.work.on_device]
-        self._jobs.recover()
-        failure = EngineError("the engine failed while it worked on this request; it may be sent again")
-        for task in lost:
-            self._fail(task, failure)

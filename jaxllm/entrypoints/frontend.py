@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxllm.config import EngineConfig
 from jaxllm.config.sampling import SamplingParams
-from jaxllm.engine.build import build_engine
+from jaxllm.engine.build import BuiltEngine, build_engine
 from jaxllm.engine.completions import Jobs, sampling_defaults
 
 log = logging.getLogger(__name__)
@@ -23,6 +23,7 @@ class Frontend:
         model: a short name, a folder, a `.gguf` file or a Hugging Face id; the default is a small real model.
         use_tqdm: progress bars on a terminal.
         on_stage: told what is being done while the model is loaded.
+        built: the engine that `kwargs` describe, where somebody has built it already.
         **kwargs: the fields of `EngineConfig`.
 
     Raises:
@@ -35,12 +36,13 @@ class Frontend:
         *,
         use_tqdm: bool = True,
         on_stage: Callable[[str], None] | None = None,
+        built: BuiltEngine | None = None,
         **kwargs: Any,
     ):
         if model is not None:
             kwargs["model"] = model
         self.config = EngineConfig.from_kwargs(kwargs)
-        built = build_engine(self.config, progress=use_tqdm, on_stage=on_stage)
+        built = built or build_engine(self.config, progress=use_tqdm, on_stage=on_stage)
         self.engine, self.model_config = built.engine, built.model_config
         self._jobs = Jobs(built.engine, built.tokenizer)
         self._generation_config = built.generation_config

@@ -8,6 +8,7 @@ Dimension letters: P pages, C tokens per page, K key/value heads, H head width, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -45,18 +46,20 @@ class KVMemory:
     pages: list[Any] = field(default_factory=list)
     tiers: Tiers | None = None
     mover: Mover | None = None
+    _zeros: Callable[[], Any] | None = None
 
     def allocate(self) -> None:
         """Zeroed pages; what was there is freed first."""
         self.pages = []
-        like = self.layout.abstract(self.placement)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+        if self._zeros is None:
+            like = self.layout.abstract(self.placement)
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
-        def zeros() -> Any:
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
+            def zeros() -> Any:
+                return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
 
-        make = jax.jit(zeros, out_shardings=shardings)
-        self.pages = [make() for _ in range(self.num_layers)]
+            self._zeros = jax.jit(zeros, out_shardings=shardings)
+        self.pages = [self._zeros() for _ in range(self.num_layers)]
 
     def abstract(self) -> list[Any]:
         """The pages as shapes with shardings."""

@@ -42,18 +42,19 @@ class ModelRunner:
     """Parameters, pages (those of `memory`) and slots on the mesh, and the programs that run on them.
 
     `compiler` can begin while the weights are still being read; `start` takes the weights and allocates the rest.
-    `announce` is given each message to the processes that follow this one, if there are any.
+    `announce` is given each message to the processes that follow this one, if there are any. A `compiler` of another
+    runner of the same shapes shares its programs.
     """
 
     def __init__(
         self, model: AbstractModel, shapes: RunnerShapes, memory: KVMemory | None = None,
-        announce: Callable[[bytes], None] | None = None,
+        announce: Callable[[bytes], None] | None = None, compiler: Compiler | None = None,
     ):  # fmt: skip
         self.model = model
         self.shapes = shapes
         self.memory = memory or make_memory(model, shapes)
         self.steps = make_steps(model, shapes)
-        self.compiler = Compiler(model, shapes)
+        self.compiler = compiler or Compiler(model, shapes)
         self.state = DeviceState(self.memory)
         self._announce = announce
 
