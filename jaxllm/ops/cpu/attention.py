@@ -1,9 +1,9 @@
-"""Ragged paged attention for CPUs: a kernel of vectors whose lanes are (query, head of its group) pairs.
+"""Ragged paged attention for CPUs: a kernel of vectors whose lanes are (query, head of its group) pairs, or keys.
 
 Flat queries, pages, rows -> flat outputs, equal to `xla.ragged_paged_attention`. A part of the work is one key/value
-head and up to 64 lanes of one row (`tile.py`): a prompt's queries fill them, a decode uses a vector of 16. A lane
-computes the same whatever the other lanes hold: a query's result does not depend on the batch or on how its prompt was
-cut.
+head and up to 64 such pairs of one row (`tile.py`): a prompt's queries lie along vectors (`query_lanes.py`); where they
+are few, as in a decode, the keys do (`key_lanes.py`). Each pair's arithmetic is the same either way and whatever is
+beside it: a query's result does not depend on the batch or on how its prompt was cut.
 
 Dimension letters: T tokens, R rows, K key/value heads, G query heads per key/value head, H head width.
 """
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxllm.ops.attention.kv import split_pages
 from jaxllm.ops.attention.metadata import AttentionSpec, RaggedRows, SingleRows
-from jaxllm.ops.cpu import ffi, lanes, tile
+from jaxllm.ops.cpu import ffi, key_lanes, lanes, query_lanes, tile
 from jaxllm.ops.cpu.ir import Function, Value
 from jaxllm.ops.cpu.tile import Sizes
 
@@ -65,7 +65,7 @@ def attention(
         part, num_parts = _part_of_chunks(sizes, num_rows, num_tokens)
     else:
         part, num_parts = _part_of_singles(sizes, num_rows)
-    tiles = "".join(tile.tile(sizes, vectors) for vectors in (1, _LANES // 16))
+    tiles = key_lanes.tile(sizes) + query_lanes.tile(sizes, _LANES // 16)
     name = ffi.register(lanes.DECLARATIONS + tile.DECLARATIONS + tiles + part, num_parts, len(operands))
     result = jax.ShapeDtypeStruct((num_tokens, num_heads, group, sizes.value_width), jnp.float32)
     return jax.ffi.ffi_call(name, result)(*operands.values()).astype(q.dtype)
@@ -111,13 +111,13 @@ def _part_of_chunks(s: Sizes, num_rows: int, num_tokens: int) -> tuple[str, int]
 def _run_tile(
     f: Function, s: Sizes, buffers: str, row: Value, head: Value, first: Value, *, q_start: Value, q_len: Value
 ) -> None:
-    """With one vector where its lanes suffice, else with all."""
+    """With keys as lanes where its queries are few."""
     num_lanes = f.smaller(f.sub(f.mul(q_len, s.group), first), _LANES)
-    few = f.let(f"icmp sle i64 {num_lanes}, 16")
+    few = f.let(f"icmp sle i64 {num_lanes}, {key_lanes.MOST}")
     arguments = ", ".join(f"i64 {x}" for x in (row, head, first, num_lanes, q_start, q_len))
-    for condition, vectors in ((few, 1), (f.let(f"xor i1 {few}, true"), _LANES // 16)):
+    for condition, name in ((few, "few"), (f.let(f"xor i1 {few}, true"), f"tile{_LANES // 16}")):
         with f.when(condition):
-            f.do(f"call void @tile{vectors}(ptr {buffers}, {arguments})")
+            f.do(f"call void @{name}(ptr {buffers}, {arguments})")
 
 
 def _operand(f: Function, s: Sizes, buffers: str, name: str) -> str:

@@ -1,0 +1,204 @@
+"""A tile whose lanes are keys: for the few queries of a decode, or of a prompt's last tokens.
+
+Sizes -> LLVM IR of `@few`, for up to 16 (query, head of its group) pairs. Sixteen keys at a time are transposed, so
+that a vector holds one number of each; a query's numbers are broadcast over them. Work grows with the queries that are
+there, where `QueryLanes` pays for whole vectors of them.
+
+Every score is summed over H in order, every total and weighted sum over the keys in order, as in `QueryLanes`: the same
+bits. That is why totals are summed one key after another.
+
+Dimension letters: Q queries of one product, S keys of a block, H head width, N vectors of a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxllm.ops.cpu.ir import Function, Value
+from jaxllm.ops.cpu.lanes import BYTES, VECTOR, ZERO
+from jaxllm.ops.cpu.tile import INTS, KEYS, MASKED, SIZE, Sizes, Tile, as_floats, products, scale
+
+MOST = 16  # lanes
+_VECTORS = KEYS // 16  # of a row of scores
+_IOTA = "<" + ", ".join(f"i32 {i}" for i in range(16)) + ">"
+_SUMS = 16  # vectors that one product keeps in registers
+
+
+def tile(s: Sizes) -> str:
+    """The function and the two products that it calls."""
+    value = -(-s.value_width // 16)
+    part = max(n for n in range(1, 6) if value % n == 0)
+    count = min(s.group, _SUMS // max(part, _VECTORS))
+    return (
+        products("few_scores", _VECTORS, count, s.width, 1)
+        + products("few_weighted", part, count, KEYS, 1, row=value, scaled_by="rows")
+        + KeyLanes(s, count, value, part).text()
+    )
+
+
+class KeyLanes(Tile):
+    """Writes `@few`."""
+
+    def __init__(self, s: Sizes, count: int, value: int, part: int):
+        super().__init__(s, "few")
+        self.count, self.value, self.part = count, value, part
+
+    def _allocate(self) -> None:
+        f, s = self.f, self.s
+        lanes = MOST + self.count  # the last product may begin at the last lane
+        sizes = [BYTES * -(-lanes * s.width // 16), lanes * self.value * BYTES]  # queries, results
+        sizes += [
+            s.width * _VECTORS * BYTES,
+            KEYS * self.value * BYTES,
+            lanes * _VECTORS * BYTES,
+        ]  # keys, values, scores
+        sizes += [2 * BYTES] * 5  # positions, sinks, factors, maxima, totals
+        places = self._cut(sizes)
+        self.query_at, self.out_at, self.key_at, self.value_at, self.score_at = places[:5]
+        self.position_at, self.sink_at, self.factor_at, self.maximum_at, self.total_at = places[5:]
+        f.do(f"call void @llvm.memset.p0.i64(ptr {self.block}, i8 0, i64 {sizes[0] + sizes[1]}, i1 false)")
+        for place in (self.sink_at, self.maximum_at):
+            self.lanes.store(MASKED, place)
+        self.lanes.store(ZERO, self.total_at)
+
+    def _query_place(self, lane: Value, h: Value) -> str:
+        return self.f.at(self.query_at, self.f.mul(self.f.add(self.f.mul(lane, self.s.width), h), 4))
+
+    def _attend_block(self, first_key: Value) -> None:
+        f, s = self.f, self.s
+        num_keys = f.smaller(f.sub(self._end, first_key), KEYS)
+        with f.loop(0, num_keys, 16) as c:
+            self._transpose(f.add(first_key, c), c)
+        with f.loop(0, num_keys) as c:
+            half = s.halves - 1
+            self._fetch(f.add(first_key, c), half, f.at(self.value_at, f.mul(c, self.value * BYTES)), s.value_width)
+        self._each_product(
+            lambda i: f.do(
+                f"call void @few_scores(ptr {f.at(self.query_at, f.mul(i, 4 * s.width))}, ptr {self.key_at}, "
+                f"ptr {f.at(self.score_at, f.mul(i, 4 * KEYS))}, i64 {s.width}, ptr null)"
+            )
+        )
+        with f.loop(0, self.num_lanes) as i:
+            self._soften(first_key, i)
+        total = self.lanes.load(self.total_at)
+        self.lanes.store(self.lanes.mul(total, self.lanes.load(self.factor_at)), self.total_at)
+        self._each_product(lambda i: self._add_up(i, num_keys))
+
+    def _each_product(self, visit: Callable[[Value], None]) -> None:
+        with self.f.loop(0, self.num_lanes, self.count) as i:
+            visit(i)
+
+    def _transpose(self, position: Value, c: Value) -> None:
+        """Sixteen keys into columns c .. c + 15; those beyond the last are hidden later, whatever they hold."""
+        f, s = self.f, self.s
+        indices = self._indices(position)
+        sources = [f.at(self.pages, f.mul(index, SIZE[s.cache] * s.width)) for index in indices]
+        scales = self._scales(indices) if s.cache == "i8" else None
+
+        def block(h: Value, count: int) -> None:
+            rows = [as_floats(f, s.cache, f.at(source, f.mul(h, SIZE[s.cache])), count) for source in sources]
+            columns = transposed(f, [_wide(f, row, count) for row in rows])
+            for i in range(count):
+                column = self.lanes.mul(columns[i], scales) if scales else columns[i]
+                target = f.at(self.key_at, f.add(f.mul(f.add(h, i), _VECTORS * BYTES), f.mul(c, 4)))
+                self.lanes.store(column, target)
+
+        whole = s.width // 16 * 16
+        with f.loop(0, whole, 16) as h:
+            block(h, 16)
+        if s.width > whole:
+            block(whole, s.width - whole)
+
+    def _indices(self, position: Value) -> list[Value]:
+        """Of sixteen keys; a page of a multiple of sixteen tokens is looked up once, others for every key."""
+        f, s = self.f, self.s
+        if s.page_size % 16 == 0:
+            first = self._index(position, 0)
+            return [f.add(first, i * s.heads) for i in range(16)]
+        last = f.sub(self._end, 1)
+        return [self._index(f.smaller(f.add(position, i), last), 0) for i in range(16)]
+
+    def _scales(self, indices: list[Value]) -> str:
+        f, base = self.f, self._operand("scales")
+        vector = "poison"
+        for lane, index in enumerate(indices):
+            number = scale(f, f.at(base, f.mul(index, 2)))
+            vector = f.let(f"insertelement {VECTOR} {vector}, float {number}, i64 {lane}")
+        return vector
+
+    def _soften(self, first_key: Value, lane: Value) -> None:
+        """A lane's scores become exponentials; its maximum rises, and what came before is to fade by a factor."""
+        f, lanes = self.f, self.lanes
+        position = f.splat("i32", f.load("i32", f.at(self.position_at, f.mul(lane, 4))), 16)
+        slots = [f.at(self.score_at, f.add(f.mul(lane, 4 * KEYS), BYTES * v)) for v in range(_VECTORS)]
+        first = f.splat("i32", f.let(f"trunc i64 {first_key} to i32"), 16)
+        scores = []
+        for v, slot in enumerate(slots):
+            keys = f.let(f"add {INTS} {f.let(f'add {INTS} {first}, {_IOTA}')}, splat (i32 {16 * v})")
+            scores.append(self._seen(lanes.load(slot), keys, position))
+        top = scores[0]
+        for x in scores[1:]:
+            top = lanes.maximum(top, x)
+        old_at = f.at(self.maximum_at, f.mul(lane, 4))
+        old, highest = f.load("float", old_at), f.let(f"call float @llvm.vector.reduce.fmax.v16f32({VECTOR} {top})")
+        new = f.let(f"call float @llvm.maxnum.f32(float {old}, float {highest})")
+        f.store("float", new, old_at)
+        maximum = f.splat("float", new, 16)
+        factor = lanes.power(lanes.sub(f.splat("float", old, 16), maximum))
+        number = f.let(f"extractelement {VECTOR} {factor}, i64 0")
+        f.store("float", number, f.at(self.factor_at, f.mul(lane, 4)))
+        for x, slot in zip(scores, slots, strict=True):
+            lanes.store(self._weights(x, maximum), slot)
+
+    def _add_up(self, first: Value, num_keys: Value) -> None:
+        """Totals and weighted values of the lanes of one product."""
+        f = self.f
+        weights, totals = f.at(self.score_at, f.mul(first, 4 * KEYS)), f.at(self.total_at, f.mul(first, 4))
+        sums = [f.variable("float", f.load("float", f.at(totals, 4 * i))) for i in range(self.count)]
+        with f.loop(0, num_keys) as c:
+            column = f.at(weights, f.mul(c, 4))
+            for i, total in enumerate(sums):
+                x = f.load("float", f.at(column, 4 * KEYS * i))
+                total.set(f.let(f"fadd float {total.get()}, {x}"))
+        for i, total in enumerate(sums):
+            f.store("float", total.get(), f.at(totals, 4 * i))
+        factors = f.at(self.factor_at, f.mul(first, 4))
+        for n in range(0, self.value, self.part):
+            out = f.at(self.out_at, f.add(f.mul(first, self.value * BYTES), n * BYTES))
+            listed = f"ptr {weights}, ptr {f.at(self.value_at, n * BYTES)}, ptr {out}, i64 {num_keys}, ptr {factors}"
+            f.do(f"call void @few_weighted({listed})")
+
+    def _finish(self) -> None:
+        lanes = self.lanes
+        factor = self._last_factor(lanes.load(self.maximum_at), lanes.load(self.total_at), self.sink_at)
+        lanes.store(factor, self.factor_at)
+
+    def _give_result(self, lane: Value, query: Value, member: Value, place: Value) -> None:
+        f, width = self.f, self.s.value_width
+        target = f.at(self._operand("out"), f.mul(place, 4 * width))
+        factor = f.load("float", f.at(self.factor_at, f.mul(lane, 4)))
+        source = f.at(self.out_at, f.mul(lane, self.value * BYTES))
+        with f.loop(0, width) as h:
+            x = f.load("float", f.at(source, f.mul(h, 4)))
+            f.store("float", f.let(f"fmul float {x}, {factor}"), f.at(target, f.mul(h, 4)))
+
+
+def _wide(f: Function, x: str, count: int) -> str:
+    """A shorter vector as the beginning of one of 16."""
+    if count == 16:
+        return x
+    order = ", ".join(f"i32 {i if i < count else count}" for i in range(16))
+    return f.let(f"shufflevector <{count} x float> {x}, <{count} x float> poison, <16 x i32> <{order}>")
+
+
+def transposed(f: Function, rows: list[str]) -> list[str]:
+    """A square of 16 vectors by four rounds of exchanges between those 8, 4, 2 and 1 apart."""
+    rows = list(rows)
+    for d in (8, 4, 2, 1):
+        low = ", ".join(f"i32 {16 + lane - d if lane & d else lane}" for lane in range(16))
+        high = ", ".join(f"i32 {16 + lane if lane & d else lane + d}" for lane in range(16))
+        for i in range(16):
+            if not i & d:
+                pair = f"{VECTOR} {rows[i]}, {VECTOR} {rows[i + d]}"
+                rows[i], rows[i + d] = (f.let(f"shufflevector {pair}, <16 x i32> <{order}>") for order in (low, high))
+    return rows

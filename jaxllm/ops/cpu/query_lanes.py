@@ -1,0 +1,122 @@
+"""A tile whose lanes are (query, head of its group) pairs: a prompt's queries fill them.
+
+Sizes -> LLVM IR of `@tile{L}`. Keys and values come 64 at a time into a buffer, as float32; a score is a sum of
+products with broadcast numbers of the key, so nothing is summed across lanes.
+
+Dimension letters: L vectors of 16 lanes, S keys of a block, H head width.
+"""
+
+from __future__ import annotations
+
+import math
+
+from jaxllm.ops.cpu.ir import Value
+from jaxllm.ops.cpu.lanes import BYTES, VECTOR, ZERO
+from jaxllm.ops.cpu.tile import INTS, KEYS, MASKED, Sizes, Tile, products
+
+
+def tile(s: Sizes, vectors: int) -> str:
+    """The function and the two products that it calls."""
+    keys = 4  # so that the sums of one call fill half of the registers
+    dims = math.gcd(s.value_width, keys)
+    value_row = s.width if s.halves == 1 else s.value_width
+    return (
+        products(f"scores{vectors}", vectors, keys, s.width, 1)
+        + products(f"weighted{vectors}", vectors, dims, 1, value_row, scaled_by="columns")
+        + QueryLanes(s, vectors, keys, dims).text()
+    )
+
+
+class QueryLanes(Tile):
+    """Writes `@tile{L}`."""
+
+    def __init__(self, s: Sizes, vectors: int, keys: int, dims: int):
+        super().__init__(s, f"tile{vectors}")
+        self.vectors, self.keys, self.dims = vectors, keys, dims
+        self.stride = BYTES * vectors  # of a row of lanes
+
+    def _allocate(self) -> None:
+        """One block of memory for everything; lanes beyond the last see no key and give nothing."""
+        f, s = self.f, self.s
+        sizes = [s.width * self.stride, s.value_width * self.stride]  # queries, results
+        sizes += [4 * KEYS * s.width, 4 * KEYS * s.value_width, KEYS * self.stride]  # keys, values, scores
+        sizes += [self.stride] * 3  # positions, sinks, factors
+        places = self._cut(sizes)
+        self.query_at, self.out_at, self.key_at, self.value_at, self.score_at = places[:5]
+        self.position_at, self.sink_at, self.factor_at = places[5:]
+        f.do(f"call void @llvm.memset.p0.i64(ptr {self.block}, i8 0, i64 {sizes[0] + sizes[1]}, i1 false)")
+        for v in range(self.vectors):
+            f.store(INTS, "splat (i32 -1)", f.at(self.position_at, BYTES * v), BYTES)
+            self.lanes.store(MASKED, f.at(self.sink_at, BYTES * v))
+
+    def _query_place(self, lane: Value, h: Value) -> str:
+        """A query is a column."""
+        return self.f.at(self.query_at, self.f.add(self.f.mul(h, self.stride), self.f.mul(lane, 4)))
+
+    def _begin(self) -> None:
+        f = self.f
+        self.positions = [f.load(INTS, f.at(self.position_at, BYTES * v), BYTES) for v in range(self.vectors)]
+        self.maxima = [f.variable(VECTOR, MASKED) for _ in range(self.vectors)]
+        self.totals = [f.variable(VECTOR, ZERO) for _ in range(self.vectors)]
+
+    def _attend_block(self, first_key: Value) -> None:
+        f, s, stride = self.f, self.s, self.stride
+        num_keys = f.smaller(f.sub(self._end, first_key), KEYS)
+        with f.loop(0, num_keys) as c:
+            position = f.add(first_key, c)
+            self._fetch(position, 0, f.at(self.key_at, f.mul(c, 4 * s.width)), s.width)
+            if s.halves == 2:
+                self._fetch(position, 1, f.at(self.value_at, f.mul(c, 4 * s.width)), s.width)
+        with f.loop(0, num_keys, self.keys) as c:
+            key, score = f.at(self.key_at, f.mul(c, 4 * s.width)), f.at(self.score_at, f.mul(c, stride))
+            f.do(
+                f"call void @scores{self.vectors}(ptr {key}, ptr {self.query_at}, ptr {score}, i64 {s.width}, ptr null)"
+            )
+        tops = self._mask(first_key, num_keys)
+        for v in range(self.vectors):
+            factor = self.lanes.power(self.lanes.sub(self.maxima[v].get(), tops[v]))
+            self.maxima[v].set(tops[v])
+            self.lanes.store(factor, f.at(self.factor_at, BYTES * v))
+            self.totals[v].set(self.lanes.mul(self.totals[v].get(), factor))
+        self._exponentials(num_keys)
+        values = self.value_at if s.halves == 2 else self.key_at
+        with f.loop(0, s.value_width, self.dims) as h:
+            value, out = f.at(values, f.mul(h, 4)), f.at(self.out_at, f.mul(h, stride))
+            listed = f"ptr {value}, ptr {self.score_at}, ptr {out}, i64 {num_keys}, ptr {self.factor_at}"
+            f.do(f"call void @weighted{self.vectors}({listed})")
+
+    def _mask(self, first_key: Value, num_keys: Value) -> list[str]:
+        """Hide what a lane does not see; the new maxima."""
+        f, lanes = self.f, self.lanes
+        tops = [f.variable(VECTOR, maximum.get()) for maximum in self.maxima]
+        with f.loop(0, num_keys) as c:
+            key = f.splat("i32", f.let(f"trunc i64 {f.add(first_key, c)} to i32"), 16)
+            for v in range(self.vectors):
+                slot = f.at(self.score_at, f.add(f.mul(c, self.stride), BYTES * v))
+                x = self._seen(lanes.load(slot), key, self.positions[v])
+                lanes.store(x, slot)
+                tops[v].set(lanes.maximum(tops[v].get(), x))
+        return [top.get() for top in tops]
+
+    def _exponentials(self, num_keys: Value) -> None:
+        f, lanes = self.f, self.lanes
+        with f.loop(0, num_keys) as c:
+            for v in range(self.vectors):
+                slot = f.at(self.score_at, f.add(f.mul(c, self.stride), BYTES * v))
+                y = self._weights(lanes.load(slot), self.maxima[v].get())
+                lanes.store(y, slot)
+                self.totals[v].set(lanes.add(self.totals[v].get(), y))
+
+    def _finish(self) -> None:
+        f = self.f
+        for v in range(self.vectors):
+            factor = self._last_factor(self.maxima[v].get(), self.totals[v].get(), f.at(self.sink_at, BYTES * v))
+            self.lanes.store(factor, f.at(self.factor_at, BYTES * v))
+
+    def _give_result(self, lane: Value, query: Value, member: Value, place: Value) -> None:
+        f, width = self.f, self.s.value_width
+        target = f.at(self._operand("out"), f.mul(place, 4 * width))
+        scale = f.load("float", f.at(self.factor_at, f.mul(lane, 4)))
+        with f.loop(0, width) as h:
+            x = f.load("float", f.at(self.out_at, f.add(f.mul(h, self.stride), f.mul(lane, 4))))
+            f.store("float", f.let(f"fmul float {x}, {scale}"), f.at(target, f.mul(h, 4)))
