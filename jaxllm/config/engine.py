@@ -17,6 +17,7 @@ KVDtype = Literal["auto", "bfloat16", "float16", "float32", "int8", "fp8"]
 MatmulBackend = Literal["auto", "xla", "llvm"]
 AttentionBackend = Literal["auto", "xla", "llvm", "pallas_gpu", "pallas_tpu"]
 LoadFormat = Literal["auto", "dummy"]
+Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
 PreemptionMode = Literal["auto", "recompute", "swap"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
 ATTENTION_BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
@@ -36,6 +37,8 @@ class EngineConfig:
         sanitize_control_tokens: control tokens that somebody writes into a message, such as <|im_end|>, stay text.
         load_format: dummy makes random weights.
         dtype: of the weights.
+        quantization: of the weights; auto keeps them as the checkpoint has them, none expands them, int8, int4 and fp8
+            round them to nearest while they are loaded.
         kv_dtype: of the KV cache.
         max_model_len (TOKENS): prompt and output of one request; default: what the model and the cache allow.
         max_num_seqs (N): requests that run together.
@@ -71,6 +74,7 @@ class EngineConfig:
     sanitize_control_tokens: bool = True
     load_format: LoadFormat = "auto"
     dtype: Dtype = "auto"
+    quantization: Quantization = "auto"
     kv_dtype: KVDtype = "auto"
     max_model_len: int | None = None
     max_num_seqs: int = 32

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import LatentAttention, ModelConfig
-from jaxllm.models.primitives import Context, contract, param
+from jaxllm.models.primitives import Context, columns, contract, param
 from jaxllm.ops.attention import AttentionSpec
 from jaxllm.ops.norm import layer_norm, rms_norm
 from jaxllm.ops.rope import Tables, apply_rope
@@ -93,7 +93,8 @@ class MultiHeadLatentAttention(nnx.Module):
             self.query = param((a.q_rank, n, width), ("latent", "heads", "head_dim"), dtype, contracted=(0,))
         self.kv_down = param((d, a.cache_width), ("model_in", "latent"), dtype, contracted=(0,))
         self.kv_norm = param((a.kv_rank,), ("latent",))
-        self.kv_up = param((a.kv_rank, n, a.nope_dim + a.value_dim), ("latent", "heads", "head_dim"), dtype)
+        up = (a.kv_rank, n, a.nope_dim + a.value_dim)
+        self.kv_up = param(up, ("latent", "heads", "head_dim"), dtype, inputs=(0,))
         self.out = param((n, a.value_dim, d), ("heads_in", "head_dim", "model_out"), dtype, contracted=(0, 1))
 
     def __call__(self, x_TD: jax.Array, rope: Tables | None, ctx: Context) -> jax.Array:
@@ -106,7 +107,7 @@ class MultiHeadLatentAttention(nnx.Module):
         kv = jnp.concatenate([c_TR, turned], axis=-1)[:, None, None]
 
         q_TNH = ctx.shard(self._queries(x_TD, ctx), "tokens", "heads", "head_dim")
-        keys, values = self.kv_up[..., : a.nope_dim], self.kv_up[..., a.nope_dim :]
+        keys, values = columns(self.kv_up, 0, a.nope_dim), columns(self.kv_up, a.nope_dim, None)
         absorbed = contract("TNH,RNH->TNR", q_TNH[..., : a.nope_dim], keys)
         turned_TNH = apply_rope(q_TNH[..., a.nope_dim :], rope, interleaved=self.interleaved)
         q_TNW = jnp.concatenate([absorbed, turned_TNH], axis=-1)

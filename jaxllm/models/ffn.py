@@ -16,7 +16,7 @@ from flax import nnx
 from jaxllm.config import ModelConfig
 from jaxllm.models.primitives import Context, contract, param
 from jaxllm.ops.mlp import activate
-from jaxllm.ops.moe import grouped_matmul, route, sort_by_expert
+from jaxllm.ops.moe import grouped_product, route, sort_by_expert
 
 
 class FeedForward(nnx.Module):
@@ -55,8 +55,9 @@ class MixtureOfExperts(nnx.Module):
         self.activation, self.clamped = cfg.activation, cfg.clamped_swiglu
         self.router = param((d, e.num_experts), ("model", "router"))  # float32: a choice must not hang on rounding
         self.correction = param((e.num_experts,), ("router",)) if e.correction_bias else None
-        self.gate_up = param((e.num_experts, d, ups, f), ("experts", "model_in", "gate_up", "ffn"), dtype)
-        self.down = param((e.num_experts, f, d), ("experts", "ffn_in", "model_out"), dtype)
+        self.gate_up = param((e.num_experts, d, ups, f), ("experts", "model_in", "gate_up", "ffn"), dtype,
+                             inputs=(1,))  # fmt: skip
+        self.down = param((e.num_experts, f, d), ("experts", "ffn_in", "model_out"), dtype, inputs=(1,))
         if e.bias:
             self.router_bias = param((e.num_experts,), ("router",))
             self.gate_up_bias = param((e.num_experts, ups, f), ("experts", "gate_up", "ffn"))
@@ -90,7 +91,7 @@ class MixtureOfExperts(nnx.Module):
             (tokens, choices, ("experts",), ("experts", "model_in", "gate_up", "ffn"), ("experts", "gate_up", "ffn")),
             ("experts", "expert_tokens", "ffn"),
         )
-        h_AMF = widen(x_TD, expert_TY, ids_E, self.gate_up[...], biases[0])
+        h_AMF = widen(x_TD, expert_TY, ids_E, self.gate_up.get_value(), biases[0])
         h_AMF = ctx.shard(h_AMF, "experts", "expert_tokens", "ffn_in")
         narrow = ctx.over_shards(
             self._narrow,
@@ -103,7 +104,7 @@ class MixtureOfExperts(nnx.Module):
             ),
             ("experts", "ffn_in", "expert_tokens", "model_out"),
         )
-        y_ABTD = narrow(h_AMF, expert_TY, weight_TY, ids_E, self.down[...])
+        y_ABTD = narrow(h_AMF, expert_TY, weight_TY, ids_E, self.down.get_value())
         y_TD = jnp.sum(y_ABTD, axis=(0, 1))
         if biases[1] is not None:
             chosen = jax.nn.one_hot(expert_TY, self.cfg.num_experts, dtype=jnp.float32)
@@ -111,10 +112,10 @@ class MixtureOfExperts(nnx.Module):
         return y_TD
 
     def _widen(self, x_TD, expert_TY, ids_E, w_EDXF, bias_EXF) -> jax.Array:
-        num_local, d, ups, f = w_EDXF.shape
+        num_local = w_EDXF.shape[0]
         order, _, sizes = sort_by_expert(expert_TY, ids_E[0], num_local)
         rows_MD = x_TD[order // expert_TY.shape[1]]
-        h_MXF = grouped_matmul(rows_MD, w_EDXF.reshape(num_local, d, ups * f), sizes).reshape(-1, ups, f)
+        h_MXF = grouped_product("MD,DXF->MXF", rows_MD, w_EDXF, sizes)
         if bias_EXF is not None:
             local_M = jnp.clip(expert_TY.reshape(-1)[order] - ids_E[0], 0, num_local - 1)
             h_MXF = h_MXF + bias_EXF[local_M]
@@ -123,6 +124,6 @@ class MixtureOfExperts(nnx.Module):
     def _narrow(self, h_AMF, expert_TY, weight_TY, ids_E, w_EFD) -> jax.Array:
         num_tokens, per_token = expert_TY.shape
         _, place, sizes = sort_by_expert(expert_TY, ids_E[0], w_EFD.shape[0])
-        y_MD = grouped_matmul(h_AMF[0], w_EFD, sizes)[place]
+        y_MD = grouped_product("MF,FD->MD", h_AMF[0], w_EFD, sizes)[place]
         y_TYD = y_MD.reshape(num_tokens, per_token, -1)
         return jnp.einsum("TYD,TY->TD", y_TYD, weight_TY, precision="highest")[None, None]

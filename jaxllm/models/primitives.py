@@ -42,14 +42,24 @@ class StoredMatrix(Protocol):
         """Rows `[T, K]` of a table."""
         ...
 
+    def columns(self, start: int, stop: int | None) -> StoredMatrix:
+        """Some of what the last dim keeps."""
+        ...
 
-def contract(spec: str, x: jax.Array, weight: nnx.Param | jax.Array) -> jax.Array:
+
+def contract(spec: str, x: jax.Array, weight: nnx.Param | jax.Array | StoredMatrix) -> jax.Array:
     """Matrix product in the weight's dtype, accumulated in float32."""
     w = weight.get_value() if isinstance(weight, nnx.Param) else weight
     if not isinstance(w, jax.Array):
         return w.product(spec, x)
     precision = "highest" if w.dtype == jnp.float32 else None  # float32 means float32 on every backend
     return jnp.einsum(spec, x.astype(w.dtype), w, preferred_element_type=jnp.float32, precision=precision)
+
+
+def columns(weight: nnx.Param, start: int, stop: int | None) -> jax.Array | StoredMatrix:
+    """Some of what the last dim of a matrix keeps."""
+    w = weight.get_value()
+    return w[..., start:stop] if isinstance(w, jax.Array) else w.columns(start, stop)
 
 
 class Product(Protocol):
@@ -96,14 +106,17 @@ def param(
     dtype: jnp.dtype = FLOAT32,
     *,
     contracted: tuple[int, ...] = (),
+    inputs: tuple[int, ...] | None = None,
 ) -> nnx.Param:
     """A parameter with its logical dims. Zeros: real values arrive from a checkpoint, never from here.
 
     `contracted` says which dims of a matrix (its first ones, or its last) every product sums over: such a matrix may
-    be stored in the order that a kernel wants (`StoredMatrix`).
+    be stored in the order that a kernel wants (`StoredMatrix`). `inputs` are the dims that the linear takes in, along
+    which a quantised matrix has its groups; `contracted` unless told otherwise, none: it is never quantised.
     """
     assert len(shape) == len(dims), (shape, dims)
-    return nnx.Param(jnp.zeros(shape, dtype), dims=dims, contracted=contracted)
+    inputs = contracted if inputs is None else inputs
+    return nnx.Param(jnp.zeros(shape, dtype), dims=dims, contracted=contracted, inputs=inputs)
 
 
 class Norm(nnx.Module):

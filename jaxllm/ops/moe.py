@@ -9,6 +9,10 @@ width.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
 import jax
 import jax.numpy as jnp
 
@@ -64,6 +68,26 @@ def sort_by_expert(expert_TX: jax.Array, first: jax.Array, num_local: int) -> tu
     return order, place, jnp.sum(local_M[:, None] == jnp.arange(num_local), axis=0, dtype=jnp.int32)
 
 
+class Experts(Protocol):
+    """Matrices of all experts that are not kept as an array: each can be multiplied by itself."""
+
+    shape: tuple[int, ...]
+
+    def expert(self, number: jax.Array) -> Any:
+        """One of them, with `product(spec, x)`."""
+        ...
+
+
+def grouped_product(spec: str, x_MD: jax.Array, w: jax.Array | Experts, sizes_E: jax.Array) -> jax.Array:
+    """Rows of group `e` times `w[e]`, as `spec` says for one expert ("MD,DXF->MXF"): float32."""
+    experts, inputs, *kept = w.shape
+    if isinstance(w, jax.Array):
+        y = grouped_matmul(x_MD, w.reshape(experts, inputs, math.prod(kept)), sizes_E)
+        return y.reshape(-1, *kept)
+    y = _blocked(lambda rows, e: w.expert(e).product(spec, rows).reshape(len(rows), -1), x_MD, math.prod(kept), sizes_E)
+    return y.reshape(-1, *kept)
+
+
 @jax.custom_vjp
 def grouped_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """Rows of group `e` times `w[e]`: float32 `[M, F]`; rows past the last group give zeros.
@@ -72,7 +96,7 @@ def grouped_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax
     groups are walked in blocks by a loop whose trip count is data.
     """
     x_MD = x_MD.astype(w_EDF.dtype)
-    return jax.lax.platform_dependent(x_MD, w_EDF, sizes_E, cpu=_blocked, default=_ragged)
+    return jax.lax.platform_dependent(x_MD, w_EDF, sizes_E, cpu=_blocked_matmul, default=_ragged)
 
 
 def _forward(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array):
@@ -95,26 +119,39 @@ def _ragged(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     return jnp.where((jnp.arange(x_MD.shape[0]) < jnp.sum(sizes_E))[:, None], y_MF, 0.0)
 
 
-def _blocked(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Blocks in the order of their groups: what a block writes past its group's end, the next group overwrites."""
-    num_rows, num_experts = x_MD.shape[0], w_EDF.shape[0]
+def _blocked_matmul(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
+    precision = "highest" if w_EDF.dtype == jnp.float32 else None
+
+    def multiply(rows: jax.Array, expert: jax.Array) -> jax.Array:
+        return jnp.einsum("BD,DF->BF", rows, w_EDF[expert], preferred_element_type=jnp.float32, precision=precision)
+
+    return _blocked(multiply, x_MD, w_EDF.shape[2], sizes_E)
+
+
+def _blocked(
+    multiply: Callable[[jax.Array, jax.Array], jax.Array], x_MD: jax.Array, width: int, sizes_E: jax.Array
+) -> jax.Array:
+    """Blocks in the order of their groups: what a block writes past its group's end, the next group overwrites.
+
+    `multiply(rows [B, D], expert)` gives `[B, width]`.
+    """
+    num_rows, num_experts = x_MD.shape[0], sizes_E.shape[0]
     block = _block_rows(num_rows, num_experts)
     counts = -(-sizes_E // block)
     ends = jnp.cumsum(counts)
     facts = jnp.stack([ends - counts, jnp.cumsum(sizes_E) - sizes_E, sizes_E], axis=1)
     x_pad = jnp.pad(x_MD, ((0, block), (0, 0)))
-    precision = "highest" if w_EDF.dtype == jnp.float32 else None
 
     def one_block(i: jax.Array, out: jax.Array) -> jax.Array:
         expert = jnp.minimum(jnp.sum(ends <= i), num_experts - 1)
         begin, start, size = facts[expert]
         offset = (i - begin) * block
         rows = jax.lax.dynamic_slice_in_dim(x_pad, start + offset, block)
-        y = jnp.einsum("BD,DF->BF", rows, w_EDF[expert], preferred_element_type=jnp.float32, precision=precision)
+        y = multiply(rows, expert)
         y = jnp.where((jnp.arange(block) < size - offset)[:, None], y, 0.0)
         return jax.lax.dynamic_update_slice_in_dim(out, y, start + offset, axis=0)
 
-    out = jnp.zeros((num_rows + block, w_EDF.shape[2]), jnp.float32)
+    out = jnp.zeros((num_rows + block, width), jnp.float32)
     return jax.lax.fori_loop(0, ends[-1], one_block, out)[:num_rows]
 
 

@@ -6,6 +6,7 @@ The one place that knows devices. The decoder calls `Placement.shard`; the loade
 
 from __future__ import annotations
 
+import functools
 import glob
 import importlib.util
 import logging
@@ -93,8 +94,15 @@ class Placement:
         """`function` on each device for the part of every argument that lies there."""
         if self.mesh.size == 1:
             return function
-        specs = tuple(self.spec(dims) for dims in in_dims)
-        return jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=self.spec(out_dims), check_vma=False)
+
+        def run(*arguments: Any) -> Any:
+            specs = tuple(_spec_of(value, self.spec(dims)) for value, dims in zip(arguments, in_dims, strict=True))
+            local = jax.shard_map(
+                function, mesh=self.mesh, in_specs=specs, out_specs=self.spec(out_dims), check_vma=False
+            )
+            return local(*arguments)
+
+        return run
 
     def gathered(self, module: nnx.Module) -> nnx.Module:
         """The module with its weights whole along the axes that the rules gather before use."""
@@ -105,8 +113,9 @@ class Placement:
         def whole(_: Any, variable: Any) -> Any:
             spec = self.spec(variable.get_metadata("dims"), parameter=True)
             kept = PartitionSpec(*(tuple(axis for axis in as_tuple(part) if axis not in away) for part in spec))
-            sharding = NamedSharding(self.mesh, kept)
-            return variable.replace(jax.lax.with_sharding_constraint(variable.get_value(), sharding))
+            value = variable.get_value()
+            shardings = jax.tree.map(functools.partial(NamedSharding, self.mesh), _spec_of(value, kept))
+            return variable.replace(jax.lax.with_sharding_constraint(value, shardings))
 
         graph, state = nnx.split(module)
         return nnx.merge(graph, nnx.map_state(whole, state))
@@ -125,6 +134,11 @@ class Placement:
         replicas, ring = self.parts("pages"), self.ring_size()
         cuts = [parts // math.gcd(parts, replicas) for parts in map(self.parts, TOKEN_DIMS)]
         return math.lcm(*cuts, 2 * ring if ring > 1 else 1)
+
+
+def _spec_of(value: Any, spec: PartitionSpec) -> Any:
+    """A spec for every array of a parameter: a stored matrix says how its own follow the parameter's."""
+    return value.specs(spec) if hasattr(value, "specs") else spec
 
 
 def make_mesh(text: str, devices: list[Any] | None = None, *, offset: int = 0) -> Mesh:

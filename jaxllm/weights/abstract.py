@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -15,10 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxllm.config import EngineConfig, ModelConfig
+from jaxllm.config.quantization import Scheme
 from jaxllm.models.decoder import Decoder
 from jaxllm.ops.cpu import ffi
 from jaxllm.sharding.mesh import Placement
-from jaxllm.sharding.rules import check_divides, kv_copies, vocab_padding
+from jaxllm.sharding.rules import check_divides, kv_copies, num_parts, vocab_padding
+from jaxllm.weights.schemes import asked_schemes
 from jaxllm.weights.stored import Storage, choose_storage
 
 
@@ -33,21 +36,26 @@ class AbstractModel:
     kv_copies: int
     vocab_padding: int
     is_packed: bool = False
+    schemes: Mapping[tuple, Scheme] = field(default_factory=dict)
 
     @functools.cached_property
     def parameters(self) -> Any:
         """The state as it is kept: arrays or stored matrices, as shapes with shardings."""
 
         def kept(path: Any, variable: Any) -> Any:
-            return variable.replace(self.storage(variable).abstract(variable.get_value(), shardings[path].get_value()))
+            storage = self.storage(path, variable)
+            return variable.replace(storage.abstract(variable.get_value(), shardings[path].get_value()))
 
         shardings = dict(nnx.to_flat_state(self.shardings()))
         return nnx.map_state(kept, self.state)
 
-    def storage(self, variable: Any) -> Storage:
+    def storage(self, path: tuple, variable: Any) -> Storage:
         """How a parameter is kept."""
-        contracted = variable.get_metadata("contracted")
-        return choose_storage(variable.get_value(), contracted, self.placement, use_panels=self.is_packed)
+        contracted, inputs = variable.get_metadata("contracted"), variable.get_metadata("inputs")
+        return choose_storage(
+            variable.get_value(), contracted, self.placement, use_panels=self.is_packed, scheme=self.schemes.get(path),
+            inputs=inputs,
+        )  # fmt: skip
 
     def shardings(self) -> Any:
         """NamedShardings in the shape of the state; refuses sizes that do not divide."""
@@ -57,6 +65,8 @@ class AbstractModel:
             sharding = self.placement.sharding(*dims, parameter=True)
             name = ".".join(map(str, path))
             check_divides(name, shape, dims, tuple(sharding.spec), self.placement.sizes)
+            if (scheme := self.schemes.get(path)) is not None:
+                _check_groups(name, variable, scheme, self.placement)
             return variable.replace(sharding)
 
         return nnx.map_state(place, self.state)
@@ -65,6 +75,22 @@ class AbstractModel:
         """Bytes that the parameters will take on each device, as they are kept."""
         leaves = jax.tree.leaves(self.parameters)
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _check_groups(name: str, variable: Any, scheme: Scheme, placement: Placement) -> None:
+    """Refuse groups that do not divide the inputs, and cuts of the mesh inside a group."""
+    shape, dims, inputs = variable.get_value().shape, variable.get_metadata("dims"), variable.get_metadata("inputs")
+    size = math.prod(shape[i] for i in inputs)
+    unit = scheme.group or (2 if scheme.bits == 4 else 1)
+    if size % unit:
+        raise ValueError(f"{name}: {size} inputs do not divide into groups of {unit}")
+    axes = next((axes for i in inputs if (axes := placement.spec(dims, parameter=True)[i])), None)
+    if size // unit % (parts := num_parts(axes, placement.sizes)):
+        legal = [n for n in range(1, 65) if size // unit % n == 0 and shape[inputs[0]] % n == 0]
+        raise ValueError(
+            f"{name}: mesh axis {axes}={parts} cuts inside one of the {size // unit} groups of {unit} inputs that "
+            f"share a scale; use a size of {', '.join(map(str, legal))}"
+        )
 
 
 def abstract_model(
@@ -83,9 +109,10 @@ def abstract_model(
 
 
 def make_model(config: EngineConfig, model_config: ModelConfig, placement: Placement) -> AbstractModel:
-    """The abstract decoder in the dtype asked for; bfloat16 unless told otherwise."""
+    """The abstract decoder in the dtype asked for (bfloat16 unless told otherwise), quantised where it should be."""
     name = "bfloat16" if config.dtype == "auto" else config.dtype
-    return abstract_model(model_config, placement, jnp.dtype(name), is_packed=_use_panels(config, placement))
+    model = abstract_model(model_config, placement, jnp.dtype(name), is_packed=_use_panels(config, placement))
+    return replace(model, schemes=asked_schemes(config.quantization, model.state, placement))
 
 
 def _use_panels(config: EngineConfig, placement: Placement) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +23,8 @@ from jaxllm.families.registry import Family, family_of
 from jaxllm.families.sources import Box, Source, WeightMap, checkpoint_tensors
 from jaxllm.families.tensor_names import named
 from jaxllm.weights.abstract import AbstractModel
+from jaxllm.weights.quantized import Quantized
+from jaxllm.weights.rounding import Pieces, round_to_nearest
 from jaxllm.weights.stored import aligned_zeros
 
 _THREADS = 2  # parameters read at the same time; more only adds to the peak of memory
@@ -41,9 +44,11 @@ def load_parameters(model: AbstractModel, checkpoint: Checkpoint) -> Any:
 
     def load(item: Any) -> Any:
         path, variable = item
-        want = variable.get_value()
-        read = functools.partial(_read_box, sources[path], dtype=want.dtype, checkpoint=checkpoint)
-        return path, variable.replace(model.storage(variable).from_pieces(want, shardings[path].get_value(), read))
+        want, storage = variable.get_value(), model.storage(path, variable)
+        read: Any = functools.partial(_read_box, sources[path], dtype=want.dtype, checkpoint=checkpoint)
+        if isinstance(storage, Quantized):
+            read = functools.partial(_rounded, storage, read)
+        return path, variable.replace(storage.from_pieces(want, shardings[path].get_value(), read))
 
     with ThreadPoolExecutor(_THREADS) as pool:
         return nnx.from_flat_state(list(pool.map(load, nnx.to_flat_state(model.state))))
@@ -61,7 +66,7 @@ def random_parameters(model: AbstractModel, seed: int = 0) -> Any:
         if kind not in makers:
             makers[kind] = jax.jit(functools.partial(_random, want.shape, want.dtype), out_shardings=sharding)
         array = makers[kind](jax.random.fold_in(key, zlib.crc32(repr(path).encode())))
-        return variable.replace(model.storage(variable).from_array(array, sharding))
+        return variable.replace(model.storage(path, variable).from_array(array, sharding))
 
     return nnx.map_state(make, model.state)
 
@@ -100,6 +105,11 @@ def _read_box(source: Source, box: Box, dtype: jnp.dtype, checkpoint: Checkpoint
         out[target] = value if value.flags.c_contiguous else _transposed(value)
         checkpoint.release(name)
     return out
+
+
+def _rounded(storage: Quantized, read: Callable[[Box], np.ndarray], box: Box) -> Pieces:
+    values = read(box)
+    return round_to_nearest(values.reshape(storage.merged(values.shape)), storage.scheme, storage.axis)
 
 
 def _transposed(value: np.ndarray) -> np.ndarray:

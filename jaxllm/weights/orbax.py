@@ -64,7 +64,7 @@ def restore_parameters(model: AbstractModel, folder: Path) -> Any:
             dims = variable.get_metadata("dims")
             expand = functools.partial(_repeat_heads, shape=want.shape, dims=dims)
             value = jax.jit(expand, out_shardings=shardings[name])(value)
-        return variable.replace(model.storage(variable).from_array(value, shardings[name]))
+        return variable.replace(model.storage(path, variable).from_array(value, shardings[name]))
 
     return nnx.map_state(fit, model.state)
 

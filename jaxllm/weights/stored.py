@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.config.quantization import Scheme
 from jaxllm.ops.cpu.packed import PANEL, PackedMatrix, abstract_panels, pack, packs
 from jaxllm.sharding.mesh import Placement
+from jaxllm.weights.quantized import Quantized
 
 Box = tuple[slice, ...]
 ReadBox = Callable[[Box], np.ndarray]
@@ -34,8 +36,10 @@ class Storage(Protocol):
         """What is kept, as shapes with shardings."""
         ...
 
-    def from_pieces(self, want: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding, read: ReadBox) -> Any:
-        """What is kept, from a function that reads boxes of the parameter in its dtype."""
+    def from_pieces(
+        self, want: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding, read: Callable[[Box], Any]
+    ) -> Any:
+        """What is kept, from a function that reads boxes of the parameter: in its dtype, or `Pieces` of it."""
         ...
 
     def from_array(self, array: jax.Array, sharding: jax.sharding.NamedSharding) -> Any:
@@ -144,8 +148,9 @@ def _runs(sizes: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
 
 
 def choose_storage(
-    want: jax.ShapeDtypeStruct, contracted: tuple[int, ...], placement: Placement, *, use_panels: bool
-) -> Storage:
+    want: jax.ShapeDtypeStruct, contracted: tuple[int, ...], placement: Placement, *, use_panels: bool,
+    scheme: Scheme | None = None, inputs: tuple[int, ...] = (),
+) -> Storage:  # fmt: skip
     """How a parameter is kept.
 
     Args:
@@ -153,7 +158,11 @@ def choose_storage(
         contracted: the dims of it that every product sums over, none where that is not so.
         placement: the mesh.
         use_panels: whether the processor's own kernels multiply; they do on one device alone.
+        scheme: how it is quantised; None: it is not.
+        inputs: the dims of it that are inputs of its linear, along which groups lie.
     """
+    if scheme is not None:
+        return Quantized(scheme, inputs)
     if use_panels and placement.mesh.size == 1 and packs(want.shape, want.dtype, contracted):
         return Panels(contracted)
     return Plain()
