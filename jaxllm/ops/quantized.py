@@ -74,10 +74,9 @@ class QuantizedMatrix:
     def rows(self, index_T: jax.Array) -> jax.Array:
         """Rows `[T, K]` of a table `[V, K]`, whose inputs are its last dim."""
         assert self.axis == 1 and self.codes.ndim == 2, "a table has its inputs last"
-        chosen = [
-            None if part is None else gather_rows(part, index_T) for part in (self.codes, self.scales, self.minima)
-        ]
-        return expand(*chosen, self.scheme, 1, jnp.dtype(self.dtype))
+        codes, scales = gather_rows(self.codes, index_T), gather_rows(self.scales, index_T)
+        minima = None if self.minima is None else gather_rows(self.minima, index_T)
+        return expand(codes, scales, minima, self.scheme, 1, jnp.dtype(self.dtype))
 
     def columns(self, start: int, stop: int | None) -> QuantizedMatrix:
         """Some of what the last dim keeps."""

@@ -76,7 +76,7 @@ class Quantized:
                     arrays.append(jax.device_put(array, device, may_alias=True))
         places = self._placed(want, sharding)
         leaves = [
-            jax.make_array_from_single_device_arrays(shape, place, arrays) if shape is not None else None
+            None if shape is None or place is None else jax.make_array_from_single_device_arrays(shape, place, arrays)
             for shape, place, arrays in zip(self._shapes(want.shape), places, shards, strict=True)
         ]
         return self._matrix(want, sharding, leaves)
@@ -122,8 +122,11 @@ class Quantized:
 
     def _matrix(self, want: jax.ShapeDtypeStruct, sharding: NamedSharding, leaves: Sequence[Any]) -> QuantizedMatrix:
         inner = tuple(want.shape[i] for i in self.inputs[1:])
-        parts = _parts(sharding, self.inputs) if self.inputs else 1
-        return QuantizedMatrix(*leaves, self.scheme, self.axis, inner, parts, jnp.dtype(want.dtype).name)
+        parts = _parts(sharding, self.inputs)
+        named: dict[str, Any] = dict(zip(_NAMES, leaves, strict=True))
+        return QuantizedMatrix(
+            **named, scheme=self.scheme, axis=self.axis, inner=inner, parts=parts, dtype=jnp.dtype(want.dtype).name
+        )
 
     def _shapes(self, shape: Sequence[int]) -> list[tuple[int, ...] | None]:
         lead, size, kept = self._cut(self.merged(shape))
@@ -145,7 +148,8 @@ class Quantized:
     def _placed(self, want: jax.ShapeDtypeStruct, sharding: NamedSharding) -> list[NamedSharding | None]:
         ranks = [s if s is None else jax.ShapeDtypeStruct(s, np.bool_) for s in self._shapes(want.shape)]
         inner = tuple(want.shape[i] for i in self.inputs[1:])
-        like = QuantizedMatrix(*ranks, self.scheme, self.axis, inner)  # type: ignore[arg-type]  (shapes for arrays)
+        named: dict[str, Any] = dict(zip(_NAMES, ranks, strict=True))
+        like = QuantizedMatrix(**named, scheme=self.scheme, axis=self.axis, inner=inner)
         specs = leaf_specs(like, sharding.spec)
         return [
             None if (spec := getattr(specs, name)) is None else NamedSharding(sharding.mesh, spec) for name in _NAMES

@@ -53,7 +53,7 @@ def test_the_cost_follows_the_routed_rows_not_the_experts(monkeypatch) -> None:
     def products(num_experts: int) -> int:
         x, w = jnp.ones((512, 16)), jnp.ones((num_experts, 16, 16))
         sizes = jnp.full(num_experts, 512 // num_experts)
-        return count_products(monkeypatch, moe._blocked, x, w, sizes)
+        return count_products(monkeypatch, moe._blocked_matmul, x, w, sizes)
 
     assert products(1) == 512 * 16 * 16
     assert products(64) <= 2 * products(1)
