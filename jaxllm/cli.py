@@ -12,7 +12,19 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jaxllm.commands import bench, chat, collectives, convert, generate, plan, pull, roofline, run_batch, serve
+from jaxllm.commands import (
+    bench,
+    chat,
+    collectives,
+    convert,
+    generate,
+    plan,
+    pull,
+    roofline,
+    run_batch,
+    serve,
+    simulate,
+)
 from jaxllm.commands.interrupts import EXIT_CODE, counted_interrupts
 from jaxllm.version import __version__
 
@@ -26,6 +38,7 @@ COMMANDS = (
     collectives,
     plan,
     roofline,
+    simulate,
     bench,
 )  # each HELP, add_arguments, run
 

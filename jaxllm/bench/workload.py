@@ -75,24 +75,43 @@ def _shrunk(rows: Sequence[Row], max_len: int) -> Iterator[Row]:
 
 
 def trace_rows(path: Path) -> Iterator[Row]:
-    """Every row of a trace. Raises ValueError where it cannot be read."""
+    """Every row of a trace. Raises ValueError, with the number of the row, where it cannot be read."""
     try:
         with path.open(encoding="utf-8", newline="") as file:
             rows = map(json.loads, file) if path.suffix == ".jsonl" else csv.DictReader(file)
-            row: dict[str, Any]
-            for row in rows:
-                arrival, prompt, output = _columns(row, path)
-                at = _seconds(row[arrival], milliseconds=path.suffix == ".jsonl") if arrival else 0.0
-                yield at, int(float(row[prompt])), int(float(row[output])), row.get("hash_ids") or []
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            number = 0
+            try:
+                for number, row in enumerate(rows, 1):  # noqa: B007  (errors name it)
+                    yield _row(row, milliseconds=path.suffix == ".jsonl")
+            except json.JSONDecodeError as error:
+                raise ValueError(f"--trace {path}, row {number + 1}: {error}") from None
+            except (ValueError, TypeError, OverflowError) as error:
+                raise ValueError(f"--trace {path}, row {number}: {error}") from None
+    except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read --trace {path}: {error}") from None
 
 
-def _columns(row: dict[str, Any], path: Path) -> tuple[str | None, str, str]:
+def _row(row: Any, *, milliseconds: bool) -> Row:
+    if not isinstance(row, dict):
+        raise ValueError(f"it is no object with named columns but {str(row)[:40]!r}")
+    arrival, prompt, output = _columns(row)
+    at = _seconds(row[arrival], milliseconds=milliseconds) if arrival else 0.0
+    return at, _tokens(row[prompt], prompt), _tokens(row[output], output), row.get("hash_ids") or []
+
+
+def _tokens(value: Any, column: str) -> int:
+    try:
+        return int(float(value))
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{column} is {value!r}; it must be a number of tokens") from None
+
+
+def _columns(row: dict[str, Any]) -> tuple[str | None, str, str]:
     for arrival, prompt, output in _COLUMNS:
         if prompt in row and output in row:
             return (arrival if arrival in row else None), prompt, output
-    raise ValueError(f"--trace {path} has columns {', '.join(row)}; none of the known pairs of lengths is among them")
+    known = "; ".join(", ".join(filter(None, names)) for names in _COLUMNS)
+    raise ValueError(f"it has columns {', '.join(map(str, row))}; known ones are: {known}")
 
 
 def _seconds(value: Any, *, milliseconds: bool) -> float:

@@ -386,7 +386,7 @@ class Engine:
             log.debug("%s", record.line())
 
 
-def schedulers_for(memory: Memory, shapes: RunnerShapes) -> list[Scheduler]:
+def schedulers_for(memory: Memory, shapes: RunnerShapes, *, chunked_prefill: bool = True) -> list[Scheduler]:
     """A scheduler for each of the memory's page pools."""
     return [
         Scheduler(
@@ -397,6 +397,7 @@ def schedulers_for(memory: Memory, shapes: RunnerShapes) -> list[Scheduler]:
             first_slot=replica * shapes.max_num_seqs,
             first_page=replica * shapes.num_pages,
             tiers=memory.tiers,
+            chunked_prefill=chunked_prefill,
         )
         for replica, pool in enumerate(memory.pools)
     ]

@@ -107,14 +107,7 @@ class Replicas:
         if request.parent is not None:
             return request.parent.replica  # where the pages are that it shares
         loads = [len(part.running) + part.num_waiting for part in self.parts]
-        least = min(range(len(loads)), key=loads.__getitem__)
-        pools = self.pool.parts
-        if not pools[0].enable_prefix_caching:
-            return least
-        request.page_hashes = pools[0].hashes(request.token_ids, request.cache_salt)  # the same in every pool
-        hits = [pool.num_cached(request.page_hashes) for pool in pools]
-        best = max(range(len(hits)), key=lambda z: (hits[z], -loads[z]))
-        return best if hits[best] and loads[best] < loads[least] + self.slack else least
+        return choose_part(request, loads, self.pool.parts, self.slack)
 
     def schedule(self, steps: int | None = None) -> IterationPlan | None:
         """Plan the next iteration of every replica that has anything to do; `steps` as in `Scheduler.schedule`.
@@ -170,6 +163,17 @@ class Replicas:
     ) -> None:
         """See `Scheduler.finish`."""
         self.parts[request.replica].finish(request, reason, stop_reason, publish=publish)
+
+
+def choose_part(request: Request, loads: Sequence[int], pools: Sequence[PagePool], slack: int) -> int:
+    """Which of several parts a request goes to: see `Replicas`. `loads` are the requests that each has."""
+    least = min(range(len(loads)), key=loads.__getitem__)
+    if not pools[0].enable_prefix_caching:
+        return least
+    request.page_hashes = pools[0].hashes(request.token_ids, request.cache_salt)  # the same in every pool
+    hits = [pool.num_cached(request.page_hashes) for pool in pools]
+    best = max(range(len(hits)), key=lambda z: (hits[z], -loads[z]))
+    return best if hits[best] and loads[best] < loads[least] + slack else least
 
 
 class ReplicaPools:

@@ -60,12 +60,13 @@ class IterationPlan:
 class Scheduler:
     """First come, first served by priority, under a token budget, a request limit and a page pool.
 
-    `max_decode_steps=0`: no decode loops, every plan is a ragged step.
+    `max_decode_steps=0`: no decode loops, every plan is a ragged step. `chunked_prefill=False`: a prompt waits for an
+    iteration that has room for all of it.
     """
 
     def __init__(
         self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, max_decode_steps: int = 1,
-        first_slot: int = 0, first_page: int = 0, tiers: Tiers | None = None,
+        first_slot: int = 0, first_page: int = 0, tiers: Tiers | None = None, chunked_prefill: bool = True,
     ):  # fmt: skip
         self.pool = pool
         self.tiers = tiers
@@ -73,6 +74,7 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_decode_steps = max_decode_steps
+        self.chunked_prefill = chunked_prefill
         self.running: list[Request] = []  # by rank: the first is the last to be preempted
         self._waiting: tuple[list[Ranked], list[Ranked]] = ([], [])  # heaps by rank: short prompts, long prompts
         self._slots = range(first_slot + max_num_seqs - 1, first_slot - 1, -1)
@@ -137,12 +139,15 @@ class Scheduler:
         """
         return self.plan(self.loop_steps() if steps is None else steps)
 
-    def plan(self, steps: int) -> IterationPlan | None:
-        """A decode loop of `steps` iterations (no more than `loop_steps` allows), or else one iteration."""
+    def plan(self, steps: int, *, decodes: bool = True) -> IterationPlan | None:
+        """A decode loop of `steps` iterations (no more than `loop_steps` allows), or else one iteration.
+
+        Without `decodes` those that decode sit it out.
+        """
         self._begin_plan()
         if steps:
             return self._plan(self._decode_chunks(steps), [], is_decode_loop=True, num_steps=steps)
-        chunks = self._decode_chunks(1)
+        chunks = self._decode_chunks(1) if decodes else []
         admitted = self._prefill(chunks, self.max_num_batched_tokens - len(chunks))
         if not chunks:
             self._make_way()
@@ -259,7 +264,8 @@ class Scheduler:
             if self._is_blocked(request):
                 self._blocked.append(heapq.heappop(queue)[1])
                 continue
-            if request.num_pending or not self._start(request):
+            is_whole = self.chunked_prefill or request.num_tokens <= budget
+            if request.num_pending or not is_whole or not self._start(request):
                 break
             heapq.heappop(queue)
             self.num_waiting -= 1

@@ -1,0 +1,193 @@
+"""A runner that computes nothing: a plan -> how long a device would take, and tokens that mean nothing.
+
+It stands where `ModelRunner` does, under the engine's own loop: iterations queue on a modelled device, reading one
+turns the clock to its end. Knows nothing of who runs next.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jaxllm.config import ModelConfig
+from jaxllm.roofline.cost_model import ModelCost
+from jaxllm.roofline.iteration_time import DECODE, LOOP, RAGGED, IterationTime, IterationWork
+from jaxllm.runner.shapes import RunnerShapes
+from jaxllm.scheduling.page_pool import PagePool
+from jaxllm.scheduling.scheduler import Chunk, IterationPlan
+from jaxllm.simulation.clock import VirtualClock
+
+
+class Tokens:
+    """So many sampled tokens, all alike: what an engine asks of an array of them."""
+
+    def __init__(self, count: int):
+        self._tokens = [0] * count
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def tolist(self) -> list[int]:
+        """A list of its own for each caller."""
+        return self._tokens[:]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelledSample:
+    """In the place of `Sampled`: tokens, nothing else."""
+
+    tokens: Tokens
+
+
+@functools.cache
+def sample_of(count: int) -> Any:
+    """The same object for every row that samples so many tokens."""
+    return ModelledSample(Tokens(count))
+
+
+@dataclass(frozen=True, slots=True)
+class PaperMemory:
+    """Page pools without pages."""
+
+    pools: list[PagePool]
+    page_bytes: int
+    tiers: Any = None
+    mover: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class PaperModel:
+    """A configuration is all there is of it."""
+
+    cfg: ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelledWork:
+    """A plan on the modelled device's queue.
+
+    Attributes:
+        dispatched: when, by the clock.
+        ends: when each of its iterations ends.
+        runner: whose clock it turns.
+        skipped: its steps are iterations of their own, run without looking up because nothing would have changed.
+    """
+
+    plan: IterationPlan
+    dispatched: float
+    ends: np.ndarray
+    runner: ModelledRunner
+    skipped: bool
+
+    def read(self) -> Sequence[tuple[Chunk, Any]]:
+        """Turn the clock to the end of it."""
+        clock, chunks = self.runner.clock, self.plan.chunks
+        end = float(self.ends[-1])
+        clock.wait_until(end)
+        clock.first, clock.widest = clock.now, 0.0
+        if self.skipped and len(self.ends) > 1:
+            gaps = np.diff(self.ends)
+            clock.first, clock.widest = float(self.ends[0]), float(gaps.max())
+            self.runner.gaps.append((gaps, len(chunks)))
+        return [(chunk, sample_of(chunk.num_samples)) for chunk in chunks if chunk.num_samples]
+
+
+class ModelledRunner:
+    """See `jaxllm.runner.interface.Runner`.
+
+    Args:
+        model: what would run.
+        shapes: sizes of the engine.
+        memory: page pools.
+        cost: of one replica's model: gives pairs and keys of rows.
+        time: how long an iteration lasts.
+        clock: the host's.
+        host_s: host time per iteration.
+    """
+
+    num_compilations = 0
+    num_compilations_after_warmup = 0
+
+    def __init__(
+        self, model: PaperModel, shapes: RunnerShapes, memory: PaperMemory, *, cost: ModelCost, time: IterationTime,
+        clock: VirtualClock, host_s: float,
+    ):  # fmt: skip
+        self.model, self.shapes, self.memory = model, shapes, memory
+        self.clock = clock
+        self.host_s = host_s
+        self.free_at = 0.0  # when the device has done all that was dispatched
+        self.busy_s = 0.0
+        self.num_iterations = 0
+        self.skipping = False  # the next plan's steps are iterations of their own
+        self.gaps: list[tuple[np.ndarray, int]] = []  # between the tokens of skipped iterations, and of how many rows
+        self._cost, self._time = cost, time
+        self._has_windows = any(window is not None for window, _ in cost.attention)
+
+    @property
+    def decode_program(self) -> str:
+        """What an iteration of decodes alone runs."""
+        return DECODE if self.shapes.max_decode_steps else RAGGED
+
+    def now(self) -> float:
+        """See `Runner`."""
+        return self.clock.now
+
+    def reset(self) -> None:
+        """See `Runner`: there is nothing to forget."""
+
+    def dispatch(self, plan: IterationPlan) -> ModelledWork:
+        """See `Runner`."""
+        skipped, self.skipping = self.skipping, False
+        self.clock.now += self.host_s
+        program = self.decode_program if skipped else RAGGED
+        if plan.is_decode_loop and not skipped:
+            program = LOOP if plan.num_steps > 1 else DECODE
+        durations = self.durations(plan.chunks, plan.num_steps, program)
+        if skipped:
+            durations = np.maximum(durations, self.host_s)
+        ends = max(self.clock.now, self.free_at) + np.cumsum(durations)
+        work = ModelledWork(plan, self.clock.now, ends, self, skipped)
+        self.free_at = float(ends[-1])
+        self.busy_s += float(durations.sum())
+        self.num_iterations += plan.num_steps if skipped else 1
+        return work
+
+    def durations(self, chunks: Sequence[Chunk], steps: int, program: str) -> np.ndarray:
+        """Seconds of each of `steps` iterations of these chunks, every row one token longer each time."""
+        if len(self.memory.pools) == 1:
+            return self._durations(chunks, steps, program)
+        parts: list[list[Chunk]] = [[] for _ in self.memory.pools]
+        for chunk in chunks:
+            parts[chunk.request.replica].append(chunk)
+        # Replicas run one program: they end together.
+        return np.max([self._durations(part, steps, program) for part in parts if part], axis=0)
+
+    def _durations(self, chunks: Sequence[Chunk], steps: int, program: str) -> np.ndarray:
+        """Those of one replica."""
+        if steps == 1:
+            return np.array([self._seconds(chunks, 0, program)])
+        if self._has_windows or any(chunk.num_samples != steps for chunk in chunks):
+            return np.array([self._seconds(chunks, step, program) for step in range(steps)])
+        first, last = (self._seconds(chunks, step, program) for step in (0, steps - 1))
+        return np.linspace(first, last, steps)  # an iteration's time is linear in its decode keys
+
+    def _seconds(self, chunks: Sequence[Chunk], step: int, program: str) -> float:
+        if step:
+            chunks = [chunk for chunk in chunks if chunk.num_samples > step]
+        return self._time.seconds(self._work(chunks, step, program)) if chunks else 0.0
+
+    def _work(self, chunks: Sequence[Chunk], step: int, program: str) -> IterationWork:
+        singles = [(1, chunk.start + 1 + step) for chunk in chunks if chunk.count == 1]
+        _, decode_keys = self._cost.attended(singles)
+        if len(singles) == len(chunks):
+            samples = len(chunks) if program != RAGGED else sum([chunk.num_samples for chunk in chunks])
+            return IterationWork(program, len(chunks), samples, 0, 0, decode_keys)
+        rows = [(chunk.count, chunk.start + chunk.count) for chunk in chunks if chunk.count > 1]
+        pairs, keys = self._cost.attended(rows)
+        tokens = len(singles) + sum([count for count, _ in rows])
+        samples = sum([chunk.num_samples > 0 for chunk in chunks])
+        return IterationWork(program, tokens, samples, pairs, keys, decode_keys)

@@ -1,0 +1,190 @@
+"""One simulation from its configuration: engines and workload are made, run, and reported; or many, over rates.
+
+`EngineConfig` and `SimulationConfig` -> the report of `jaxllm simulate --json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxllm.config import EngineConfig, ModelConfig
+from jaxllm.families.presets import model_config
+from jaxllm.roofline.chips import Chip, find_chip
+from jaxllm.roofline.iteration_time import Efficiency
+from jaxllm.roofline.profile import Profile, load_profile
+from jaxllm.simulation.arrivals import Arrival, at_rate, random_arrivals, stretched, trace_arrivals
+from jaxllm.simulation.config import SimulationConfig, parse_sweep
+from jaxllm.simulation.fleet import Colocated, Fleet, simulate
+from jaxllm.simulation.paper_engine import Hardware, PaperEngine, paper_engine
+from jaxllm.simulation.policies import POLICIES
+from jaxllm.simulation.report import make_report
+
+NUM_PROMPTS = 1000
+_BISECTIONS = 5
+OnSent = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a simulation needs of the outside, read once."""
+
+    config: EngineConfig
+    model: ModelConfig
+    hardware: Hardware
+    sim: SimulationConfig
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest request, as far as configurations say."""
+        return self.config.max_model_len or self.model.position_limit
+
+
+def set_up(engine: Mapping[str, Any], sim: SimulationConfig, *, progress: bool = True) -> Setup:
+    """Read the model's configuration and the chip.
+
+    Args:
+        engine: engine settings that were given; with a profile, the others are those that it was measured with.
+        sim: what is simulated.
+        progress: show downloads.
+
+    Raises:
+        ValueError: in one line, what to change.
+    """
+    profile = load_profile(Path(sim.chip)) if sim.chip.endswith(".json") else None
+    given = dict(engine)
+    if profile is not None:
+        given = _as_measured(profile, given)
+    config = EngineConfig(**given)
+    model = model_config(config.model, progress=progress)
+    efficiency = Efficiency(
+        compute=sim.compute_efficiency, memory=sim.memory_efficiency, collective_s=1e-6 * sim.collective_us,
+        host_s=1e-3 * sim.host_ms,
+    )  # fmt: skip
+    chip = _measured_chip(profile) if profile else find_chip(sim.chip)
+    return Setup(config, model, Hardware(chip=chip, efficiency=efficiency, profile=profile), sim)
+
+
+def _as_measured(profile: Profile, given: dict[str, Any]) -> dict[str, Any]:
+    """Engine settings with those of the profile in place of what was not given."""
+    names = {field.name for field in dataclasses.fields(EngineConfig)}
+    measured = {"model": profile.model, **{k: v for k, v in profile.engine.items() if k in names}}
+    for name in ("model", "mesh", "dtype", "kv_dtype"):
+        if name in given and given[name] != measured.get(name, given[name]):
+            raise ValueError(
+                f"the profile was measured with {name}={measured[name]}, not {given[name]}; calibrate again, or leave "
+                f"--{name.replace('_', '-')} out"
+            )
+    return measured | given
+
+
+def _measured_chip(profile: Profile) -> Chip:
+    rate, bandwidth = profile.flops_per_s / profile.num_devices, profile.bytes_per_s / profile.num_devices
+    return Chip(
+        name="profile", title=profile.device, flops=rate, flops_8bit=rate, bandwidth=bandwidth, memory=None
+    )  # fmt: skip
+
+
+def make_arrivals(setup: Setup) -> Iterator[Arrival]:
+    """The workload."""
+    sim, seed = setup.sim, setup.config.seed
+    if sim.trace is not None:
+        arrivals = trace_arrivals(
+            Path(sim.trace), sim.num_prompts, setup.longest, scale=sim.scale_lengths, skip_longer=sim.skip_longer
+        )
+        if sim.request_rate is None:
+            return stretched(arrivals, sim.time_scale) if sim.time_scale != 1.0 else arrivals
+    else:
+        count = sim.num_prompts or NUM_PROMPTS
+        if sim.input_len + sim.output_len > setup.longest:
+            raise ValueError(
+                f"{sim.input_len} + {sim.output_len} tokens exceed the {setup.longest} that a request may have; lower "
+                "--input-len or --output-len"
+            )
+        arrivals = random_arrivals(count, sim.input_len, sim.output_len, spread=sim.length_spread, seed=seed)
+    rate = math.inf if sim.request_rate is None else sim.request_rate
+    return at_rate(
+        arrivals, rate, sim.arrivals, burstiness=sim.burstiness, burst_size=sim.burst_size, seed=seed
+    )  # fmt: skip
+
+
+def make_fleet(setup: Setup) -> Fleet:
+    """The engines that the configuration describes."""
+    sim = setup.sim
+    return Colocated([one_engine(setup, setup.config.mesh) for _ in range(sim.replicas)], streamed=sim.stream)
+
+
+def one_engine(setup: Setup, mesh: str) -> PaperEngine:
+    """One of them."""
+    config, policy = dataclasses.replace(setup.config, mesh=mesh), POLICIES[setup.sim.policy]
+    if not policy.chunked_prefill:  # prompts are whole, so an iteration must have room for the longest
+        longest = config.max_model_len or min(setup.longest, setup.model.max_position_embeddings)
+        config = dataclasses.replace(config, max_num_batched_tokens=longest + config.max_num_seqs)
+    return paper_engine(config, setup.model, setup.hardware, quantization=setup.sim.quantization, policy=policy)
+
+
+def run_once(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
+    """Simulate and report."""
+    fleet = make_fleet(setup)
+    setup = dataclasses.replace(setup, config=_within(setup.config, fleet))
+    results = simulate(fleet, make_arrivals(setup), on_sent)
+    if not results.outcomes:
+        raise ValueError("the workload has no requests")
+    report = make_report(results, fleet.engines, slo=setup.sim.limits, price_per_hour=setup.sim.price)
+    return {**describe(setup), **report}
+
+
+def _within(config: EngineConfig, fleet: Fleet) -> EngineConfig:
+    """With the longest request that every engine's cache holds."""
+    longest = min(engine.runner.shapes.max_model_len for engine in fleet.engines)
+    return dataclasses.replace(config, max_model_len=longest)
+
+
+def describe(setup: Setup) -> dict[str, Any]:
+    """What was simulated, for the report."""
+    sim, config = setup.sim, setup.config
+    rate = sim.request_rate
+    return {
+        "model": config.model,
+        "chip": setup.hardware.chip.title,
+        "mesh": config.mesh,
+        "replicas": sim.replicas,
+        "policy": sim.policy,
+        "request_rate": "inf" if rate is not None and math.isinf(rate) else rate,
+        "source": setup.hardware.profile.source if setup.hardware.profile else "data sheet",
+    }
+
+
+def sweep(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
+    """The report at the highest rate at which enough requests meet the SLO, with all that were tried under `sweep`.
+
+    Over a range: its ends, then bisection, in which a rate that holds is taken to hold below as well.
+    """
+    assert setup.sim.sweep is not None
+    rates, is_range = parse_sweep(setup.sim.sweep)
+    if not setup.sim.limits:
+        raise ValueError("a sweep looks for the highest rate at which an SLO holds; set --slo")
+    tried: dict[float, dict[str, Any]] = {}
+
+    def holds(rate: float) -> bool:
+        tried[rate] = run_once(dataclasses.replace(setup, sim=setup.sim.with_rate(rate)), on_sent)
+        return tried[rate]["slo_attainment"] >= setup.sim.attainment
+
+    highest = _bisect(holds, *rates) if is_range else max((r for r in rates if holds(r)), default=None)
+    best = tried[highest] if highest is not None else tried[min(tried)]
+    return {**best, "highest_rate": highest, "sweep": [tried[rate] for rate in sorted(tried)]}
+
+
+def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float | None:
+    if not holds(low):
+        return None
+    if holds(high):
+        return high
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

@@ -1,0 +1,195 @@
+"""Who may run when in a simulation: the engine's own scheduler, steered from outside.
+
+`Steered` is the engine's `Scheduling` with two things around it. A `Gate` may hold requests back before they reach the
+scheduler (the baselines of `policies`). And where nothing can change for a while - every running request decodes, none
+ends, nobody can be admitted, nobody arrives - it lets the scheduler plan all those iterations in one plan: the same
+tokens, pages and times, at the cost of one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from jaxllm.scheduling.replicas import Replicas, Scheduling
+from jaxllm.scheduling.request import Request
+from jaxllm.scheduling.scheduler import Chunk, IterationPlan, Scheduler
+from jaxllm.scheduling.tiers import Load
+from jaxllm.simulation.modelled_runner import ModelledRunner
+
+MOST_STEPS = 512  # in one plan: bounds the arrays of its times
+
+
+class Gate(Protocol):
+    """Holds requests back from a scheduler."""
+
+    def hold(self, request: Request) -> None:
+        """A request has arrived."""
+        ...
+
+    def release(self, scheduler: Scheduling) -> Sequence[Request]:
+        """Those that the scheduler shall have before its next plan."""
+        ...
+
+    def finished(self, request: Request) -> None:
+        """One that was released has ended."""
+        ...
+
+    def __len__(self) -> int:
+        """Requests held."""
+        ...
+
+
+class Steered:
+    """The engine's scheduler with a gate before it and a look ahead; see the head of this file.
+
+    Attributes:
+        horizon: when the next request arrives; infinite where none will.
+        plan_with: how the inner scheduler plans one iteration; a baseline may plan otherwise.
+    """
+
+    def __init__(
+        self, inner: Scheduling, runner: ModelledRunner, gate: Gate | None = None,
+        plan_with: Callable[[Scheduling], IterationPlan | None] = lambda inner: inner.schedule(),
+    ):  # fmt: skip
+        self.inner, self.runner, self.gate = inner, runner, gate
+        self.plan_with = plan_with
+        self.horizon = math.inf
+        self.parts: list[Scheduler] = inner.parts if isinstance(inner, Replicas) else [inner]  # type: ignore[list-item]
+        self._is_stuck = False  # the last plan could admit nobody, and nothing has changed since
+
+    def schedule(self, steps: int | None = None) -> IterationPlan | None:
+        """See `Scheduling.schedule`; the plan may stand for many iterations."""
+        if self.gate is not None and len(self.gate):
+            for request in self.gate.release(self.inner):
+                self.inner.add(request)
+                self._is_stuck = False
+        if steps is not None:
+            return self.inner.schedule(steps)
+        steps = self._free_steps()
+        if steps > 1:
+            self.runner.skipping = True
+            return self.inner.schedule(steps)
+        preempted = self.inner.num_preemptions
+        plan = self.plan_with(self.inner)
+        self._is_stuck = (
+            plan is not None and plan.is_decode_loop and not plan.admitted and self.inner.num_preemptions == preempted
+        )
+        return plan
+
+    def _free_steps(self) -> int:
+        """Iterations in which nothing can change; 0 or 1 where the next must be looked at."""
+        steps = MOST_STEPS
+        for part in self.parts:
+            if part.running or part.num_waiting:
+                steps = min(steps, self._free_steps_of(part, steps))
+                if steps < 2:
+                    return 0
+        return self._before_arrival(steps)
+
+    def _free_steps_of(self, part: Scheduler, most: int) -> int:
+        running, streamed = part.running, False
+        steps = most
+        for request in running:
+            if request.held.load is not None or request.on_hold or request.stepwise or request.may_stop:
+                return 0
+            streamed = streamed or request.streamed
+            length = request.num_tokens
+            if length - request.held.num_computed != 1 or length >= request.limit:
+                return 0
+            steps = min(steps, request.limit - length)
+        if not streamed and part.max_decode_steps > 1:
+            return 0  # the scheduler has decode loops of its own here
+        if part.num_waiting and not self._is_stuck and len(running) < part.max_num_seqs:
+            return 0
+        free = part.pool.num_free
+        while steps > 1 and free < sum([part.page_lists.missing(r, r.num_tokens - 1 + steps) for r in running]):
+            steps //= 2
+        return steps if running else 0
+
+    def _before_arrival(self, steps: int) -> int:
+        """So many of these that whoever arrives finds the plan not made yet that could admit them."""
+        if steps < 2 or math.isinf(self.horizon) or all(map(self._is_closed, self.parts)):
+            return steps
+        runner = self.runner
+        rows = [Chunk(r, r.num_tokens - 1, 1, steps) for part in self.parts for r in part.running]
+        start = max(runner.clock.now + runner.host_s, runner.free_at)
+        durations = np.maximum(runner.durations(rows, steps, runner.decode_program), runner.host_s)
+        ends = start + np.cumsum(durations)
+        # Iteration i + 2 is planned when iteration i ends.
+        return min(steps, int(np.searchsorted(ends, self.horizon)) + 1)
+
+    def _is_closed(self, part: Scheduler) -> bool:
+        """Whether nobody who arrives can be admitted before somebody ends."""
+        return len(part.running) >= part.max_num_seqs or (part.num_waiting > 0 and self._is_stuck)
+
+    # What is the scheduler's own.
+
+    @property
+    def pool(self):
+        return self.inner.pool
+
+    @property
+    def running(self) -> list[Request]:
+        return self.inner.running
+
+    @property
+    def num_waiting(self) -> int:
+        return self.inner.num_waiting + (len(self.gate) if self.gate is not None else 0)
+
+    @property
+    def num_preemptions(self) -> int:
+        return self.inner.num_preemptions
+
+    @property
+    def num_copies(self) -> int:
+        return self.inner.num_copies
+
+    @property
+    def slot_utilization(self) -> float:
+        return self.inner.slot_utilization
+
+    @property
+    def has_work(self) -> bool:
+        return self.inner.has_work or (self.gate is not None and len(self.gate) > 0)
+
+    def check_fits(self, limit: int) -> None:
+        self.inner.check_fits(limit)
+
+    def add(self, request: Request) -> None:
+        if self.gate is not None:
+            self.gate.hold(request)
+            return
+        self.inner.add(request)
+        if self.parts[request.replica].num_waiting == 1:  # else it waits behind whoever could not be admitted
+            self._is_stuck = False
+
+    def fork(self, parent: Request, child: Request) -> None:
+        self.inner.fork(parent, child)
+
+    def extend(self, request: Request, tokens: Sequence[int]) -> None:
+        self.inner.extend(request, tokens)
+
+    def truncate(self, request: Request, length: int) -> None:
+        self.inner.truncate(request, length)
+
+    def restart(self, requests: Sequence[Request]) -> None:
+        self.inner.restart(requests)
+
+    def loaded(self, load: Load, arrived: Sequence[bool]) -> None:
+        self._is_stuck = False
+        self.inner.loaded(load, arrived)
+
+    def append_tokens(self, request: Request, tokens: Sequence[int], num_samples: int) -> None:
+        self.inner.append_tokens(request, tokens, num_samples)
+
+    def finish(
+        self, request: Request, reason: str, stop_reason: int | str | None = None, *, publish: bool = True
+    ) -> None:
+        self._is_stuck = False
+        self.inner.finish(request, reason, stop_reason, publish=publish)
+        if self.gate is not None:
+            self.gate.finished(request)

@@ -1,0 +1,115 @@
+"""`jaxllm simulate`: its JSON, its flags, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jaxllm.cli import main
+from jaxllm.simulation.config import SimulationConfig, parse_slo, parse_sweep
+
+FLAGS = "simulate --model llama-3.1-8b --chip h100 --max-num-seqs 16".split()
+KEYS = {
+    "requests", "duration_s", "output_tokens_per_s", "goodput_per_device", "slo_attainment", "ttft_ms", "tpot_ms",
+    "itl_ms", "prefix_hit_tokens", "iterations", "utilization",
+}  # fmt: skip
+
+
+def simulate(capsys, *flags: str) -> dict:
+    assert main([*FLAGS, "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_json_has_the_agreed_keys(capsys):
+    report = simulate(capsys, *"--num-prompts 20 --request-rate 5 --slo ttft:2s,tpot:50ms --price 2".split())
+    assert report.keys() >= KEYS
+    assert report["requests"] == 20 and report["slo_attainment"] == 1.0 and 0 < report["utilization"] <= 1
+    assert report["output_tokens_per_s"] == pytest.approx(20 * 128 / report["duration_s"])
+    assert report["goodput_per_device"] == pytest.approx(20 / report["duration_s"])
+    assert all({"p50", "p90", "p99"} <= report[f"{metric}_ms"].keys() for metric in ("ttft", "tpot", "itl"))
+    assert report["cost"] == pytest.approx(2 * report["duration_s"] / 3600)
+    assert report["cost_per_million_output_tokens"] == pytest.approx(1e6 * report["cost"] / (20 * 128))
+
+
+def test_text_is_for_a_person(capsys):
+    assert main([*FLAGS, "--num-prompts", "5"]) == 0
+    assert "5 of 5 requests" in capsys.readouterr().out
+
+
+def test_a_sweep_finds_the_highest_rate_that_holds(capsys, tmp_path):
+    flags = "--num-prompts 60 --input-len 2000 --output-len 20 --slo ttft:300ms --sweep request-rate=1..60".split()
+    report = simulate(capsys, *flags, "--plot", str(tmp_path / "sweep.png"))
+    rates = [one["request_rate"] for one in report["sweep"]]
+    held = [one["request_rate"] for one in report["sweep"] if one["slo_attainment"] >= 0.9]
+    assert rates == sorted(rates) and len(rates) == 7
+    assert 1 < report["highest_rate"] == report["request_rate"] == max(held) < 60
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.csv", "TIMESTAMP,ContextTokens\n1,2\n", "row 1: it has columns TIMESTAMP, ContextTokens; known ones are"),
+        ("a.csv", "num_prefill_tokens,num_decode_tokens\n5,5\n5,-1\n", "row 2: lengths 5 and -1"),
+        ("a.csv", "num_prefill_tokens,num_decode_tokens\n5,5\n0,7\n", "row 2: lengths 0 and 7"),
+        ("a.csv", "num_prefill_tokens,num_decode_tokens\n5,5\n5,\n", "row 2: num_decode_tokens is ''"),
+        ("a.csv", "num_prefill_tokens,num_decode_tokens\n5,nan\n", "row 1: num_decode_tokens is 'nan'"),
+        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\n2,5,5\n1,5,5\n", "row 2: arrives at 1 s, before the row"),
+        ("a.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nnoon,5,5\n", "row 1: "),
+        ("a.csv", "num_prefill_tokens,num_decode_tokens\n5,5\n5,5\n9000,5\n", "row 3: 9000 + 5 tokens exceed the 8192"),
+        ("a.jsonl", '{"timestamp": 0, "input_length": 5, "output_length": 5}\n{"input', "row 2: "),
+        ("a.jsonl", "[1, 2]\n", "row 1: it is no object"),
+        ("a.csv", "num_prefill_tokens,num_decode_tokens\n", "the workload has no requests"),
+        ("none.csv", None, "cannot read --trace"),
+    ],
+)
+def test_a_bad_trace_is_one_line_with_its_row(capsys, tmp_path, name, text, said):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    assert main([*FLAGS, "--max-model-len", "8192", "--trace", str(tmp_path / name)]) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_long_requests_are_skipped_or_shrunk_where_that_is_asked_for(capsys, tmp_path):
+    trace = tmp_path / "a.csv"
+    trace.write_text("num_prefill_tokens,num_decode_tokens\n100,10\n9000,1000\n")
+    flags = ["--max-model-len", "1000", "--trace", str(trace)]
+    assert simulate(capsys, *flags, "--skip-longer")["prompt_tokens"] == 100
+    report = simulate(capsys, *flags, "--scale-lengths")
+    assert report["prompt_tokens"] == 910 and report["output_tokens"] == 101
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--slo ttft:2", "slo 'ttft:2' is not understood"),
+        ("--slo tft:2s", "is not understood at 'tft:2s'"),
+        ("--slo ttft:0s", "a limit must be above 0"),
+        ("--sweep request-rate=5..1 --slo ttft:1s", "sweep 'request-rate=5..1' is not understood"),
+        ("--sweep request-rate=1..5", "set --slo"),
+        ("--request-rate 0", "request_rate=0.0; it must be above 0"),
+        ("--num-prompts 0", "num_prompts=0; it must be at least 1"),
+        ("--chip h1000", "no chip 'h1000'"),
+        ("--chip none.json", "cannot read the profile none.json"),
+        ("--prefill-mesh tp=1", "prefill_mesh and decode_mesh belong together"),
+        ("--search", "set num_devices"),
+        ("--input-len 200000", "exceed the 131072 that a request may have"),
+        ("--mesh tp=3", "do not divide by mesh axis tp=3"),
+        ("--arrivals gamma", "needs a rate"),
+        ("--scale-lengths", "are for a trace"),
+        ("--plot a.pdf", "must end in .png"),
+    ],
+)
+def test_bad_flags_are_one_line(capsys, flags, said):
+    assert main([*FLAGS, *flags.split()]) == 1
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_limits_and_sweeps_are_read():
+    assert parse_slo("ttft:2s, tpot:50ms") == {"ttft": 2.0, "tpot": 0.05} and parse_slo(None) == {}
+    assert parse_sweep("request-rate=1..20") == ([1.0, 20.0], True)
+    assert parse_sweep("request_rate=1,2,4") == ([1.0, 2.0, 4.0], False)
+    assert SimulationConfig(slo="itl:80ms").limits == {"itl": 0.08}
