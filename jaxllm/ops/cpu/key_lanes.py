@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 from jaxllm.ops.cpu.ir import Function, Value
 from jaxllm.ops.cpu.lanes import BYTES, VECTOR, ZERO
-from jaxllm.ops.cpu.tile import INTS, KEYS, MASKED, SIZE, Sizes, Tile, as_floats, products, scale
+from jaxllm.ops.cpu.tile import INTS, KEYS, MASKED, SIZE, Sizes, Tile, products, scale
 
 MOST = 16  # lanes
 _VECTORS = KEYS // 16  # of a row of scores
@@ -95,19 +95,21 @@ class KeyLanes(Tile):
         sources = [f.at(self.pages, f.mul(index, SIZE[s.cache] * s.width)) for index in indices]
         scales = self._scales(indices) if s.cache == "i8" else None
 
-        def block(h: Value, count: int) -> None:
-            rows = [as_floats(f, s.cache, f.at(source, f.mul(h, SIZE[s.cache])), count) for source in sources]
-            columns = transposed(f, [_wide(f, row, count) for row in rows])
-            for i in range(count):
-                column = self.lanes.mul(columns[i], scales) if scales else columns[i]
-                target = f.at(self.key_at, f.add(f.mul(f.add(h, i), _VECTORS * BYTES), f.mul(c, 4)))
-                self.lanes.store(column, target)
+        def block(first: Value, count: int) -> None:
+            at = [f.at(source, f.mul(first, 4)) for source in sources]
+            rows = [_wide(f, f.load(f"<{count} x i32>", row, SIZE[s.cache]), count) for row in at]
+            for i, word in enumerate(transposed(f, rows)[:count]):
+                for part, x in enumerate(_numbers(f, s.cache, word)):
+                    h = f.add(f.mul(f.add(first, i), per_word), part)
+                    target = f.at(self.key_at, f.add(f.mul(h, _VECTORS * BYTES), f.mul(c, 4)))
+                    self.lanes.store(self.lanes.mul(x, scales) if scales else x, target)
 
-        whole = s.width // 16 * 16
-        with f.loop(0, whole, 16) as h:
-            block(h, 16)
-        if s.width > whole:
-            block(whole, s.width - whole)
+        per_word = 4 // SIZE[s.cache]
+        words = s.width // per_word
+        with f.loop(0, words // 16 * 16, 16) as first:
+            block(first, 16)
+        if words % 16:
+            block(words // 16 * 16, words % 16)
 
     def _indices(self, position: Value) -> list[Value]:
         """Of sixteen keys; a page of a multiple of sixteen tokens is looked up once, others for every key."""
@@ -184,21 +186,38 @@ class KeyLanes(Tile):
 
 
 def _wide(f: Function, x: str, count: int) -> str:
-    """A shorter vector as the beginning of one of 16."""
+    """A shorter vector of words as the beginning of one of 16."""
     if count == 16:
         return x
-    order = ", ".join(f"i32 {i if i < count else count}" for i in range(16))
-    return f.let(f"shufflevector <{count} x float> {x}, <{count} x float> poison, <16 x i32> <{order}>")
+    order = ", ".join(f"i32 {min(i, count - 1)}" for i in range(16))
+    return f.let(f"shufflevector <{count} x i32> {x}, <{count} x i32> poison, <16 x i32> <{order}>")
 
 
 def transposed(f: Function, rows: list[str]) -> list[str]:
-    """A square of 16 vectors by four rounds of exchanges between those 8, 4, 2 and 1 apart."""
+    """A square of 16 vectors of words, by four rounds of exchanges between those 8, 4, 2 and 1 apart."""
     rows = list(rows)
     for d in (8, 4, 2, 1):
         low = ", ".join(f"i32 {16 + lane - d if lane & d else lane}" for lane in range(16))
         high = ", ".join(f"i32 {16 + lane if lane & d else lane + d}" for lane in range(16))
         for i in range(16):
             if not i & d:
-                pair = f"{VECTOR} {rows[i]}, {VECTOR} {rows[i + d]}"
+                pair = f"{INTS} {rows[i]}, {INTS} {rows[i + d]}"
                 rows[i], rows[i + d] = (f.let(f"shufflevector {pair}, <16 x i32> <{order}>") for order in (low, high))
     return rows
+
+
+def _numbers(f: Function, kind: str, words: str) -> list[str]:
+    """The numbers of the cache that 16 words hold, as float32: those of each place in a word in one vector."""
+
+    def floats(ints: str) -> str:
+        return f.let(f"bitcast {INTS} {ints} to {VECTOR}")
+
+    def shifted(op: str, x: str, bits: int) -> str:
+        return f.let(f"{op} {INTS} {x}, splat (i32 {bits})") if bits else x
+
+    if kind == "float":
+        return [floats(words)]
+    if kind == "i16":  # a bfloat16 number is the upper half of a float32 one
+        return [floats(shifted("shl", words, 16)), floats(f.let(f"and {INTS} {words}, splat (i32 -65536)"))]
+    signed = [shifted("ashr", shifted("shl", words, 24 - 8 * part), 24) for part in range(4)]
+    return [f.let(f"sitofp {INTS} {x} to {VECTOR}") for x in signed]
