@@ -57,7 +57,7 @@ def test_every_public_name_is_found_and_others_are_refused():
 
 # Each room may import the rooms after it, and nothing before it: what a reader of one room has to know is below.
 ROOMS = (
-    "cli commands server schema simulation bench deployment disaggregation pool training entrypoints decoding "
+    "cli commands server schema simulation bench deployment pool training entrypoints disaggregation decoding "
     "engine runner telemetry weights adapters parsing kv constraints scheduling models families ops sharding "
     "roofline tokenizer checkpoints config version"
 ).split()

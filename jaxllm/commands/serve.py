@@ -146,6 +146,8 @@ def start(
 
             door.open(make_app(llm, settings))
             server.attach(llm)
+            if llm.exchange is not None:
+                llm.exchange.serve_at(listen.host, listen.port, settings.api_keys[0] if settings.api_keys else None)
             where = f"serving {settings.served_model_names[0]} on {listen.uds or listen.url}"
             startup.ready(where if listen.uds else f"{where}; a page to chat is at {listen.url}/")
             return server.wait()
@@ -162,7 +164,7 @@ def _load(args: argparse.Namespace, engine: dict[str, Any], startup: Startup, ho
     )  # fmt: skip
     if args.warm_up:
         startup.stage("compiling")
-        llm.engine.runner.warm_up(scoring=True, tiers=llm.engine.tiers is not None, on_compiled=startup.compiled)
+        llm.engine.warm_up(scoring=True, on_compiled=startup.compiled)
     llm.thread.measure_when_idle()
     return llm
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from jaxllm.config.fields import check_types
+from jaxllm.config.kv_transfer import KVTransferConfig
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 KVDtype = Literal["auto", "bfloat16", "float16", "float32", "int8", "fp8"]
@@ -20,6 +21,9 @@ LoadFormat = Literal["auto", "dummy"]
 Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
 PreemptionMode = Literal["auto", "recompute", "swap"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
+_PREFILL_SIZES = (
+    "prefill_max_num_seqs", "prefill_max_num_batched_tokens", "prefill_page_size", "prefill_kv_cache_memory_bytes",
+)  # fmt: skip
 ATTENTION_BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
 
 
@@ -49,7 +53,15 @@ class EngineConfig:
         seed: from which requests without a seed of their own get one, and random weights.
         mesh (AXES): devices, for example 'tp=3' or 'dp=2,tp=4'.
         device_offset (N): leave the first N devices to others.
+        prefill_mesh (AXES): two engines, each on devices of its own: prompts are computed on these, and go on in the
+            decode pool (docs/disaggregation.md). All other fields are the decode pool's.
+        decode_mesh (AXES): of the decode pool, beside prefill_mesh; instead of mesh.
         sharding_rules: shipped name or a .toml file.
+        prefill_sharding_rules: of the prefill pool; default: sharding_rules.
+        prefill_max_num_seqs (N): of the prefill pool; default: max_num_seqs.
+        prefill_max_num_batched_tokens (TOKENS): of the prefill pool; default: max_num_batched_tokens.
+        prefill_page_size (TOKENS): of the prefill pool; default: page_size.
+        prefill_kv_cache_memory_bytes (BYTES): of the prefill pool; default: kv_cache_memory_bytes.
         max_decode_steps (N): decode iterations per dispatch, where nobody waits for each token.
         deterministic: the same tokens alone and in any batch, bit by bit: every iteration runs in one shape, whatever
             takes part; slower.
@@ -60,6 +72,8 @@ class EngineConfig:
         disk_kv_bytes (BYTES): disk space for KV pages.
         disk_kv_path (FOLDER): where they are kept, also for the next process.
         preemption_mode: what becomes of the cache of a request that is pushed out; swap needs host_kv_bytes.
+        kv_transfer_config (JSON): hand requests over between servers, for example '{"kv_role": "kv_producer"}'
+            (docs/disaggregation.md).
         coordinator_address (HOST:PORT): of process 0, where there are several (docs/pods.md).
         num_processes (N): how many processes there are.
         process_id (I): which of them this is, from 0.
@@ -85,7 +99,14 @@ class EngineConfig:
     seed: int = 0
     mesh: str = "tp=1"
     device_offset: int = 0
+    prefill_mesh: str | None = None
+    decode_mesh: str | None = None
     sharding_rules: str = "megatron"
+    prefill_sharding_rules: str | None = None
+    prefill_max_num_seqs: int | None = None
+    prefill_max_num_batched_tokens: int | None = None
+    prefill_page_size: int | None = None
+    prefill_kv_cache_memory_bytes: int | None = None
     max_decode_steps: int = 8
     deterministic: bool = False
     enable_prefix_caching: bool = True
@@ -95,6 +116,7 @@ class EngineConfig:
     disk_kv_bytes: int = 0
     disk_kv_path: str | None = None
     preemption_mode: PreemptionMode = "auto"
+    kv_transfer_config: Mapping[str, Any] | None = None
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
@@ -103,7 +125,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check_types(self)
         at_least_one = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "max_decode_steps")
-        for name in (*at_least_one, "kv_cache_memory_bytes", "num_processes"):
+        for name in (*at_least_one, "kv_cache_memory_bytes", "num_processes", *_PREFILL_SIZES):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
@@ -113,6 +135,7 @@ class EngineConfig:
             )
         self._check_tiers()
         self._check_processes()
+        self._check_pools()
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}; it must be in (0, 1]")
 
@@ -120,6 +143,28 @@ class EngineConfig:
     def token_budget(self) -> int:
         """Tokens of one iteration."""
         return self.max_num_batched_tokens or max(64 if self.deterministic else 512, self.max_num_seqs)
+
+    def _check_pools(self) -> None:
+        if self.kv_transfer_config is not None:
+            KVTransferConfig.from_json(self.kv_transfer_config)
+            if self.prefill_mesh is not None:
+                raise ValueError("kv_transfer_config is for one pool a process; leave prefill_mesh and decode_mesh out")
+            if self.distributed or self.coordinator_address is not None:
+                raise ValueError("kv_transfer_config is for engines of one process each; leave the processes out")
+        if (self.prefill_mesh is None) != (self.decode_mesh is None):
+            raise ValueError("prefill_mesh and decode_mesh belong together; set both, or mesh alone")
+        if self.prefill_mesh is None:
+            for name in ("prefill_sharding_rules", *_PREFILL_SIZES):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} is for two pools; set prefill_mesh and decode_mesh as well")
+            return
+        if self.mesh != "tp=1":
+            raise ValueError("mesh is for one pool; with prefill_mesh and decode_mesh leave it out")
+        if self.distributed or self.coordinator_address is not None:
+            raise ValueError(
+                "prefill_mesh and decode_mesh are for one process; across processes start one server for each pool, "
+                "with kv_transfer_config"
+            )
 
     def _check_processes(self) -> None:
         if self.device_offset < 0:

@@ -30,12 +30,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """An engine and what its faces need beside it."""
+    """An engine and what its faces need beside it; `weights` names these on every machine, where that is needed."""
 
     engine: Engine
     tokenizer: Tokenizer | None
     model_config: ModelConfig
     generation_config: dict
+    weights: str = ""
 
 
 def build_engine(
@@ -44,6 +45,7 @@ def build_engine(
     progress: bool = True,
     on_stage: Callable[[str], None] | None = None,
     on_sized: Callable[[AbstractModel, RunnerShapes], Compiler | None] | None = None,
+    receives: bool = False,
 ) -> BuiltEngine:
     """Load a model and start an engine. Raises ValueError with one line that says what to do.
 
@@ -53,6 +55,7 @@ def build_engine(
         on_stage: told what is being done.
         on_sized: told what the engine will take, before it takes anything; may wait, may refuse with an error, and may
             give the compiler of another engine with the same programs.
+        receives: others hand requests with their pages over to it.
     """
     from jaxllm.sharding.rules import load_rules, parse_mesh
 
@@ -61,7 +64,11 @@ def build_engine(
     connection = _join(config)
     say = on_stage or (lambda _: None)
     say(f"resolving {config.model}")
-    from jaxllm.weights.source import model_identity, open_source  # loads JAX: after the processes have met
+    from jaxllm.weights.source import (  # loads JAX: after the processes have met
+        content_identity,
+        model_identity,
+        open_source,
+    )
 
     source = open_source(config, progress=progress)
     model_config = read_config(source.hf_config)
@@ -84,6 +91,7 @@ def build_engine(
         check_memory(model, shapes)
         longest = _say_length_scaling(model_config, shapes.max_model_len)
         identity = model_identity(config, source.hf_config, source.path, longest)
+        weights = content_identity(config, source.hf_config, source.path, longest) if config.kv_transfer_config else ""
         memory = make_memory(model, shapes, enable_prefix_caching=config.enable_prefix_caching, namespace=identity)
         check_tiers(memory, config)
         runner = ModelRunner(model, shapes, memory, announce=connection.announce, compiler=compiler)
@@ -97,9 +105,9 @@ def build_engine(
             runner.start(params)
         connection.start(runner.obey)  # does not return on any process but the first
         text = tokenizer.result()
-    add_tiers(memory, config, runner.host_pages(), identity)
+    add_tiers(memory, config, runner.host_pages(), identity, receives=receives)
     engine = Engine(runner, memory=memory, eos_token_ids=_eos_token_ids(hf, generation, text), seed=config.seed)
-    return BuiltEngine(engine, text, model_config, generation)
+    return BuiltEngine(engine, text, model_config, generation, weights)
 
 
 def read_parameters(config: EngineConfig, built: BuiltEngine) -> Any:

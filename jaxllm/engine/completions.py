@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.constraints.grammars import GrammarCompiler
@@ -139,14 +139,23 @@ class _Completion:
         return True
 
 
+class Exchange(Protocol):
+    """Where requests come from that were begun elsewhere, and go on elsewhere; see `jaxllm.disaggregation.exchange`."""
+
+    def check(self, params: Mapping[str, Any]) -> None: ...
+    def attach(self, request: Request, params: Mapping[str, Any], output: RequestOutput) -> None: ...
+    def pump(self) -> None: ...
+
+
 class Jobs:
     """Makes jobs for one engine.
 
     `prepare` may run on any thread; everything else belongs to whoever steps the engine.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None):
-        self.engine, self.scorer = engine, Scorer(engine)
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, exchange: Exchange | None = None):
+        self.exchange = exchange
+        self.engine, self.scorer = engine, Scorer(engine.scoring_engine)
         self._tokenizer = tokenizer
         vocab_size = engine.runner.model.cfg.vocab_size
         self._grammars = GrammarCompiler(tokenizer, vocab_size, engine.eos_token_ids) if tokenizer else None
@@ -172,6 +181,8 @@ class Jobs:
         """One iteration of the engine, and one chunk of a scoring pass."""
         self.engine.step()
         self.scorer.step()
+        if self.exchange is not None:
+            self.exchange.pump()
 
     def recover(self) -> None:
         """Set right what an exception cut off; see `Engine.recover`."""
@@ -189,6 +200,10 @@ class Jobs:
         asked = read_prompt(prompt)
         given = self._truncated(self._token_ids(asked), params)
         ids, limit = self.engine.check_request(given, params)
+        if asked.kv_transfer_params:
+            if self.exchange is None:
+                raise ValueError("kv_transfer_params need an engine with kv_transfer_config; leave them out")
+            self.exchange.check(asked.kv_transfer_params)
         constraint = all_of([self._form(params), self._rules(params)])
         if params.prompt_logprobs is not None:
             self.scorer.check(ids)
@@ -256,6 +271,8 @@ class Jobs:
             requests = [self._request(job, builder) for builder in builders]
             for request in requests[1:]:
                 request.parent = requests[0]
+            if self.exchange is not None and job.asked is not None and job.asked.kv_transfer_params:
+                self.exchange.attach(requests[0], job.asked.kv_transfer_params, job.output)
             job.output.outputs = [builder.output for builder in builders]
             job.output.request_id = requests[0].request_id
             job.requests = requests  # known before the engine has them: whatever happens, they can be taken back

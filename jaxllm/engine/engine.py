@@ -24,6 +24,7 @@ from jaxllm.runner.shapes import RunnerShapes
 from jaxllm.scheduling.replicas import Scheduling, side_by_side
 from jaxllm.scheduling.request import Ending, Held, Listener, Request, Status, next_arrival
 from jaxllm.scheduling.scheduler import Chunk, Scheduler
+from jaxllm.scheduling.tiers import Load
 from jaxllm.telemetry.accounting import Accounting, IterationRecord
 from jaxllm.telemetry.device_peaks import engine_cost, known_ceilings
 
@@ -107,12 +108,22 @@ class Engine:
         self.progress = 0  # grows with every iteration dispatched or read
         self.num_completed = 0  # iterations read without an error
         self.num_not_finite = 0  # requests that ended because the model's numbers were no numbers
+        self.transfers: Any = None  # what handing requests over has moved, where that is done
         self.is_sound = True  # False: something was cut off half-way; nothing but `recover` makes sense
 
     @property
     def has_work(self) -> bool:
         """Whether any request is unfinished or any work still on the device."""
         return self.scheduler.has_work or bool(self._in_flight)
+
+    @property
+    def scoring_engine(self) -> Engine:
+        """Where passes run that sample nothing: here."""
+        return self
+
+    def warm_up(self, *, scoring: bool = False, on_compiled: Callable[[int, int], None] | None = None) -> None:
+        """Compile all programs; see `ModelRunner.warm_up`."""
+        self.runner.warm_up(scoring=scoring, tiers=self.tiers is not None, on_compiled=on_compiled)
 
     @property
     def unfinished(self) -> list[Request]:
@@ -211,6 +222,15 @@ class Engine:
         self.scheduler.fork(parent, child)
         return child
 
+    @_whole
+    def detach(self, request: Request) -> list[int]:
+        """Let a request go that another engine goes on with; it is on hold, and its listener hears nothing of it.
+
+        Returns its pages: the caller's, until `pool` is given them back.
+        """
+        del self._requests[request.request_id]
+        return self.scheduler.detach(request)
+
     def check_request(self, ids: Sequence[int], params: SamplingParams) -> tuple[list[int], int]:
         """The prompt's token ids and the length at which such a request ends; safe on any thread.
 
@@ -244,21 +264,23 @@ class Engine:
         return known
 
     @_whole
-    def step(self) -> list[NewTokens]:
+    def step(self, *, wait: bool = True) -> list[NewTokens]:
         """Dispatch the next iteration, if any, and read the oldest one that is due.
 
-        Its tokens go to the requests' listeners; what is returned is for those who have none.
+        Its tokens go to the requests' listeners; what is returned is for those who have none. Without `wait` nothing is
+        read that the device is not done with: for whoever steps another engine as well.
         """
         if self.mover is not None:
-            self.progress += self.mover.finish(self.scheduler.loaded)
-        plan = self.scheduler.schedule()
+            self.progress += self.mover.finish(self._loaded)
+        plan = self.scheduler.schedule() if len(self._in_flight) < _PIPELINE_DEPTH else None
         self.start_moves()
         if plan is not None:
             self._in_flight.append(self.runner.dispatch(plan))
             self.progress += 1
-        if self._in_flight and (plan is None or len(self._in_flight) >= _PIPELINE_DEPTH):
+        is_due = self._in_flight and (plan is None or len(self._in_flight) >= _PIPELINE_DEPTH)
+        if is_due and (wait or self._in_flight[0].is_ready):
             return self._collect(self._in_flight.popleft())
-        if plan is None and self.mover is not None and self.mover.is_moving:
+        if wait and plan is None and self.mover is not None and self.mover.is_moving:
             time.sleep(_MOVING_SECONDS)  # nothing else to do: leave the processor to what copies
         return []
 
@@ -270,10 +292,17 @@ class Engine:
         if self.mover is not None:
             self.mover.start()
             while self.mover.is_moving:
-                self.progress += self.mover.finish(self.scheduler.loaded)
+                self.progress += self.mover.finish(self._loaded)
                 time.sleep(_MOVING_SECONDS)
             self.mover.wait()
         self.runner.block_until_ready()
+
+    def _loaded(self, load: Load, arrived: Sequence[bool]) -> None:
+        request: Request = load.owner
+        required = request.offer.required if request.offer is not None else None
+        self.scheduler.loaded(load, arrived)
+        if required is not None and not all(arrived):
+            self.finish(request, Ending("abort", error=required))
 
     def start_moves(self) -> None:
         """Send off what has to leave pages that were handed out anew; call it before anything writes there."""

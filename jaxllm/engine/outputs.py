@@ -70,7 +70,8 @@ def as_of(whole: CompletionOutput, delta: CompletionDelta) -> CompletionOutput:
 class RequestOutput:
     """All completions of one prompt, in order.
 
-    `error` says why a refused prompt has none; `warnings` what was asked for and is not enforced.
+    `error` says why a refused prompt has none; `warnings` what was asked for and is not enforced;
+    `kv_transfer_params` where another server may fetch what was computed of the prompt.
     """
 
     request_id: str
@@ -83,6 +84,7 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     error: str | None = None
     warnings: tuple[str, ...] = ()
+    kv_transfer_params: dict[str, Any] | None = None
 
 
 class TextStream(Protocol):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
-FIELDS = ("prompt", "prompt_token_ids", "cache_salt", "priority", "add_special_tokens")
+FIELDS = ("prompt", "prompt_token_ids", "cache_salt", "priority", "add_special_tokens", "kv_transfer_params")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class Asked:
     cache_salt: str = ""
     priority: int = 0
     add_special_tokens: bool = True
+    kv_transfer_params: Mapping[str, Any] | None = None
 
 
 def as_prompts(prompts: Any) -> list[Any]:
@@ -53,9 +54,13 @@ def read_prompt(prompt: Any) -> Asked:
     if unknown := [name for name in fields if name not in FIELDS]:
         raise ValueError(f"a prompt has no field {unknown[0]!r}; it may have {', '.join(FIELDS)}")
     special = fields.get("add_special_tokens", True)
+    transfer = fields.get("kv_transfer_params")
+    if not isinstance(transfer, Mapping | None):
+        raise ValueError("kv_transfer_params must be a table")
     return Asked(
-        text, ids, _salt(fields.get("cache_salt", "")), _priority(fields.get("priority", 0)), special is not False
-    )
+        text, ids, _salt(fields.get("cache_salt", "")), _priority(fields.get("priority", 0)), special is not False,
+        transfer,
+    )  # fmt: skip
 
 
 def text_of(prompt: Any) -> str | None:

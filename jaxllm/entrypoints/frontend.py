@@ -10,7 +10,8 @@ from typing import Any
 
 from jaxllm.config import EngineConfig
 from jaxllm.config.sampling import SamplingParams
-from jaxllm.engine.build import BuiltEngine, build_engine
+from jaxllm.disaggregation.build import build_alone, build_pools, exchange_of
+from jaxllm.engine.build import BuiltEngine
 from jaxllm.engine.completions import Jobs, sampling_defaults
 
 log = logging.getLogger(__name__)
@@ -42,9 +43,11 @@ class Frontend:
         if model is not None:
             kwargs["model"] = model
         self.config = EngineConfig.from_kwargs(kwargs)
-        built = built or build_engine(self.config, progress=use_tqdm, on_stage=on_stage)
+        build = build_alone if self.config.prefill_mesh is None else build_pools
+        built = built or build(self.config, progress=use_tqdm, on_stage=on_stage)
         self.engine, self.model_config = built.engine, built.model_config
-        self._jobs = Jobs(built.engine, built.tokenizer)
+        self.exchange = exchange_of(self.config, built)
+        self._jobs = Jobs(built.engine, built.tokenizer, self.exchange)
         self._generation_config = built.generation_config
 
     def get_tokenizer(self) -> Any:

@@ -25,7 +25,7 @@ from jaxllm.kv.disk_store import DiskStore, PageFormat
 from jaxllm.kv.host_memory import HostMemory
 from jaxllm.kv.layout import PageLayout
 from jaxllm.kv.page_programs import MOVE_BATCH
-from jaxllm.scheduling.tiers import Load, Tiers
+from jaxllm.scheduling.tiers import Load, Span, Tiers
 
 _BATCHES_AHEAD = 8  # on the device and not yet in their pages
 _LEAVING_BYTES = 256 << 20  # on the device, out of their pages and not yet in the host: then the engine waits
@@ -223,11 +223,20 @@ class Mover:
         """Slabs on the device, None where the page cannot be had, and the seconds from host to device."""
         if load.ended:
             return [None] * len(keys), 0.0
-        slabs = [self._read(key) if slab is None else slab for key, slab in zip(keys, sources, strict=True)]
+        known = self._fetched(sources)
+        slabs = [self._read(key) if slab is None else slab for key, slab in zip(keys, known, strict=True)]
         started = time.perf_counter()
         slabs = [None if slab is None else self._arrays.bring_up(slab) for slab in slabs]
         jax.block_until_ready(slabs)
         return slabs, time.perf_counter() - started
+
+    def _fetched(self, sources: Sequence[Any]) -> list[Any]:
+        """The sources, with slabs where there were spans: those of one load are of one offer."""
+        spans = [source for source in sources if isinstance(source, Span)]
+        if not spans:
+            return list(sources)
+        fetched = iter(spans[0].offer.fetch([(span.start, span.stop) for span in spans]))
+        return [next(fetched) if isinstance(source, Span) else source for source in sources]
 
     def _read(self, key: bytes) -> Any | None:
         arrays = self.disk.read(key) if self.disk is not None else None

@@ -26,7 +26,9 @@ def check_tiers(memory: KVMemory, config: EngineConfig) -> None:
         )
 
 
-def add_tiers(memory: KVMemory, config: EngineConfig, arrays: HostPages, identity: str) -> None:
+def add_tiers(
+    memory: KVMemory, config: EngineConfig, arrays: HostPages, identity: str, *, receives: bool = False
+) -> None:
     """Put host memory, and a disk, under the pages, where the configuration asks for them.
 
     Args:
@@ -34,8 +36,9 @@ def add_tiers(memory: KVMemory, config: EngineConfig, arrays: HostPages, identit
         config: sizes in bytes, which `check_tiers` has passed.
         arrays: who runs the programs that move pages.
         identity: what decides the content of a page besides its tokens.
+        receives: other engines hand their pages over, so there is a mover even where nothing is kept below.
     """
-    if not config.host_kv_bytes:
+    if not config.host_kv_bytes and not receives:
         return
     slab, page_bytes = memory.slab(), memory.host_page_bytes
     disk = None

@@ -26,6 +26,11 @@ class InFlight:
     result: Sampled | jax.Array
     dispatched: float
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `read` need not wait."""
+        return all(leaf.is_ready() for leaf in jax.tree.leaves(self.result))
+
     def read(self) -> list[tuple[Chunk, Sampled]]:
         """Wait, and return each sampling chunk's tokens (and logprobs) with idle steps dropped.
 

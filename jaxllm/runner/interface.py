@@ -30,6 +30,11 @@ class Work(Protocol):
         """When, in seconds of the runner's clock."""
         ...
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether `read` need not wait."""
+        ...
+
     def read(self) -> Sequence[tuple[Chunk, Sampled]]:
         """Wait for it, and return each sampling chunk with what it sampled."""
         ...

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.scheduling.request import Held, Request
 from jaxllm.scheduling.reuse import Found, find_reusable
-from jaxllm.scheduling.tiers import Load, Tiers
+from jaxllm.scheduling.tiers import Load, Span, Tiers
 
 
 class PageLists:
@@ -60,13 +60,18 @@ class PageLists:
         extent = self.pool.pages_for(request.num_tokens) - len(pages)
         held = request.held = Held(pages=pages + [next(new) for _ in range(extent)], swapped=request.held.swapped)
         held.num_published = next((i for i in found.keys), found.num_tokens // self.pool.page_size)
+        held.num_published = max(held.num_published, found.num_headless)
         if found.keys:
             assert self.tiers is not None, "only a lower tier has keys"
             targets = [self.first_page + held.pages[i] for i in found.keys]
             keys = list(found.keys.values())
-            held.load = self.tiers.begin(request, keys, targets, found.num_tokens, replica=request.replica)
+            held.load = self.tiers.begin(
+                request, keys, targets, found.num_tokens, replica=request.replica, spans=found.spans
+            )
         else:
             held.num_computed = found.num_tokens
+        if not found.spans:
+            self.decline(request)  # all of it is here already
         if request.num_cached is None:
             request.num_cached = held.num_computed
             self.pool.count_query(request.num_tokens, held.num_computed)
@@ -88,14 +93,17 @@ class PageLists:
         self.tiers.arrived(load, arrived, held.swapped)
         held.load = None
         if held.swapped is None:
+            named = {*request.page_hashes}  # a part-filled page of an offer has another name
             for page, digest, is_here in zip(load.pages, load.keys, arrived, strict=True):
-                if is_here:
+                if is_here and digest in named:
                     self.pool.publish(page - self.first_page, digest)
         held.swapped = None
+        self.decline(request)
         if not all(arrived):
             return False
         held.num_computed = min(load.num_tokens, request.num_tokens - 1)
-        if request.num_cached == 0 and not request.num_preemptions:
+        is_offered = any(isinstance(source, Span) for source in load.sources)
+        if request.num_cached == 0 and not request.num_preemptions and not is_offered:
             request.num_cached = load.num_tokens
             self.pool.num_hit_tokens += load.num_tokens
         return True
@@ -185,8 +193,20 @@ class PageLists:
         self.pool.free(held.pages)
         request.held = Held(swapped=held.swapped)
 
+    def decline(self, request: Request) -> None:
+        """No more is wanted of what another engine offers."""
+        if request.offer is not None:
+            request.offer.close()
+            request.offer = None
+
+    def let_go(self, request: Request) -> list[int]:
+        """A running request's pages for whoever takes the request elsewhere: theirs until they free them."""
+        self.publish(request, len(request.token_ids))
+        return self.pool.share(request.held.pages)
+
     def forget(self, request: Request) -> None:
         """What the host kept for a request may go: it has ended, or its tokens have changed."""
+        self.decline(request)
         if request.held.swapped is not None and self.tiers is not None:
             self.tiers.forget(request.held.swapped)
             request.held.swapped = None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
 from jaxllm.config.sampling import SamplingParams
-from jaxllm.scheduling.tiers import Load, Swapped
+from jaxllm.scheduling.tiers import Load, Offer, Swapped
 
 _arrivals = itertools.count()
 
@@ -130,6 +130,8 @@ class Request:
         num_cached: prompt tokens that were found in a cache when it first ran.
         replica: which data-parallel replica it runs on; its pages are numbers of that replica's cache.
         parent: a request with the same prompt; once that has been computed, this one starts on its pages.
+        before_release: called when it ends with a result, while it still has its pages.
+        offer: what another engine has computed of it, until that is here, failed, or not wanted any more.
         error: why it ended with `abort`, where somebody should know.
     """
 
@@ -158,6 +160,8 @@ class Request:
     num_preemptions: int = 0
     replica: int = 0
     parent: Request | None = None
+    offer: Offer | None = None
+    before_release: Callable[[], None] | None = None
 
     status: Status = Status.WAITING
     finish_reason: str | None = None

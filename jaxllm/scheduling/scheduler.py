@@ -354,6 +354,15 @@ class Scheduler:
             request.status = Status.WAITING
             self._wait(request)
 
+    def detach(self, request: Request) -> list[int]:
+        """Let a running request go, nothing of which is in flight: its pages, the caller's until it frees them."""
+        assert request.status is Status.RUNNING and not request.num_pending, "it is under way here"
+        pages = self.page_lists.let_go(request)
+        self._release(request)
+        self.page_lists.forget(request)
+        request.held, request.status, request.parent = Held(), Status.WAITING, None
+        return pages
+
     def restart(self, requests: Sequence[Request]) -> None:
         """Start anew, after a failure, with requests of which the device has nothing; no page has any content."""
         self.running, self._waiting, self._blocked, self._unsent = [], ([], []), [], []
@@ -362,6 +371,7 @@ class Scheduler:
         self.page_lists.reset()
         self.pool.reset()
         for request in sorted(requests, key=lambda request: request.rank):
+            self.page_lists.decline(request)
             request.held, request.num_pending, request.status = Held(), 0, Status.WAITING
             if len(request.token_ids) > request.num_delivered:
                 del request.token_ids[request.num_delivered :]  # nobody has heard of them: they are sampled again
@@ -427,6 +437,8 @@ class Scheduler:
         if request.status is Status.RUNNING:
             if publish:
                 self.page_lists.publish(request, len(request.token_ids) - 1)  # the last was sampled, not computed
+                if request.before_release is not None and reason != "abort":
+                    request.before_release()
             else:
                 self.pool.unpublish(request.held.pages)
             self._release(request)

@@ -7,8 +7,9 @@ or names of their own for swapped requests.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from jaxllm.scheduling.host_pool import HostPool
@@ -28,13 +29,49 @@ class Swapped:
     keys: dict[int, bytes]
 
 
+class Offer(Protocol):
+    """What another engine has computed of a request, and gives away (see `jaxllm.disaggregation`).
+
+    Attributes:
+        num_tokens: computed there, from the first on.
+        first_token: tokens before this one are not given: nothing to come sees them.
+        required: where it fails the request shall not be computed here instead, but end with the error that this is.
+    """
+
+    num_tokens: int
+    first_token: int
+    required: Exception | None
+
+    def want(self, start: int, stop: int) -> None:
+        """The tokens `[start, stop)`, of one page of the receiver, will be fetched. Called where its engine steps."""
+        ...
+
+    def fetch(self, spans: Sequence[tuple[int, int]]) -> list[Any | None]:
+        """The slabs of these spans in the receiver's layout, None where one cannot be had. In a thread; may wait."""
+        ...
+
+    def close(self) -> None:
+        """No more is wanted; whoever keeps the pages may forget them. May be repeated."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One page's tokens `[start, stop)` of an offer: a source of a load."""
+
+    offer: Offer
+    start: int
+    stop: int
+
+
 @dataclass(slots=True, eq=False)
 class Load:
     """Pages on their way up for one request.
 
     Attributes:
         owner, replica: whose request it is for.
-        keys, pages: what goes where; `sources` are the host's slabs, None where the disk has it.
+        keys, pages: what goes where; `sources` are the host's slabs, a `Span` where another engine gives it, None where
+            the disk has it.
         num_tokens: how many tokens of the request are computed when it is done.
         ended: arrived, failed or not wanted any more.
     """
@@ -58,6 +95,7 @@ class MoveStats:
     disk_hits: int = 0
     swaps_out: int = 0
     swaps_in: int = 0
+    offered_pages: int = 0
     failed_loads: int = 0
     seconds_out: float = 0.0
     seconds_in: float = 0.0
@@ -110,13 +148,26 @@ class Tiers:
         """The load that is bringing this page up for a replica, if any."""
         return self._under_way.get((replica, digest))
 
-    def begin(self, owner: Any, keys: Sequence[bytes], pages: Sequence[int], num_tokens: int, replica: int = 0) -> Load:
-        """Bring pages up for a request; `pages` are allocated, and nobody else knows them."""
-        sources = [self.host.get(key) for key in keys]
+    def begin(
+        self, owner: Any, keys: Sequence[bytes], pages: Sequence[int], num_tokens: int, replica: int = 0,
+        spans: Mapping[bytes, Span] = MappingProxyType({}),
+    ) -> Load:  # fmt: skip
+        """Bring pages up for a request; `pages` are allocated, and nobody else knows them.
+
+        What is neither in the host nor on the disk comes from the `spans` of another engine's offer.
+        """
+        sources = [self._source(key, spans) for key in keys]
         load = Load(owner, list(keys), list(pages), sources, num_tokens, replica)
         self._under_way.update(dict.fromkeys([(replica, key) for key in keys], load))
         self.loads.append(load)
         return load
+
+    def _source(self, key: bytes, spans: Mapping[bytes, Span]) -> Any | None:
+        if key not in spans or self.has(key):
+            return self.host.get(key)
+        span = spans[key]
+        span.offer.want(span.start, span.stop)
+        return span
 
     def end(self, load: Load) -> None:
         """A load has arrived, failed, or is not wanted any more."""
@@ -134,7 +185,9 @@ class Tiers:
             self.stats.swaps_in += all(flags)
             return
         for source, is_here in zip(load.sources, flags, strict=True):
-            if source is None:
+            if isinstance(source, Span):
+                self.stats.offered_pages += is_here
+            elif source is None:
                 self.stats.disk_hits += is_here
             else:
                 self.stats.host_hits += is_here

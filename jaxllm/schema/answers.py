@@ -81,6 +81,7 @@ class Completion(Answer):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage
+    kv_transfer_params: dict[str, Any] | None = None
 
 
 class CalledFunction(Answer):
@@ -153,6 +154,7 @@ class ChatCompletion(Answer):
     usage: Usage
     prompt_logprobs: PromptLogprobs | None = None
     prompt_token_ids: list[Count] = Field(default_factory=list)
+    kv_transfer_params: dict[str, Any] | None = None
 
 
 class ResponseAnswer(BaseModel):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, WithJsonSchema, model_validator
 from pydantic.config import JsonDict
 
 from jaxllm.config.sampling import (
@@ -172,12 +172,16 @@ class SamplingFields(Body):
     user: Name | None = None
 
 
+_TRANSFER = {"type": "object", "maxProperties": 0, "description": "For servers with --kv-transfer-config."}
+
+
 class GenerationFields(SamplingFields):
     """What completions and chat completions share beside it."""
 
     n: Lenient[Annotated[int, Field(ge=1, le=MAX_N)]] | None = None
     prompt_logprobs: Lenient[Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]] | None = None
     stream_options: StreamOptions | None = None
+    kv_transfer_params: Annotated[dict[Name, Any], Field(max_length=32), WithJsonSchema(_TRANSFER)] | None = None
     response_format: ResponseFormat | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None

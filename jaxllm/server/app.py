@@ -19,6 +19,7 @@ from jaxllm.server.routes import (
     completions,
     docs,
     embeddings,
+    kv_transfer,
     messages,
     page,
     responses,
@@ -27,7 +28,7 @@ from jaxllm.server.routes import (
 )
 from jaxllm.version import __version__
 
-_ROUTERS = (completions, chat, responses, messages, embeddings, tokens, batches, status, docs, page)
+_ROUTERS = (completions, chat, responses, messages, embeddings, tokens, batches, kv_transfer, status, docs, page)
 
 
 def make_app(llm: AsyncLLM, settings: Settings) -> Any:

@@ -71,6 +71,12 @@ class Generation:
         """Over all prompts."""
         return sum(len(output.prompt_token_ids) for output in self.outputs)
 
+    @property
+    def handed_over(self) -> dict[str, Any]:
+        """Where another server may go on, as vLLM's answers say it; nothing where nobody asked."""
+        params = self.outputs[0].kv_transfer_params if len(self.outputs) == 1 else None
+        return {"kv_transfer_params": params} if params else {}
+
     def usage(self, num_reasoning: int = 0) -> dict[str, Any]:
         """OpenAI's usage object, of what has been generated so far."""
         prompt, generated = self.num_prompt_tokens, self.num_generated

@@ -65,8 +65,10 @@ def of_response_format(wanted: ResponseFormat | None) -> StructuredOutputs | Non
 
 
 def prompt_extras(body: SamplingFields) -> dict[str, Any]:
-    """What a prompt carries beside its text: scheduling priority and the salt of its cached prefixes."""
+    """What a prompt carries beside its text: its priority, the salt of its cached prefixes, where its pages are."""
     extras: dict[str, Any] = {"priority": body.priority or 0}
+    if isinstance(body, GenerationFields) and body.kv_transfer_params:
+        extras["kv_transfer_params"] = body.kv_transfer_params
     return extras | ({"cache_salt": body.cache_salt} if body.cache_salt else {})
 
 

@@ -83,6 +83,11 @@ class ModelledWork:
     runner: ModelledRunner
     skipped: bool
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether the clock has passed the end of it."""
+        return self.runner.clock.now >= float(self.ends[-1])
+
     def read(self) -> Sequence[tuple[Chunk, Any]]:
         """Turn the clock to the end of it."""
         clock, chunks = self.runner.clock, self.plan.chunks

@@ -176,6 +176,9 @@ class Steered:
     def truncate(self, request: Request, length: int) -> None:
         self.inner.truncate(request, length)
 
+    def detach(self, request: Request) -> list[int]:
+        return self.inner.detach(request)
+
     def restart(self, requests: Sequence[Request]) -> None:
         self.inner.restart(requests)
 

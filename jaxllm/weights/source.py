@@ -21,6 +21,8 @@ from jaxllm.weights.abstract import AbstractModel
 from jaxllm.weights.loader import load_parameters, random_parameters
 from jaxllm.weights.orbax import is_orbax, restore_parameters
 
+_SAMPLE_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
@@ -66,6 +68,22 @@ def open_source(config: EngineConfig, *, progress: bool = True) -> ModelSource:
     path = resolve_model(config.model, progress=progress)
     checkpoint = named(open_checkpoint(path))
     return ModelSource(checkpoint.config, path, checkpoint)
+
+
+def content_identity(config: EngineConfig, hf: dict, path: Path | None, longest: int | None = None) -> str:
+    """Like `model_identity`, and the same on every machine that has these files: by names, sizes, first and last MiB.
+
+    All of a large checkpoint would take minutes to read.
+    """
+    seed = config.seed if config.load_format == "dummy" else None
+    digest = hashlib.sha256(json.dumps((hf, seed, config.dtype, longest), sort_keys=True, default=str).encode())
+    for file in sorted([] if path is None else model_files(path)):
+        digest.update(f"{file.name} {(size := file.stat().st_size)}".encode())
+        with file.open("rb") as content:
+            digest.update(content.read(_SAMPLE_BYTES))
+            content.seek(max(0, size - _SAMPLE_BYTES))
+            digest.update(content.read())
+    return digest.hexdigest()
 
 
 def model_identity(config: EngineConfig, hf: dict, path: Path | None, longest: int | None = None) -> str:

@@ -78,7 +78,7 @@ class _Call:
             has_calls = bool(answer.calls)
             choices.append(self._choice(completion, has_calls) | {"message": message(answer)})
         whole = self._head("chat.completion") | {"choices": choices, "usage": generation.usage(num_reasoning)}
-        return whole | self._of_prompt(generation)
+        return whole | self._of_prompt(generation) | generation.handed_over
 
     def _of_prompt(self, generation: Generation) -> dict[str, Any]:
         """What was asked for of the prompt's tokens."""

@@ -71,7 +71,7 @@ class _Call:
             for prompt, completions in enumerate(results)
             for completion in completions
         ]
-        return self._head | {"choices": choices, "usage": generation.usage()}
+        return self._head | {"choices": choices, "usage": generation.usage()} | generation.handed_over
 
     def _choice(self, generation: Generation, prompt: int, completion: CompletionOutput) -> dict[str, Any]:
         output, text = generation.outputs[prompt], completion.text

@@ -1,0 +1,1 @@
+"""Prefill here, decode there: a request with its computed pages leaves one engine and goes on in another."""

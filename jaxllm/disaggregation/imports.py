@@ -1,0 +1,165 @@
+"""The taking side: a request whose prompt another server has computed starts on pages fetched from there.
+
+`kv_transfer_params` of a request -> an `Offer`: the engine treats the other server as the tier below all others, so
+what it has on the device or in its own tiers does not travel. A fetch that fails is a load that found less than was
+promised: the prompt is computed here, or the request ends with an error, as `kv_load_failure_policy` says.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from jaxllm.config.kv_transfer import KVTransferConfig
+from jaxllm.disaggregation.handshake import mismatch
+from jaxllm.disaggregation.peer import Peer, PeerError
+from jaxllm.disaggregation.stats import TransferStats
+from jaxllm.disaggregation.wire import decode_rows, span_names
+from jaxllm.engine.errors import EngineError
+from jaxllm.kv.layout import PageLayout
+from jaxllm.kv.logical import row_bytes, row_shapes, slab_of
+
+log = logging.getLogger(__name__)
+
+
+class TransferFailed(EngineError):
+    """The pages of this request did not come, and `kv_load_failure_policy` is fail."""
+
+
+@dataclass(slots=True, eq=False)
+class RemoteOffer:
+    """What a peer keeps of one request: an `Offer`."""
+
+    imports: Imports
+    peer: Peer
+    transfer_id: str
+    token_ids: list[int]
+    salt: str
+    num_tokens: int
+    first_token: int
+    required: Exception | None
+    since: float
+    is_open: bool = True
+    has_failed: bool = False
+
+    def want(self, start: int, stop: int) -> None:
+        """See `Offer`: it is kept there anyway."""
+
+    def fetch(self, spans: Sequence[tuple[int, int]]) -> list[Any | None]:
+        """See `Offer`."""
+        if self.has_failed or not self.is_open:
+            return [None] * len(spans)
+        try:
+            return self.imports.fetch(self, spans)
+        except (PeerError, ValueError) as error:
+            if not self.has_failed:
+                log.warning("the pages of a prompt computed elsewhere did not come: %s", error)
+                self.has_failed = True
+            return [None] * len(spans)
+
+    def close(self) -> None:
+        """See `Offer`."""
+        if self.is_open:
+            self.is_open = False
+            self.imports.closed(self)
+
+
+class Imports:
+    """All that one engine takes from others.
+
+    Args:
+        config: whom it may ask, and for how long.
+        facts: of this side, see `handshake`.
+        root: what decides a page's content beside tokens, on both sides.
+        layout, num_layers, structure: of this engine's slabs.
+    """
+
+    def __init__(
+        self, config: KVTransferConfig, facts: dict[str, Any], root: str, layout: PageLayout, num_layers: int,
+        structure: Any, stats: TransferStats,
+    ):  # fmt: skip
+        self.api_key = config.api_key
+        self.stats = stats
+        self._config, self._facts, self._root = config, facts, root
+        self._layout, self._structure = layout, structure
+        self._shapes, self._row_bytes = row_shapes(layout, num_layers), row_bytes(layout, num_layers)
+        self._peers: dict[tuple[str, int], Peer] = {}
+        self._agreed: dict[Peer, str] = {}  # with which engine there
+        self._acknowledgements = ThreadPoolExecutor(1, thread_name_prefix="kv-ack")
+        self._lock = threading.Lock()
+
+    def offer(self, params: Mapping[str, Any], token_ids: Sequence[int], salt: str) -> RemoteOffer:
+        """What `kv_transfer_params` of a request promise. Raises ValueError where they cannot be used."""
+        host, port, name = params.get("remote_host"), params.get("remote_port"), params.get("remote_request_id")
+        if not isinstance(host, str) or not isinstance(port, int) or not isinstance(name, str):
+            raise ValueError("kv_transfer_params need remote_host, remote_port and remote_request_id, as the prefill "
+                             "server's answer has them")  # fmt: skip
+        if not self._config.may_fetch_from(host, port):
+            raise ValueError(
+                f"pages are not fetched from {host[:100]}:{port}; add it to peers in this server's kv_transfer_config"
+            )
+        counts = [params.get(key, default) for key, default in
+                  (("remote_num_tokens", len(token_ids) - 1), ("remote_first_token", 0))]  # fmt: skip
+        if any(not isinstance(count, int) or count < 0 for count in counts):
+            raise ValueError("kv_transfer_params: remote_num_tokens and remote_first_token must be whole numbers")
+        required = None
+        if self._config.kv_load_failure_policy == "fail":
+            required = TransferFailed("the prompt's pages could not be fetched from the prefill server; send it again")
+        return RemoteOffer(
+            self, self._peer(host, port), name, list(token_ids), salt, min(counts[0], len(token_ids) - 1), counts[1],
+            required, time.perf_counter(),
+        )  # fmt: skip
+
+    def _peer(self, host: str, port: int) -> Peer:
+        timeout, key = self._config.timeout_seconds, self.api_key
+        return self._peers.setdefault((host, port), Peer(host, port, timeout=timeout, api_key=key))
+
+    def fetch(self, offer: RemoteOffer, spans: Sequence[tuple[int, int]]) -> list[Any]:
+        """Slabs of this engine, in host memory; in a thread. Raises PeerError or ValueError."""
+        started = time.perf_counter()
+        self._agree(offer.peer)
+        names = span_names(self._root, offer.salt, offer.token_ids, [stop for _, stop in spans])
+        content = offer.peer.fetch(offer.transfer_id, offer.salt, spans, names)
+        tokens = [stop - start for start, stop in spans]
+        rows = decode_rows(content, tokens, self._shapes)
+        size = self._layout.page_size
+        starts = [start % size for start, _ in spans]
+        slabs = [slab_of(one, self._layout, at, self._structure) for one, at in zip(rows, starts, strict=True)]
+        with self._lock:
+            self.stats.pages += len(spans)
+            self.stats.bytes += sum(tokens) * self._row_bytes
+            self.stats.seconds += time.perf_counter() - started
+        return slabs
+
+    def _agree(self, peer: Peer) -> None:
+        """The handshake, once for each peer; a peer that was started anew fails a fetch, and is asked again."""
+        with self._lock:
+            if peer in self._agreed:
+                return
+        theirs = peer.handshake()
+        if (problem := mismatch(self._facts, theirs)) is not None:
+            raise PeerError(f"{peer.host}:{peer.port} cannot be used: {problem}")
+        with self._lock:
+            self._agreed[peer] = str(theirs.get("engine_id"))
+
+    def closed(self, offer: RemoteOffer) -> None:
+        """Acknowledge, beside the engine, and count."""
+        self.stats.handed_over += not offer.has_failed
+        self.stats.failed += offer.has_failed
+        self.stats.exposed_seconds += time.perf_counter() - offer.since
+        if offer.has_failed:
+            with self._lock:
+                self._agreed.pop(offer.peer, None)
+        self._acknowledgements.submit(_acknowledge, offer)
+
+
+def _acknowledge(offer: RemoteOffer) -> None:
+    try:
+        offer.peer.release(offer.transfer_id)
+    except PeerError as error:
+        log.info("an acknowledgement was lost, the lease will end: %s", error)

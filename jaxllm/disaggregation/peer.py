@@ -1,0 +1,81 @@
+"""One other server, as far as its pages go: handshake, fetch, acknowledgement, over its own HTTP port and API key.
+
+The standard library's HTTP client, for threads. Every call is bounded in time; what goes wrong is a `PeerError` with a
+sentence.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+HANDSHAKE, FETCH, RELEASE = "/kv_transfer/handshake", "/kv_transfer/fetch", "/kv_transfer/release"
+
+
+class PeerError(Exception):
+    """The other side cannot be reached, refuses, or answers nonsense."""
+
+
+class Peer:
+    """A server at `host:port`; connections are kept, one for each thread."""
+
+    def __init__(self, host: str, port: int, *, timeout: float, api_key: str | None):
+        self.host, self.port, self._timeout = host, port, timeout
+        self._headers = {"content-type": "application/json"}
+        if api_key:
+            self._headers["authorization"] = f"Bearer {api_key}"
+        self._local = threading.local()
+
+    def handshake(self) -> dict[str, Any]:
+        """What the other side says of itself."""
+        facts = json.loads(self._call("GET", HANDSHAKE, None))
+        if not isinstance(facts, dict):
+            raise PeerError(f"{self.host}:{self.port} answers the handshake with something else")
+        return facts
+
+    def fetch(self, transfer_id: str, salt: str, spans: Sequence[tuple[int, int]], names: Sequence[str]) -> bytes:
+        """The encoded rows of these spans."""
+        asked = [[start, stop, name] for (start, stop), name in zip(spans, names, strict=True)]
+        return self._call("POST", FETCH, {"transfer_id": transfer_id, "cache_salt": salt, "spans": asked})
+
+    def release(self, transfer_id: str) -> None:
+        """Tell that its pages are not wanted any more."""
+        self._call("POST", RELEASE, {"transfer_id": transfer_id})
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
+        text = None if body is None else json.dumps(body)
+        for attempt in (0, 1):  # a connection that was kept may have been closed there meanwhile
+            connection = self._connection(anew=attempt > 0)
+            try:
+                connection.request(method, path, text, self._headers)
+                response = connection.getresponse()
+                content = response.read()
+            except TimeoutError:
+                connection.close()
+                raise PeerError(f"{self.host}:{self.port} did not answer within {self._timeout:g} s") from None
+            except (OSError, http.client.HTTPException) as error:
+                connection.close()
+                if attempt:
+                    raise PeerError(f"{self.host}:{self.port} cannot be reached: {error}") from None
+                continue
+            if response.status != 200:
+                raise PeerError(f"{self.host}:{self.port} refuses: {_message(content, response.status)}")
+            return content
+        raise AssertionError("the second attempt returns or raises")
+
+    def _connection(self, *, anew: bool) -> http.client.HTTPConnection:
+        known = getattr(self._local, "connection", None)
+        if known is None or anew:
+            known = http.client.HTTPConnection(self.host, self.port, timeout=self._timeout)
+            self._local.connection = known
+        return known
+
+
+def _message(content: bytes, status: int) -> str:
+    try:
+        return str(json.loads(content)["error"]["message"])[:300]
+    except (ValueError, KeyError, TypeError):
+        return f"status {status}"
