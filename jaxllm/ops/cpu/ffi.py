@@ -57,6 +57,13 @@ def register(kernel: str, num_parts: int, num_operands: int) -> str:
     return name
 
 
+def host() -> tuple[str, str]:
+    """LLVM's name of this processor, and its features."""
+    import llvmlite.binding as llvm
+
+    return llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
+
+
 def _compile(text: str) -> Any:
     import llvmlite.binding as llvm
 
@@ -64,9 +71,8 @@ def _compile(text: str) -> Any:
     llvm.initialize_native_asmprinter()
     module = llvm.parse_assembly(text)
     module.verify()
-    machine = llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3
-    )
+    cpu, features = host()
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=cpu, features=features, opt=3)
     passes = llvm.create_pass_builder(machine, llvm.create_pipeline_tuning_options(speed_level=2))
     passes.getModulePassManager().run(module, passes)
     engine = llvm.create_mcjit_compiler(module, machine)

@@ -1,0 +1,155 @@
+"""Products with quantised weights that are stored in the order in which the kernel reads them.
+
+`x [M, K] @ w [K, N]` where `w = scale * number(code) + minimum`, with a scale (and minimum) of each column for every
+group of inputs. Accumulated in float32; with bfloat16 x is rounded to it and nothing else is, with float32 nothing.
+Codes lie in panels of 32 columns, 32 bits of a column side by side (see `jaxllm.ops.cpu.quantized_numbers`), scales and
+minima in panels of their own.
+
+Dimension letters: M rows of x, K contracted, N columns, B panels, W words of a column, C columns of a panel, J groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxllm.ops.cpu import ffi
+from jaxllm.ops.cpu.quantized_kernel import PANEL, QuantizedSizes, quantized_kernel
+from jaxllm.ops.cpu.quantized_numbers import Codes, Floats, Pairs
+
+_SCALES = {"float16": "half", "bfloat16": "bfloat", "float32": "float"}
+_EVEN_FIRST = (0, 2, 4, 6, 1, 3, 5, 7)  # inputs of a word of 4-bit codes, from its lowest bits up
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class QuantizedPanels:
+    """A quantised matrix in panels, or as many as there are experts.
+
+    Attributes:
+        codes: uint32 `[B, W, C]`, of experts `[E, B, W, C]`.
+        scales, minima: `[B, J, C]`, of experts `[E, B, J, C]`.
+        order: int32 `[K]` or `[E, K]`: the input that each row belongs to; None: in their order.
+        number: which expert, where one was chosen.
+        meaning: of codes.
+        remaining: the sizes of the dims that a product keeps.
+        dtype: in which products are computed, bfloat16 or float32.
+    """
+
+    codes: jax.Array
+    scales: jax.Array
+    minima: jax.Array | None
+    order: jax.Array | None
+    number: jax.Array | None
+    meaning: Codes = dataclasses.field(metadata={"static": True})
+    remaining: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: str = dataclasses.field(default="bfloat16", metadata={"static": True})
+
+    @property
+    def num_inputs(self) -> int:
+        """K."""
+        return self.codes.shape[-2] * self.meaning.per_word
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of experts: `[E, K, remaining dims]`."""
+        return (*self.codes.shape[:-3], self.num_inputs, *self.remaining)
+
+    def product(self, spec: str, x: jax.Array) -> jax.Array:
+        """Sums over the last dims of x and the inputs of the matrix: `[..., remaining dims]`, float32."""
+        first, width = x.ndim, 1
+        while width < self.num_inputs:
+            first -= 1
+            width *= x.shape[first]
+        x_MK = x.reshape(-1, width)
+        if self.order is not None:
+            x_MK = jnp.take(x_MK, self.order, axis=1)
+        return _matmul(x_MK, self).reshape(*x.shape[:first], *self.remaining)
+
+    def rows(self, index_T: jax.Array) -> jax.Array:
+        """Rows `[T, K]` of a table whose inputs are its last dim."""
+        panel, column = index_T // PANEL, index_T % PANEL
+        codes, scales = self.codes[panel, :, column], self.scales[panel, :, column].astype(jnp.float32)
+        numbers = _numbers(codes, self.meaning).reshape(*scales.shape, -1)
+        values = numbers * scales[..., None]
+        if self.minima is not None:
+            values = values + self.minima[panel, :, column].astype(jnp.float32)[..., None]
+        return values.reshape(index_T.shape[0], -1).astype(self.dtype)
+
+    def expert(self, number: jax.Array) -> QuantizedPanels:
+        """One of the matrices: its panels are read where they lie."""
+        order = None if self.order is None else self.order[number]
+        return dataclasses.replace(self, number=number, order=order)
+
+
+def _numbers(words: jax.Array, meaning: Codes) -> jax.Array:
+    """float32 `[T, K]` of words `[T, W]`."""
+    if meaning.bits == 8:
+        parts = jax.lax.bitcast_convert_type(words, jnp.int8)
+        return parts.reshape(words.shape[0], -1).astype(jnp.float32)
+    shifts = jnp.array([4 * _EVEN_FIRST.index(i) for i in range(8)], jnp.uint32)
+    codes = ((words[..., None] >> shifts) & 15).reshape(words.shape[0], -1)
+    return jnp.array(meaning.table, jnp.float32)[codes]
+
+
+def packs_quantized(k: int, n: int, group: int, meaning: Codes) -> bool:
+    """Whether a quantised matrix can be kept in panels."""
+    whole = n % PANEL == 0 and k % meaning.per_word == 0 and k % group == 0 and group % 16 == 0
+    return whole and all(float(jnp.bfloat16(number)) == number for number in meaning.table)
+
+
+def pack_codes(codes: np.ndarray, meaning: Codes, axis: int) -> np.ndarray:
+    """uint32 `[B, W, C]` of codes, one in each byte: `[K, N]` (axis 0) or `[N, K]` (axis 1)."""
+    k, n = codes.shape if axis == 0 else codes.shape[::-1]
+    per_word, panels = meaning.per_word, n // PANEL
+    split = (k // per_word, per_word, panels, PANEL) if axis == 0 else (panels, PANEL, k // per_word, per_word)
+    codes = codes.view(np.uint8).reshape(split)
+    codes = codes.transpose(2, 0, 3, 1) if axis == 0 else codes.transpose(0, 2, 1, 3)  # [B, W, C, inputs of a word]
+    out = np.empty((panels, k // per_word, PANEL), np.uint32)
+    parts = out.view(np.uint8).reshape(*out.shape, 4)
+    for byte in range(4):
+        if meaning.bits == 8:
+            parts[..., byte] = codes[..., byte]
+        else:
+            low, high = _EVEN_FIRST[2 * byte : 2 * byte + 2]
+            parts[..., byte] = codes[..., low] | (codes[..., high] << 4)
+    return out
+
+
+def pack_scales(scales: np.ndarray, axis: int) -> np.ndarray:
+    """`[B, J, C]` of scales or minima `[J, N]` (axis 0) or `[N, J]` (axis 1)."""
+    j, n = scales.shape if axis == 0 else scales.shape[::-1]
+    if axis == 0:
+        return np.ascontiguousarray(scales.reshape(j, n // PANEL, PANEL).swapaxes(0, 1))
+    return np.ascontiguousarray(scales.reshape(n // PANEL, PANEL, j).swapaxes(1, 2))
+
+
+def _matmul(x_MK: jax.Array, matrix: QuantizedPanels) -> jax.Array:
+    """float32 `[M, N]`."""
+    b, c = matrix.codes.shape[-3], PANEL
+    m, k = x_MK.shape
+    sizes = QuantizedSizes(
+        m=m, k=k, num_panels=b, group=k // matrix.scales.shape[-2], codes=matrix.meaning,
+        scale=_SCALES[matrix.scales.dtype.name], has_minima=matrix.minima is not None,
+        is_chosen=matrix.number is not None,
+    )  # fmt: skip
+    in_pairs = matrix.dtype == "bfloat16" and not ffi.unavailable()
+    operands = [matrix.codes, matrix.scales, matrix.minima]
+    operands.append(None if matrix.number is None else matrix.number.astype(jnp.int32))
+    x_MK = x_MK.astype(matrix.dtype).astype(jnp.bfloat16 if in_pairs else jnp.float32)
+    result = jax.ShapeDtypeStruct((m, b * c), jnp.float32)
+    call = jax.ffi.ffi_call(_target(sizes, in_pairs, not ffi.unavailable()), result)
+    return call(x_MK, *(operand for operand in operands if operand is not None))
+
+
+@functools.cache  # every layer's trace asks again
+def _target(sizes: QuantizedSizes, in_pairs: bool, is_wide: bool) -> str:
+    num_parts = min(sizes.num_panels, 4 * ffi.num_threads())
+    arithmetic = Pairs(sizes.codes) if in_pairs else Floats(sizes.codes, is_wide=is_wide)
+    return ffi.register(quantized_kernel(sizes, arithmetic, num_parts), num_parts, num_operands=sizes.num_operands)

@@ -1,0 +1,202 @@
+"""From codes to the numbers that the processor multiplies, in registers: bfloat16 pairs or float32, as LLVM IR.
+
+An arithmetic takes a word of codes of sixteen columns and gives vectors of numbers in the order of their inputs, each of
+one or two neighbouring inputs of every column, and multiplies such a vector with the same inputs of a row of x.
+
+A word of 4-bit codes holds eight inputs of a column, the even ones in its lower half; one of 8-bit codes four, in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+
+from jaxllm.ops.cpu.ir import Function
+from jaxllm.ops.cpu.lanes import VECTOR, literal
+
+INTS = "<16 x i32>"
+_PAIRS = "<32 x bfloat>"
+_SHORTS = "<32 x i16>"
+_EIGHT = "<8 x float>"
+_DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
+_PICK_SHORTS = "llvm.x86.avx512.permvar.hi.512"
+_PICK_SIXTEEN = "llvm.x86.avx512.permvar.sf.512"
+_PICK_EIGHT = "llvm.x86.avx2.permps"
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """What a code means.
+
+    Attributes:
+        bits: 4 or 8.
+        table: the number of each 4-bit code, which bfloat16 holds exactly; codes of 8 bits are numbers, signed.
+    """
+
+    bits: int
+    table: tuple[float, ...] = ()
+
+    @property
+    def per_word(self) -> int:
+        """Codes of one column in 32 bits."""
+        return 32 // self.bits
+
+
+class Arithmetic(Protocol):
+    """See the module. `inputs` of x are in one vector of numbers; an input of x has `x_bytes`.
+
+    `most_turning` and `most_turned` are the rows of x that a pass can take, the one that turns codes and the one that
+    reads numbers; `factor` is what numbers have to be multiplied with, by their group's scale.
+    """
+
+    inputs: int
+    x_bytes: int
+    most_turning: int
+    most_turned: int
+    factor: float
+    declarations: str
+
+    def numbers(self, f: Function, word: str) -> list[str]:
+        """The vectors of one word."""
+        ...
+
+    def as_numbers(self, f: Function, word: str) -> str:
+        """A vector of numbers that was stored."""
+        ...
+
+    def same(self, f: Function, pointer: str) -> str:
+        """The inputs at a place of x, for every column."""
+        ...
+
+    def add_product(self, f: Function, total: str, x: str, numbers: str) -> str:
+        """`total + x * numbers`, column by column."""
+        ...
+
+    def sixteen(self, f: Function, pointer: str) -> str:
+        """Sixteen inputs at a place of x, as float32."""
+        ...
+
+
+class Pairs:
+    """Products of bfloat16 pairs (VDPBF16PS): what the processor multiplies fastest."""
+
+    inputs, x_bytes = 2, 2
+    most_turning, most_turned = 12, 6  # of 32 registers two for a row's sums of a group, and two for those of all groups
+    declarations = f"""
+declare {VECTOR} @{_DOT}({VECTOR}, {_PAIRS}, {_PAIRS})
+declare {_SHORTS} @{_PICK_SHORTS}({_SHORTS}, {_SHORTS})
+"""
+
+    def __init__(self, codes: Codes):
+        self.codes = codes
+        self.factor = 1.0 if codes.bits == 4 else 2.0**-24
+        bits = np.array(codes.table * 2, ml_dtypes.bfloat16).view(np.uint16)  # a look-up takes five bits, a code four
+        self._table = "<" + ", ".join(f"i16 {number}" for number in bits) + ">"
+
+    def numbers(self, f: Function, word: str) -> list[str]:
+        """See `Arithmetic`."""
+        if self.codes.bits == 4:
+            return [self._picked(f, word, pair) for pair in range(4)]
+        floats = [_shifted_byte(f, word, byte) for byte in range(4)]
+        halves = [f.let(f"bitcast {VECTOR} {x} to {_PAIRS}") for x in floats]
+        upper = ", ".join(f"i32 {i}" for lane in range(16) for i in (2 * lane + 1, 2 * lane + 33))
+        return [
+            f.let(f"shufflevector {_PAIRS} {halves[i]}, {_PAIRS} {halves[i + 1]}, <32 x i32> <{upper}>") for i in (0, 2)
+        ]
+
+    def _picked(self, f: Function, word: str, pair: int) -> str:
+        index = f.let(f"bitcast {INTS} {_shifted_right(f, word, 4 * pair)} to {_SHORTS}")
+        found = f.let(f"call {_SHORTS} @{_PICK_SHORTS}({_SHORTS} {self._table}, {_SHORTS} {index})")
+        return f.let(f"bitcast {_SHORTS} {found} to {_PAIRS}")
+
+    def as_numbers(self, f: Function, word: str) -> str:
+        """See `Arithmetic`."""
+        return f.let(f"bitcast {INTS} {word} to {_PAIRS}")
+
+    def same(self, f: Function, pointer: str) -> str:
+        """See `Arithmetic`."""
+        return self.as_numbers(f, f.splat("i32", f.load("i32", pointer), 16))
+
+    def add_product(self, f: Function, total: str, x: str, numbers: str) -> str:
+        """See `Arithmetic`."""
+        return f.let(f"call {VECTOR} @{_DOT}({VECTOR} {total}, {_PAIRS} {x}, {_PAIRS} {numbers})")
+
+    def sixteen(self, f: Function, pointer: str) -> str:
+        """See `Arithmetic`."""
+        bits = f.let(f"zext <16 x i16> {f.load('<16 x i16>', pointer, 2)} to {INTS}")
+        return f.let(f"bitcast {INTS} {f.let(f'shl {INTS} {bits}, splat (i32 16)')} to {VECTOR}")
+
+
+class Floats:
+    """Products in float32, of processors with AVX2 too."""
+
+    inputs, x_bytes = 1, 4
+    declarations = f"""
+declare {VECTOR} @{_PICK_SIXTEEN}({VECTOR}, {INTS})
+declare {_EIGHT} @{_PICK_EIGHT}({_EIGHT}, <8 x i32>)
+"""
+
+    def __init__(self, codes: Codes, *, is_wide: bool):
+        self.codes, self.is_wide = codes, is_wide
+        self.most_turning, self.most_turned = (12, 6) if is_wide else (2, 2)  # of 16 registers four hold a row's sums
+        self.factor = 1.0 if codes.bits == 4 else 2.0**-24
+
+    def numbers(self, f: Function, word: str) -> list[str]:
+        """See `Arithmetic`."""
+        if self.codes.bits == 8:
+            return [_shifted_byte(f, word, byte) for byte in range(4)]
+        places = [4 * (i // 2) + 16 * (i % 2) for i in range(8)]
+        return [self._picked(f, _shifted_right(f, word, place)) for place in places]
+
+    def _picked(self, f: Function, index: str) -> str:
+        if self.is_wide:  # looks at four bits
+            return f.let(f"call {VECTOR} @{_PICK_SIXTEEN}({VECTOR} {_floats(self.codes.table)}, {INTS} {index})")
+        code = f.let(f"and {INTS} {index}, splat (i32 15)")
+        halves = []
+        for low in (0, 8):
+            lanes = ", ".join(f"i32 {low + i}" for i in range(8))
+            eight = f.let(f"shufflevector {INTS} {code}, {INTS} poison, <8 x i32> <{lanes}>")
+            found = [
+                f.let(f"call {_EIGHT} @{_PICK_EIGHT}({_EIGHT} {_floats(part)}, <8 x i32> {eight})")
+                for part in (self.codes.table[:8], self.codes.table[8:])
+            ]
+            is_low = f.let(f"icmp ult <8 x i32> {eight}, splat (i32 8)")
+            halves.append(f.let(f"select <8 x i1> {is_low}, {_EIGHT} {found[0]}, {_EIGHT} {found[1]}"))
+        every = ", ".join(f"i32 {i}" for i in range(16))
+        return f.let(f"shufflevector {_EIGHT} {halves[0]}, {_EIGHT} {halves[1]}, <16 x i32> <{every}>")
+
+    def as_numbers(self, f: Function, word: str) -> str:
+        """See `Arithmetic`."""
+        return f.let(f"bitcast {INTS} {word} to {VECTOR}")
+
+    def same(self, f: Function, pointer: str) -> str:
+        """See `Arithmetic`."""
+        return f.splat("float", f.load("float", pointer), 16)
+
+    def add_product(self, f: Function, total: str, x: str, numbers: str) -> str:
+        """See `Arithmetic`."""
+        return f.let(f"call {VECTOR} @llvm.fma.v16f32({VECTOR} {x}, {VECTOR} {numbers}, {VECTOR} {total})")
+
+    def sixteen(self, f: Function, pointer: str) -> str:
+        """See `Arithmetic`."""
+        return f.load(VECTOR, pointer)
+
+
+def _shifted_right(f: Function, word: str, bits: int) -> str:
+    return f.let(f"lshr {INTS} {word}, splat (i32 {bits})") if bits else word
+
+
+def _shifted_byte(f: Function, word: str, byte: int) -> str:
+    """A signed byte of each lane times 2^24 as float32: its sign is where it must be, and its lower half is zero."""
+    if byte < 3:
+        word = f.let(f"shl {INTS} {word}, splat (i32 {24 - 8 * byte})")
+    if byte > 0:
+        word = f.let(f"and {INTS} {word}, splat (i32 {-(1 << 24)})")
+    return f.let(f"sitofp {INTS} {word} to {VECTOR}")
+
+
+def _floats(numbers: tuple[float, ...]) -> str:
+    return "<" + ", ".join(f"float {literal(number)}" for number in numbers) + ">"
