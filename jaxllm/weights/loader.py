@@ -23,9 +23,10 @@ from jaxllm.families.registry import Family, family_of
 from jaxllm.families.sources import Box, Source, WeightMap, checkpoint_tensors
 from jaxllm.families.tensor_names import named
 from jaxllm.weights.abstract import AbstractModel
+from jaxllm.weights.boxes import aligned_zeros
 from jaxllm.weights.quantized import Quantized
+from jaxllm.weights.quantized_panels import QuantizedInPanels
 from jaxllm.weights.rounding import Pieces, round_to_nearest
-from jaxllm.weights.stored import aligned_zeros
 
 _THREADS = 2  # parameters read at the same time; more only adds to the peak of memory
 _PIECE_ELEMENTS = 1 << 19  # of a tensor handled at a time: what is read fits the processor's cache
@@ -46,7 +47,7 @@ def load_parameters(model: AbstractModel, checkpoint: Checkpoint) -> Any:
         path, variable = item
         want, storage = variable.get_value(), model.storage(path, variable)
         read: Any = functools.partial(_read_box, sources[path], dtype=want.dtype, checkpoint=checkpoint)
-        if isinstance(storage, Quantized):
+        if isinstance(storage, Quantized | QuantizedInPanels):
             read = functools.partial(_rounded, storage, read)
         return path, variable.replace(storage.from_pieces(want, shardings[path].get_value(), read))
 
@@ -107,7 +108,7 @@ def _read_box(source: Source, box: Box, dtype: jnp.dtype, checkpoint: Checkpoint
     return out
 
 
-def _rounded(storage: Quantized, read: Callable[[Box], np.ndarray], box: Box) -> Pieces:
+def _rounded(storage: Quantized | QuantizedInPanels, read: Callable[[Box], np.ndarray], box: Box) -> Pieces:
     values = read(box)
     return round_to_nearest(values.reshape(storage.merged(values.shape)), storage.scheme, storage.axis)
 

@@ -9,24 +9,19 @@ Dimension letters: K contracted, N kept by the product, B panels, C columns of a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config.quantization import Scheme
-from jaxllm.ops.cpu.packed import PANEL, PackedMatrix, abstract_panels, pack, packs
+from jaxllm.ops.cpu.packed import PackedMatrix, abstract_panels, pack, packs
 from jaxllm.sharding.mesh import Placement
+from jaxllm.weights.boxes import Box, ReadBox, aligned_zeros, panel_boxes
 from jaxllm.weights.quantized import Quantized
-
-Box = tuple[slice, ...]
-ReadBox = Callable[[Box], np.ndarray]
-_ALIGNMENT = 64  # bytes; what the CPU backend needs to take a host array over without a copy
-_PIECE_BYTES = 1 << 20  # of a matrix that exist beside its panels while these are made
+from jaxllm.weights.quantized_panels import QuantizedInPanels
 
 
 class Storage(Protocol):
@@ -96,7 +91,7 @@ class Panels:
         """Some panels at a time, so that the matrix never exists whole beside them."""
         like = abstract_panels(want, self.contracted)
         panels, first = aligned_zeros(like.shape, like.dtype), 0
-        for box in self._boxes(want):
+        for box in panel_boxes(want, self.contracted):
             matrix = read(box)
             end = first + abstract_panels(matrix, self.contracted).shape[0]
             pack(matrix, self.contracted, panels[first:end])
@@ -117,35 +112,6 @@ class Panels:
     def _kept(self, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(n for i, n in enumerate(shape) if i not in self.contracted)
 
-    def _boxes(self, want: jax.ShapeDtypeStruct) -> Iterator[Box]:
-        """Boxes that are whole panels, in their order: runs of the kept dims, cut at the first dim that can be."""
-        kept = [i for i in range(len(want.shape)) if i not in self.contracted]
-        sizes = [want.shape[i] for i in kept]
-        column = want.dtype.itemsize * math.prod(want.shape) // math.prod(sizes)
-        columns = max(PANEL, _PIECE_BYTES // column)
-        for ranges in _runs(sizes, columns):
-            box = [slice(0, size) for size in want.shape]
-            for dim, part in zip(kept, ranges, strict=True):
-                box[dim] = part
-            yield tuple(box)
-
-
-def _runs(sizes: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
-    """Cut an index space into runs of about `most` indices, each a whole number of panels; all of it if none fits."""
-    inner = math.prod(sizes[1:])
-    step = max(1, most // inner)
-    unit = PANEL // math.gcd(inner, PANEL)  # indices of the first dim that make whole panels
-    step = -(-step // unit) * unit
-    if not sizes or (step >= sizes[0] and (len(sizes) == 1 or inner % PANEL or inner <= most)):
-        yield tuple(slice(0, size) for size in sizes)
-    elif inner > most and inner % PANEL == 0:
-        for i in range(sizes[0]):
-            for rest in _runs(sizes[1:], most):
-                yield (slice(i, i + 1), *rest)
-    else:
-        for low in range(0, sizes[0], step):
-            yield (slice(low, min(low + step, sizes[0])), *(slice(0, size) for size in sizes[1:]))
-
 
 def choose_storage(
     want: jax.ShapeDtypeStruct, contracted: tuple[int, ...], placement: Placement, *, use_panels: bool,
@@ -162,15 +128,8 @@ def choose_storage(
         inputs: the dims of it that are inputs of its linear, along which groups lie.
     """
     if scheme is not None:
-        return Quantized(scheme, inputs)
+        logical, panels = Quantized(scheme, inputs), QuantizedInPanels(Quantized(scheme, inputs))
+        return panels if use_panels and placement.mesh.size == 1 and panels.fits(want, contracted) else logical
     if use_panels and placement.mesh.size == 1 and packs(want.shape, want.dtype, contracted):
         return Panels(contracted)
     return Plain()
-
-
-def aligned_zeros(shape: Sequence[int], dtype: jnp.dtype) -> np.ndarray:
-    """Zeros that the CPU backend takes over without a copy."""
-    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    buffer = np.zeros(num_bytes + _ALIGNMENT, np.uint8)
-    first = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[first : first + num_bytes].view(dtype).reshape(shape)

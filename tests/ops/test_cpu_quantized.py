@@ -105,7 +105,7 @@ def test_experts_are_read_where_they_lie():
 
 
 def test_inputs_in_another_order():
-    panels, dense = matrix(INT4, 64, 32, 32)
+    panels, _ = matrix(INT4, 64, 32, 32)
     order = np.random.default_rng(3).permutation(64)
     x = inputs(2, 64)
     want = np.asarray(product(x[:, order], panels))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxllm.ops.cpu.packed import PANEL, pack
-from jaxllm.weights import stored
+from jaxllm.weights import boxes
 from jaxllm.weights.stored import Panels
 
 SHAPES = [
@@ -21,7 +21,7 @@ SHAPES = [
 @pytest.mark.parametrize(("shape", "contracted"), SHAPES)
 @pytest.mark.parametrize("piece_bytes", [1, 4096, 1 << 20])
 def test_pieces_make_the_same_panels_as_the_whole(monkeypatch, shape, contracted, piece_bytes):
-    monkeypatch.setattr(stored, "_PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(boxes, "_PIECE_BYTES", piece_bytes)
     matrix = np.random.default_rng(0).normal(size=shape).astype(ml_dtypes.bfloat16)
     largest = 0
 

@@ -1,9 +1,9 @@
 """The product with quantised panels, as LLVM IR: codes become numbers in registers, group by group.
 
-A group of inputs is summed with its codes' own numbers, which bfloat16 holds exactly; its scale, and its minimum times the
-sum of its inputs, come in once per group, in float32: the product is that of the exact weights. Few rows of x read a panel's
-codes and turn them into numbers as they go; many find the panel turned once, in a buffer that the core's own cache holds.
-Both form a row's sums in the same order, whatever stands beside the row.
+A group of inputs is summed with its codes' own numbers, which bfloat16 holds exactly; its scale, and its minimum times
+the sum of its inputs, come in once per group, in float32: the product is that of the exact weights. Few rows of x read
+a panel's codes and turn them into numbers as they go; many find the panel turned once, in a buffer that the core's own
+cache holds. Both form a row's sums in the same order, whatever stands beside the row.
 
 Dimension letters: M rows of x, K contracted, N columns, B panels, C columns of a panel, J groups of inputs.
 """
@@ -241,7 +241,7 @@ def _across(f: Function, vectors: Sequence[str]) -> str:
     """The sums of four vectors, as a vector of four; each always in the same order, whatever stands beside it."""
     quads = range(0, 16, 4)
     pairs = [q + i for q in quads for i in (0, 16, 1, 17)]
-    ab, cd = (_folded(f, *vectors[i : i + 2], pairs, 16, 2) for i in (0, 2))
+    ab, cd = (_folded(f, vectors[i], vectors[i + 1], pairs, 16, 2) for i in (0, 2))
     total = _folded(f, ab, cd, [q + i for q in quads for i in (0, 1, 16, 17)], 16, 2)
     for size in (16, 8):
         total = _folded(f, total, total, range(size // 2), size, size // 2)

@@ -1,9 +1,9 @@
 """From codes to the numbers that the processor multiplies, in registers: bfloat16 pairs or float32, as LLVM IR.
 
-An arithmetic takes a word of codes of sixteen columns and gives vectors of numbers in the order of their inputs, each of
-one or two neighbouring inputs of every column, and multiplies such a vector with the same inputs of a row of x.
+An arithmetic takes a word of codes of sixteen columns and gives vectors of numbers in the order of their inputs, each
+of one or two neighbouring inputs of every column, and multiplies such a vector with the same inputs of a row of x.
 
-A word of 4-bit codes holds eight inputs of a column, the even ones in its lower half; one of 8-bit codes four, in order.
+A word of 4-bit codes holds eight inputs of a column, the even ones in its lower half; one of 8-bit codes four.
 """
 
 from __future__ import annotations
@@ -84,7 +84,10 @@ class Pairs:
     """Products of bfloat16 pairs (VDPBF16PS): what the processor multiplies fastest."""
 
     inputs, x_bytes = 2, 2
-    most_turning, most_turned = 12, 6  # of 32 registers two for a row's sums of a group, and two for those of all groups
+    most_turning, most_turned = (
+        12,
+        6,
+    )  # of 32 registers two for a row's sums of a group, and two for those of all groups
     declarations = f"""
 declare {VECTOR} @{_DOT}({VECTOR}, {_PAIRS}, {_PAIRS})
 declare {_SHORTS} @{_PICK_SHORTS}({_SHORTS}, {_SHORTS})
