@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxllm.engine.outputs import CompletionOutput, RequestOutput
     from jaxllm.entrypoints.async_llm import AsyncLLM
     from jaxllm.entrypoints.llm import LLM
+    from jaxllm.pool.pool import Pool
 
 from jaxllm.version import __version__ as __version__
 
@@ -22,6 +23,7 @@ __all__ = [
     "CompletionOutput",
     "EngineConfig",
     "ModelConfig",
+    "Pool",
     "RequestOutput",
     "SamplingParams",
 ]
@@ -29,6 +31,7 @@ __all__ = [
 _HOMES = {
     "LLM": "jaxllm.entrypoints.llm",
     "AsyncLLM": "jaxllm.entrypoints.async_llm",
+    "Pool": "jaxllm.pool.pool",
     "BeamSearchParams": "jaxllm.decoding.beam_search",
     "SamplingParams": "jaxllm.config.sampling",
     "RequestOutput": "jaxllm.engine.outputs",

@@ -50,6 +50,11 @@ class Frontend:
         self._jobs = Jobs(built.engine, built.tokenizer, self.exchange)
         self._generation_config = built.generation_config
 
+    @property
+    def jobs(self) -> Jobs:
+        """Prompts and engine, for callers that submit work themselves."""
+        return self._jobs
+
     def get_tokenizer(self) -> Any:
         """The tokenizer. Raises ValueError under `skip_tokenizer_init`."""
         return self._jobs.tokenizer

@@ -58,6 +58,10 @@ class PagePool:
         """Pages that nobody holds and that a prefix may still be found in."""
         return len(self._idle)
 
+    def with_content(self) -> list[int]:
+        """Pages that somebody holds, or may find as a prefix."""
+        return [page for page, count in enumerate(self._refs) if count or self._hash_of[page] is not None]
+
     def pages_for(self, num_tokens: int) -> int:
         """Pages that hold `num_tokens` tokens."""
         return -(-num_tokens // self.page_size)
