@@ -56,7 +56,7 @@ def test_one_request_takes_what_its_bytes_and_operations_take():
 
 @pytest.mark.parametrize(
     ("rate", "settings"),
-    [(2, {}), (30, {}), (60, {"kv_cache_memory_bytes": 1_250_000_000}), (20, {"mesh": "tp=1,dp=2"})],
+    [(2, {}), (30, {}), (60, {"kv_cache_memory_bytes": 720_000_000, "max_model_len": 4096}), (20, {"mesh": "tp=1,dp=2"})],
     ids=["idle", "full", "few pages", "replicas"],
 )
 def test_skipping_ahead_changes_nothing(monkeypatch, rate, settings):
