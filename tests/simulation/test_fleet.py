@@ -64,7 +64,7 @@ def test_skipping_ahead_changes_nothing(monkeypatch, rate, settings):
     for most in (512, 1):
         monkeypatch.setattr(steering, "MOST_STEPS", most)
         paper = engine(**settings)
-        results, report = run([paper], at_rate(random_arrivals(60, 700, 60, spread=0.7), rate))
+        results, report = run([paper], at_rate(random_arrivals(60, 300, 150, spread=0.7), rate))
         times = [(o.first, o.last, o.longest) for o in results.outcomes]
         steps = report["iterations"], report["preemptions"], report["itl_ms"]["p99"]
         seen.append((np.array(times), steps, paper.engine.num_completed))
