@@ -1,9 +1,10 @@
-"""`jaxllm bench throughput | latency | prefix | startup | replay | load | serve`: flags in, one report out."""
+"""`jaxllm bench throughput | latency | prefix | startup | calibrate | replay | load | serve`: flags in, report out."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     startup.set_defaults(run=_startup)
     startup.add_argument("--num-iters", type=int, default=3)
     startup.add_argument("--cold", action="store_true", help="with an empty compilation cache")
-    for bench_parser in (throughput, latency, prefix, startup):
+
+    calibrate = benches.add_parser("calibrate", help="a profile of this device's iterations, for jaxllm simulate")
+    calibrate.set_defaults(run=_calibrate)
+    calibrate.add_argument("--out", type=Path, required=True, metavar="PROFILE.json", help="where it is written")
+    calibrate.add_argument("--num-iters", type=int, default=2, help="rounds over the grid")
+    for bench_parser in (throughput, latency, prefix, startup, calibrate):
         add_engine_flags(bench_parser)
 
     replay = benches.add_parser("replay", help="a trace through scheduler and page pool, without any model")
@@ -158,6 +164,27 @@ def _startup(args: argparse.Namespace) -> int:
         f"{report['compilations']} programs"
     )
     print(json.dumps(report) if args.json else text)
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from jaxllm.bench.calibrate import as_json, calibrate, format_report
+
+    _check_counts(args, "num_iters")
+    if not args.out.parent.is_dir():
+        raise ValueError(f"--out is {args.out}; there is no folder {args.out.parent}")
+    llm = load_llm(args)
+    with tqdm(desc="calibrate", unit="point", disable=not sys.stderr.isatty()) as bar:
+
+        def on_point(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        profile = calibrate(llm, num_iters=args.num_iters, on_point=on_point)
+    profile.save(args.out)
+    print(json.dumps(as_json(profile)) if args.json else f"{format_report(profile)}\nwritten to {args.out}")
     return 0
 
 

@@ -30,6 +30,7 @@ class IterationWork:
         tokens: that go through the model. samples: rows that sample.
         chunk_pairs, chunk_keys: (query, key) pairs and keys of prompt chunks, summed over layers.
         decode_keys: those of rows of one query, for which pairs and keys are the same.
+        admitted: requests that are new to their slots.
     """
 
     program: str
@@ -38,6 +39,7 @@ class IterationWork:
     chunk_pairs: float
     chunk_keys: float
     decode_keys: float
+    admitted: int = 0
 
 
 class IterationTime(Protocol):

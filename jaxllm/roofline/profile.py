@@ -1,7 +1,8 @@
 """Measured iterations of one engine as data: `jaxllm bench calibrate` writes a profile, a simulation reads it.
 
 A JSON file <-> `Profile`, which says how long an iteration lasts. Per compiled program and bucket a sum of terms:
-`base + tokens·T + pairs·(query, key) + keys·(decode keys)`, fitted to measurements. Plain Python.
+`base + tokens·T + pairs·(query, key) + keys·(decode keys) + starts·(requests admitted)`, fitted to measurements. Plain
+Python.
 """
 
 from __future__ import annotations
@@ -20,12 +21,23 @@ FORMAT = "jaxllm-profile-1"
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Seconds: of an iteration, per token, per (query, key) pair of chunks, per key of decodes (summed over layers)."""
+    """Seconds: of an iteration, per token, per (query, key) pair of chunks, per key of decodes, per request admitted.
+
+    Pairs and keys are sums over layers.
+    """
 
     base: float
     tokens: float = 0.0
     pairs: float = 0.0
     keys: float = 0.0
+    starts: float = 0.0
+
+    def seconds(self, work: IterationWork) -> float:
+        """Of one iteration."""
+        return (
+            self.base + self.tokens * work.tokens + self.pairs * work.chunk_pairs + self.keys * work.decode_keys
+            + self.starts * work.admitted
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,10 +62,8 @@ class Profile:
     def seconds(self, work: IterationWork) -> float:
         """See `IterationTime`."""
         buckets = self.programs[work.program]
-        size = work.tokens
-        bucket = min((b for b in buckets if b >= size), default=max(buckets))
-        terms = buckets[bucket]
-        return terms.base + terms.tokens * size + terms.pairs * work.chunk_pairs + terms.keys * work.decode_keys
+        bucket = min((bucket for bucket in buckets if bucket >= work.tokens), default=max(buckets))
+        return buckets[bucket].seconds(work)
 
     def save(self, path: Path) -> None:
         """Write it as JSON."""

@@ -108,8 +108,8 @@ def random_arrivals(
     random = np.random.default_rng((seed, 1))
     for number in range(num_requests):
         scale = np.exp(spread * random.standard_normal(2)) if spread else (1.0, 1.0)
-        lengths = (max(1, round(length * s)) for length, s in zip((input_len, output_len), scale, strict=True))
-        yield Arrival(0.0, *lengths, number=number)
+        prompt, output = (max(1, round(length * s)) for length, s in zip((input_len, output_len), scale, strict=True))
+        yield Arrival(0.0, prompt, output, number=number)
 
 
 def at_rate(

@@ -6,7 +6,7 @@ Before a request is handed to an engine, every engine has run up to its time. Th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -45,6 +45,11 @@ class Fleet(Protocol):
     @property
     def engines(self) -> Sequence[PaperEngine]: ...
 
+    @property
+    def prompt_engines(self) -> Sequence[PaperEngine]:
+        """Those that compute prompts: whose prefix caches count."""
+        ...
+
     def run_until(self, time: float) -> None:
         """Everybody works up to that time (infinite: to the end)."""
         ...
@@ -61,7 +66,7 @@ class Colocated:
     """
 
     def __init__(self, engines: Sequence[PaperEngine], *, streamed: bool = True):
-        self.engines = engines
+        self.engines = self.prompt_engines = engines
         self._streamed = streamed
         self._slack = max(1, engines[0].runner.shapes.max_num_seqs // 4)
 
@@ -106,7 +111,7 @@ def run_until(paper: PaperEngine, time: float) -> None:
         clock.wait_until(time)
 
 
-def simulate(fleet: Fleet, arrivals: Iterable[Arrival], on_sent: Callable[[int], None] = lambda _: None) -> Results:
+def simulate(fleet: Fleet, arrivals: Iterable[Arrival], on_sent: Callable[[int], object] = lambda _: None) -> Results:
     """Send every request at its time and run to the end of all."""
     results = Results(num_devices=sum(engine.num_devices for engine in fleet.engines))
     for arrival in arrivals:
@@ -120,8 +125,3 @@ def simulate(fleet: Fleet, arrivals: Iterable[Arrival], on_sent: Callable[[int],
     ends = [outcome.finished for outcome in results.outcomes]
     results.duration_s = max(ends, default=0.0) - min(starts, default=0.0)
     return results
-
-
-def busy_seconds(engines: Iterable[PaperEngine]) -> Iterator[float]:
-    """Device time of each."""
-    return (engine.runner.busy_s for engine in engines)

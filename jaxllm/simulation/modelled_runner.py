@@ -15,11 +15,12 @@ import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.roofline.cost_model import ModelCost
-from jaxllm.roofline.iteration_time import DECODE, LOOP, RAGGED, IterationTime, IterationWork
+from jaxllm.roofline.iteration_time import DECODE, RAGGED, IterationTime
 from jaxllm.runner.shapes import RunnerShapes
 from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 from jaxllm.simulation.clock import VirtualClock
+from jaxllm.telemetry.iteration_work import iteration_work, program_of
 
 
 class Tokens:
@@ -125,7 +126,7 @@ class ModelledRunner:
         self.clock = clock
         self.host_s = host_s
         self.free_at = 0.0  # when the device has done all that was dispatched
-        self.busy_s = 0.0
+        self.busy_s = self.last_seconds = 0.0  # of all iterations, and of the last
         self.num_iterations = 0
         self.skipping = False  # the next plan's steps are iterations of their own
         self.gaps: list[tuple[np.ndarray, int]] = []  # between the tokens of skipped iterations, and of how many rows
@@ -136,6 +137,11 @@ class ModelledRunner:
     def decode_program(self) -> str:
         """What an iteration of decodes alone runs."""
         return DECODE if self.shapes.max_decode_steps else RAGGED
+
+    @property
+    def token_bytes(self) -> float:
+        """Of one token in the cache, over all layers and devices."""
+        return self._cost.kv_bytes * self.model.cfg.num_layers
 
     def now(self) -> float:
         """See `Runner`."""
@@ -148,51 +154,38 @@ class ModelledRunner:
         """See `Runner`."""
         skipped, self.skipping = self.skipping, False
         self.clock.now += self.host_s
-        program = self.decode_program if skipped else RAGGED
-        if plan.is_decode_loop and not skipped:
-            program = LOOP if plan.num_steps > 1 else DECODE
-        durations = self.durations(plan.chunks, plan.num_steps, program)
+        program = self.decode_program if skipped else program_of(plan)
+        durations = self.durations(plan.chunks, plan.num_steps, program, len(plan.admitted))
         if skipped:
             durations = np.maximum(durations, self.host_s)
         ends = max(self.clock.now, self.free_at) + np.cumsum(durations)
         work = ModelledWork(plan, self.clock.now, ends, self, skipped)
-        self.free_at = float(ends[-1])
+        self.free_at, self.last_seconds = float(ends[-1]), float(durations[-1])
         self.busy_s += float(durations.sum())
         self.num_iterations += plan.num_steps if skipped else 1
         return work
 
-    def durations(self, chunks: Sequence[Chunk], steps: int, program: str) -> np.ndarray:
+    def durations(self, chunks: Sequence[Chunk], steps: int, program: str, admitted: int = 0) -> np.ndarray:
         """Seconds of each of `steps` iterations of these chunks, every row one token longer each time."""
         if len(self.memory.pools) == 1:
-            return self._durations(chunks, steps, program)
+            return self._durations(chunks, steps, program, admitted)
         parts: list[list[Chunk]] = [[] for _ in self.memory.pools]
         for chunk in chunks:
             parts[chunk.request.replica].append(chunk)
         # Replicas run one program: they end together.
-        return np.max([self._durations(part, steps, program) for part in parts if part], axis=0)
+        return np.max([self._durations(part, steps, program, admitted) for part in parts if part], axis=0)
 
-    def _durations(self, chunks: Sequence[Chunk], steps: int, program: str) -> np.ndarray:
+    def _durations(self, chunks: Sequence[Chunk], steps: int, program: str, admitted: int) -> np.ndarray:
         """Those of one replica."""
         if steps == 1:
-            return np.array([self._seconds(chunks, 0, program)])
+            return np.array([self._seconds(chunks, 0, program, admitted)])
         if self._has_windows or any(chunk.num_samples != steps for chunk in chunks):
             return np.array([self._seconds(chunks, step, program) for step in range(steps)])
         first, last = (self._seconds(chunks, step, program) for step in (0, steps - 1))
         return np.linspace(first, last, steps)  # an iteration's time is linear in its decode keys
 
-    def _seconds(self, chunks: Sequence[Chunk], step: int, program: str) -> float:
+    def _seconds(self, chunks: Sequence[Chunk], step: int, program: str, admitted: int = 0) -> float:
         if step:
             chunks = [chunk for chunk in chunks if chunk.num_samples > step]
-        return self._time.seconds(self._work(chunks, step, program)) if chunks else 0.0
-
-    def _work(self, chunks: Sequence[Chunk], step: int, program: str) -> IterationWork:
-        singles = [(1, chunk.start + 1 + step) for chunk in chunks if chunk.count == 1]
-        _, decode_keys = self._cost.attended(singles)
-        if len(singles) == len(chunks):
-            samples = len(chunks) if program != RAGGED else sum([chunk.num_samples for chunk in chunks])
-            return IterationWork(program, len(chunks), samples, 0, 0, decode_keys)
-        rows = [(chunk.count, chunk.start + chunk.count) for chunk in chunks if chunk.count > 1]
-        pairs, keys = self._cost.attended(rows)
-        tokens = len(singles) + sum([count for count, _ in rows])
-        samples = sum([chunk.num_samples > 0 for chunk in chunks])
-        return IterationWork(program, tokens, samples, pairs, keys, decode_keys)
+        work = iteration_work(chunks, program, self._cost, step=step, admitted=admitted)
+        return self._time.seconds(work) if chunks else 0.0

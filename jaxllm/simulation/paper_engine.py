@@ -68,12 +68,12 @@ class Policy:
     """How requests are admitted and iterations planned, where that is not the engine's own way.
 
     Attributes:
-        gate: made for each engine, from its capacity in tokens.
+        gate: made for each engine, from its sizes and its page pool.
         plan_with: see `Steered`.
         chunked_prefill: whether prompts are cut to the token budget.
     """
 
-    gate: Callable[[RunnerShapes], Gate] | None = None
+    gate: Callable[[RunnerShapes, PagePool], Gate] | None = None
     plan_with: Callable[[Scheduling], IterationPlan | None] | None = None
     chunked_prefill: bool = True
 
@@ -103,7 +103,7 @@ def paper_engine(
     host_s = 0.0 if profile else efficiency.host_s  # what was measured has the host's time in it
     runner = ModelledRunner(PaperModel(cfg), shapes, memory, cost=cost, time=time, clock=clock, host_s=host_s)
     schedulers = schedulers_for(memory, shapes, chunked_prefill=policy.chunked_prefill)
-    gate = policy.gate(shapes) if policy.gate else None
+    gate = policy.gate(shapes, pools[0]) if policy.gate else None
     plan_with = {"plan_with": policy.plan_with} if policy.plan_with else {}
     scheduling = Steered(side_by_side(schedulers), runner, gate, **plan_with)
     chip = hardware.chip

@@ -15,6 +15,7 @@ from jaxllm.runner.shapes import RunnerShapes
 from jaxllm.scheduling.replicas import Scheduling
 from jaxllm.scheduling.request import Request
 from jaxllm.scheduling.scheduler import IterationPlan, Scheduler
+from jaxllm.simulation.disaggregated import HandOverGate
 from jaxllm.simulation.paper_engine import Policy
 
 
@@ -91,16 +92,16 @@ def _capacity(shapes: RunnerShapes) -> int:
 
 POLICIES: dict[str, Policy] = {
     "chunked": Policy(),
-    "static": Policy(gate=lambda shapes: BatchGate(shapes.max_num_seqs), chunked_prefill=False),
+    "static": Policy(gate=lambda shapes, _: BatchGate(shapes.max_num_seqs), chunked_prefill=False),
     "prefill-first": Policy(plan_with=_prefills_first, chunked_prefill=False),
     "unchunked": Policy(chunked_prefill=False),
     "contiguous": Policy(
-        gate=lambda shapes: ReservingGate(_capacity(shapes), lambda _: shapes.max_model_len), chunked_prefill=True
+        gate=lambda shapes, _: ReservingGate(_capacity(shapes), lambda _: shapes.max_model_len), chunked_prefill=True
     ),
 }
-WHOLE_PROMPTS = tuple(name for name, policy in POLICIES.items() if not policy.chunked_prefill)
+hand_over = Policy(gate=lambda shapes, pool: HandOverGate(pool, shapes.max_num_seqs))
 
 
 def reserving(reserve: Callable[[Request], int]) -> Policy:
     """Contiguous allocation of so many tokens for each request."""
-    return Policy(gate=lambda shapes: ReservingGate(_capacity(shapes), reserve))
+    return Policy(gate=lambda shapes, _: ReservingGate(_capacity(shapes), reserve))

@@ -8,20 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.simulation.fleet import Results
+from jaxllm.simulation.fleet import Fleet, Results
 from jaxllm.simulation.paper_engine import PaperEngine
 
 PERCENTILES = (50, 90, 99)
 
 
 def make_report(
-    results: Results, engines: Sequence[PaperEngine], *, slo: dict[str, float], price_per_hour: float | None = None
+    results: Results, fleet: Fleet, *, slo: dict[str, float], price_per_hour: float | None = None
 ) -> dict[str, Any]:
     """Keys as in `jaxllm simulate --json`.
 
     Args:
         results: of the run.
-        engines: that ran it.
+        fleet: that ran it.
         slo: limits in seconds; none: everything that ends is good.
         price_per_hour: of one device.
     """
@@ -49,7 +49,8 @@ def make_report(
         "itl_ms": weighted_percentiles(*results.gaps.weighted()),
         "e2e_ms": percentiles([outcome.e2e for outcome in ended]),
         "prefix_hit_tokens": sum(outcome.num_cached for outcome in ended),
-        **_books(engines, duration),
+        **_books(fleet.engines, duration),
+        **_prefixes(fleet),
         **results.figures,
     }
     if results.num_rejected:
@@ -63,21 +64,24 @@ def make_report(
 
 
 def _books(engines: Sequence[PaperEngine], duration: float) -> dict[str, Any]:
-    queried = sum(engine.scheduling.pool.num_queried_tokens for engine in engines)
-    hits = sum(engine.scheduling.pool.num_hit_tokens for engine in engines)
     totals = [engine.engine.accounting.totals for engine in engines]
     ceilings = [engine.engine.accounting.ceilings for engine in engines]
     flops_per_s = sum(ceiling.flops_per_s for ceiling in ceilings if ceiling)
     bytes_per_s = sum(ceiling.bytes_per_s for ceiling in ceilings if ceiling)
     busy = sum(engine.runner.busy_s * engine.num_devices for engine in engines)
     return {
-        "prefix_cache_hit_rate": hits / queried if queried else 0.0,
         "iterations": sum(engine.runner.num_iterations for engine in engines),
         "preemptions": sum(engine.scheduling.num_preemptions for engine in engines),
         "utilization": min(1.0, busy / duration / sum(engine.num_devices for engine in engines)),
         "mfu": sum(t.flops for t in totals) / duration / flops_per_s,
         "mbu": sum(t.bytes for t in totals) / duration / bytes_per_s,
     }
+
+
+def _prefixes(fleet: Fleet) -> dict[str, Any]:
+    pools = [engine.scheduling.pool for engine in fleet.prompt_engines]
+    queried = sum(pool.num_queried_tokens for pool in pools)
+    return {"prefix_cache_hit_rate": sum(pool.num_hit_tokens for pool in pools) / queried if queried else 0.0}
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float | None]:

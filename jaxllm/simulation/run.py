@@ -19,14 +19,15 @@ from jaxllm.roofline.iteration_time import Efficiency
 from jaxllm.roofline.profile import Profile, load_profile
 from jaxllm.simulation.arrivals import Arrival, at_rate, random_arrivals, stretched, trace_arrivals
 from jaxllm.simulation.config import SimulationConfig, parse_sweep
+from jaxllm.simulation.disaggregated import Disaggregated, link_bandwidth
 from jaxllm.simulation.fleet import Colocated, Fleet, simulate
-from jaxllm.simulation.paper_engine import Hardware, PaperEngine, paper_engine
-from jaxllm.simulation.policies import POLICIES
+from jaxllm.simulation.paper_engine import Hardware, PaperEngine, Policy, paper_engine
+from jaxllm.simulation.policies import POLICIES, hand_over
 from jaxllm.simulation.report import make_report
 
 NUM_PROMPTS = 1000
 _BISECTIONS = 5
-OnSent = Callable[[int], None]
+OnSent = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +116,17 @@ def make_arrivals(setup: Setup) -> Iterator[Arrival]:
 def make_fleet(setup: Setup) -> Fleet:
     """The engines that the configuration describes."""
     sim = setup.sim
+    if sim.prefill_mesh is not None and sim.decode_mesh is not None:
+        prefill = [one_engine(setup, sim.prefill_mesh) for _ in range(sim.prefill_replicas)]
+        found = dataclasses.replace(setup, config=dataclasses.replace(setup.config, enable_prefix_caching=True))
+        decode = [one_engine(found, sim.decode_mesh, hand_over) for _ in range(sim.decode_replicas)]
+        return Disaggregated(prefill, decode, bytes_per_s=link_bandwidth(sim.transfer, setup.hardware.chip))
     return Colocated([one_engine(setup, setup.config.mesh) for _ in range(sim.replicas)], streamed=sim.stream)
 
 
-def one_engine(setup: Setup, mesh: str) -> PaperEngine:
+def one_engine(setup: Setup, mesh: str, policy: Policy | None = None) -> PaperEngine:
     """One of them."""
-    config, policy = dataclasses.replace(setup.config, mesh=mesh), POLICIES[setup.sim.policy]
+    config, policy = dataclasses.replace(setup.config, mesh=mesh), policy or POLICIES[setup.sim.policy]
     if not policy.chunked_prefill:  # prompts are whole, so an iteration must have room for the longest
         longest = config.max_model_len or min(setup.longest, setup.model.max_position_embeddings)
         config = dataclasses.replace(config, max_num_batched_tokens=longest + config.max_num_seqs)
@@ -134,7 +140,7 @@ def run_once(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
     results = simulate(fleet, make_arrivals(setup), on_sent)
     if not results.outcomes:
         raise ValueError("the workload has no requests")
-    report = make_report(results, fleet.engines, slo=setup.sim.limits, price_per_hour=setup.sim.price)
+    report = make_report(results, fleet, slo=setup.sim.limits, price_per_hour=setup.sim.price)
     return {**describe(setup), **report}
 
 
@@ -151,12 +157,19 @@ def describe(setup: Setup) -> dict[str, Any]:
     return {
         "model": config.model,
         "chip": setup.hardware.chip.title,
-        "mesh": config.mesh,
-        "replicas": sim.replicas,
+        **_layout(sim, config),
         "policy": sim.policy,
         "request_rate": "inf" if rate is not None and math.isinf(rate) else rate,
         "source": setup.hardware.profile.source if setup.hardware.profile else "data sheet",
     }
+
+
+def _layout(sim: SimulationConfig, config: EngineConfig) -> dict[str, Any]:
+    if sim.prefill_mesh is None:
+        return {"mesh": config.mesh, "replicas": sim.replicas}
+    prefill, decode = (sim.prefill_mesh, sim.prefill_replicas), (sim.decode_mesh, sim.decode_replicas)
+    words = [f"{count} x {mesh}" if count > 1 else f"{mesh}" for mesh, count in (prefill, decode)]
+    return {"mesh": f"{words[0]} -> {words[1]}", "prefill_mesh": sim.prefill_mesh, "decode_mesh": sim.decode_mesh}
 
 
 def sweep(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:

@@ -32,12 +32,15 @@ def engine(hardware=H100, policy="chunked", **settings):
         "max_num_batched_tokens": 512,
         "max_model_len": 8192,
     } | settings
-    return paper_engine(EngineConfig(**settings), MODEL, hardware, policy=POLICIES[policy])
+    return paper_engine(
+        EngineConfig(**settings), MODEL, hardware, policy=POLICIES[policy] if isinstance(policy, str) else policy
+    )
 
 
 def run(engines, arrivals, **kwargs):
-    results = simulate(Colocated(engines, **kwargs), arrivals)
-    return results, make_report(results, engines, slo={"ttft": 2.0, "tpot": 0.05})
+    fleet = Colocated(engines, **kwargs)
+    results = simulate(fleet, arrivals)
+    return results, make_report(results, fleet, slo={"ttft": 2.0, "tpot": 0.05})
 
 
 def test_one_request_takes_what_its_bytes_and_operations_take():
@@ -56,7 +59,12 @@ def test_one_request_takes_what_its_bytes_and_operations_take():
 
 @pytest.mark.parametrize(
     ("rate", "settings"),
-    [(2, {}), (30, {}), (60, {"kv_cache_memory_bytes": 720_000_000, "max_model_len": 4096}), (20, {"mesh": "tp=1,dp=2"})],
+    [
+        (2, {}),
+        (30, {}),
+        (60, {"kv_cache_memory_bytes": 720_000_000, "max_model_len": 4096}),
+        (20, {"mesh": "tp=1,dp=2"}),
+    ],
     ids=["idle", "full", "few pages", "replicas"],
 )
 def test_skipping_ahead_changes_nothing(monkeypatch, rate, settings):

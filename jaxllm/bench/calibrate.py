@@ -1,0 +1,263 @@
+"""How long this device's iterations last: a grid of them is measured through the engine's own loop, and fitted.
+
+An engine -> a `Profile`. Batches of decodes over sizes and contexts, one token at a time and in loops; prompts over
+lengths; prompts that arrive among decodes. Every iteration's time is that between its results and those before, so the
+host's share is in it. For each compiled program and bucket a sum of terms is fitted, none negative, to relative errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxllm.config.sampling import SamplingParams
+from jaxllm.engine.engine import Engine
+from jaxllm.roofline.iteration_time import LOOP, RAGGED, IterationWork
+from jaxllm.roofline.profile import Profile, Terms
+from jaxllm.runner.interface import Work
+from jaxllm.runner.shapes import bucket_for
+from jaxllm.scheduling.scheduler import IterationPlan
+from jaxllm.telemetry.accounting import Accounting
+from jaxllm.telemetry.device_peaks import engine_cost, measured_ceilings
+from jaxllm.telemetry.iteration_work import iteration_work, program_of
+
+if TYPE_CHECKING:
+    from jaxllm.entrypoints.llm import LLM
+    from jaxllm.runner.runner import ModelRunner
+
+_DECODES = 12  # iterations of each decode point
+_LEAST = 6  # measurements that a bucket needs
+_OUTLIERS = 0.1  # share of measurements, those farthest off, that a second fit leaves out
+_SETTINGS = (
+    "max_model_len max_num_seqs max_num_batched_tokens page_size max_decode_steps mesh sharding_rules dtype kv_dtype "
+    "enable_prefix_caching"
+).split()
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One iteration: of a loop's steps the average."""
+
+    work: IterationWork
+    bucket: int
+    seconds: float
+
+
+class Recorder:
+    """A runner that notes how long each plan of another runner took."""
+
+    def __init__(self, inner: ModelRunner):
+        self.inner = inner
+        self.model, self.shapes, self.memory = inner.model, inner.shapes, inner.memory
+        self.now, self.reset = inner.now, inner.reset
+        self.measured: list[Measured] = []
+        self._cost = engine_cost(inner.model, inner.shapes.kv_dtype)
+        self._last, self._num_compilations = 0.0, 0
+
+    @property
+    def num_compilations(self) -> int:
+        """See `Runner`."""
+        return self.inner.num_compilations
+
+    @property
+    def num_compilations_after_warmup(self) -> int:
+        """See `Runner`."""
+        return self.inner.num_compilations_after_warmup
+
+    def dispatch(self, plan: IterationPlan) -> Recorded:
+        """See `Runner`."""
+        return Recorded(self.inner.dispatch(plan), self)
+
+    def record(self, work: Work) -> None:
+        """A plan's results are here."""
+        now = self.now()
+        seconds = now - max(work.dispatched, self._last)
+        compiled = self.num_compilations > self._num_compilations
+        self._last, self._num_compilations = now, self.num_compilations
+        if not compiled:
+            self.measured.append(self._as_measured(work.plan, seconds))
+
+    def _as_measured(self, plan: IterationPlan, seconds: float) -> Measured:
+        program, steps = program_of(plan), plan.num_steps
+        parts: dict[int, list] = defaultdict(list)
+        for chunk in plan.chunks:
+            parts[chunk.request.replica].append(chunk)
+        works = [
+            iteration_work(part, program, self._cost, step=(steps - 1) // 2, admitted=len(plan.admitted))
+            for part in parts.values()
+        ]
+        work = max(works, key=lambda work: (work.tokens, work.decode_keys))  # replicas end together
+        sizes = self.shapes.token_buckets if program == RAGGED else self.shapes.row_buckets
+        return Measured(work, bucket_for(work.tokens, sizes), seconds / steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Work whose reading is noted."""
+
+    inner: Work
+    recorder: Recorder
+
+    @property
+    def plan(self) -> IterationPlan:
+        """See `Work`."""
+        return self.inner.plan
+
+    @property
+    def dispatched(self) -> float:
+        """See `Work`."""
+        return self.inner.dispatched
+
+    def read(self) -> Any:
+        """See `Work`."""
+        results = self.inner.read()
+        self.recorder.record(self.inner)
+        return results
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One place of the grid: `rows` requests that decode after `context` tokens, among them prompts of `prompt`."""
+
+    rows: int = 0
+    context: int = 0
+    streamed: bool = True
+    prompt: int = 0
+    count: int = 1
+
+
+def grid(*, rows: Sequence[int], longest: int, capacity: int, budget: int) -> Iterator[Point]:
+    """The points that fit into a cache of `capacity` tokens and requests of `longest`."""
+    room = longest - 4 * _DECODES
+    contexts = [c for c in (16, 64, 256, 1024, 4096) if c <= room]
+    for count, context, streamed in itertools.product(rows, contexts, (True, False)):
+        if count * (context + 4 * _DECODES) <= capacity // 2:
+            yield Point(count, context, streamed)
+    lengths = (4, 12, 24, 48, 64, 96, 128, 192, 256, budget // 2, budget, 2 * budget, 4 * budget)
+    for length in sorted({n for n in lengths if n <= room and n <= capacity // 2}):
+        yield Point(prompt=length)
+        if 4 * length <= capacity // 2:
+            yield Point(prompt=length, count=4)
+    for count, length in itertools.product(rows, (24, 96, 384, 2 * budget)):
+        if length <= room and count * 128 + length <= capacity // 2:
+            yield Point(count, 64, True, length)
+
+
+def calibrate(llm: LLM, *, num_iters: int = 2, on_point: Callable[[int, int], None] = lambda done, of: None) -> Profile:
+    """Measure and fit.
+
+    Args:
+        llm: the engine; nothing else may use it meanwhile.
+        num_iters: rounds over the grid.
+        on_point: told how many points of how many are done.
+
+    Raises:
+        ValueError: a program was too seldom measured.
+    """
+    runner, memory = llm.engine.runner, llm.engine.memory
+    runner.warm_up(sampling=False)
+    ceilings = llm.engine.accounting.ceilings or measured_ceilings(runner.model)
+    recorder, books = Recorder(runner), llm.engine.accounting
+    engine = Engine(
+        recorder, memory=memory, scheduling=llm.engine.scheduler, accounting=Accounting(books.model, ceilings)
+    )
+    shapes = runner.shapes
+    capacity = memory.pools[0].num_usable * shapes.page_size
+    points = list(grid(rows=shapes.row_buckets, longest=shapes.max_model_len, capacity=capacity,
+                       budget=shapes.max_num_batched_tokens)) * num_iters  # fmt: skip
+    random = np.random.default_rng(0)
+    for done, point in enumerate([Point(1, 16), *points]):
+        if done == 1:
+            recorder.measured.clear()
+        run_point(engine, point, lambda length: random.integers(0, shapes.vocab_size, length).tolist())
+        on_point(done, len(points))
+    settings = {name: getattr(llm.config, name) for name in _SETTINGS}
+    settings |= {"max_model_len": shapes.max_model_len, "num_pages": shapes.num_pages}
+    settings["max_num_batched_tokens"] = shapes.max_num_batched_tokens
+    mesh = runner.model.placement.mesh
+    return Profile(
+        device=f"{ceilings.source} ({mesh.devices.flat[0].device_kind})",
+        model=llm.config.model,
+        num_devices=mesh.size,
+        flops_per_s=ceilings.flops_per_s,
+        bytes_per_s=ceilings.bytes_per_s,
+        programs=fit_all(recorder.measured),
+        engine=settings,
+    )
+
+
+def run_point(engine: Engine, point: Point, tokens: Callable[[int], list[int]]) -> None:
+    """Run one point to its end."""
+
+    def add(length: int, max_tokens: int, streamed: bool) -> None:
+        params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+        engine.add_request(tokens(length), params, streamed=streamed)
+
+    for _ in range(point.rows):
+        add(point.context, _DECODES if point.streamed else 3 * _DECODES, point.streamed)
+    if point.rows and point.prompt:
+        for _ in range(4 + point.rows * point.context // engine.runner.shapes.max_num_batched_tokens):
+            engine.step()
+    for _ in range(point.count if point.prompt else 0):
+        add(point.prompt, 1, True)
+    while engine.has_work:
+        engine.step()
+
+
+def fit_all(measured: Sequence[Measured]) -> dict[str, dict[int, Terms]]:
+    """Terms of every program and bucket. Raises ValueError where there are too few measurements."""
+    groups: dict[tuple[str, int], list[Measured]] = defaultdict(list)
+    for one in measured:
+        groups[one.work.program, one.bucket].append(one)
+    programs: dict[str, dict[int, Terms]] = defaultdict(dict)
+    for (program, bucket), group in sorted(groups.items()):
+        if len(group) >= _LEAST:
+            programs[program][bucket] = fit(group)
+    if RAGGED not in programs:
+        raise ValueError("too few iterations were measured; give more --num-iters")
+    for program in ("decode", LOOP):
+        programs.setdefault(program, programs["decode"] or programs[RAGGED])
+    return dict(programs)
+
+
+def fit(group: Sequence[Measured]) -> Terms:
+    """The terms that come nearest in relative error, without the measurements that are farthest off."""
+    kept = list(group)
+    terms = _least_squares(kept)
+    for _ in range(2):
+        kept.sort(key=lambda one: abs(terms.seconds(one.work) / one.seconds - 1))
+        kept = kept[: max(_LEAST, int(len(group) * (1 - _OUTLIERS)))]
+        terms = _least_squares(kept)
+    return terms
+
+
+def _least_squares(group: Sequence[Measured]) -> Terms:
+    from scipy.optimize import nnls
+
+    features = np.array([
+        (1, w.tokens, w.chunk_pairs, w.decode_keys, w.admitted) for w in (one.work for one in group)
+    ], float)  # fmt: skip
+    seconds = np.array([one.seconds for one in group])
+    scale = np.maximum(features.max(axis=0), 1e-30)
+    solution, _ = nnls(features / scale / seconds[:, None], np.ones(len(group)))
+    return Terms(*(solution / scale).tolist())
+
+
+def format_report(profile: Profile) -> str:
+    """A line per program and bucket for a person."""
+    lines = [f"{profile.model} on {profile.device}", f"{'program':<8}{'bucket':>7}{'base ms':>9}{'us/token':>10}"]
+    for program, buckets in profile.programs.items():
+        for bucket, terms in buckets.items():
+            lines.append(f"{program:<8}{bucket:>7}{1e3 * terms.base:>9.2f}{1e6 * terms.tokens:>10.1f}")
+    return "\n".join(lines)
+
+
+def as_json(profile: Profile) -> dict[str, Any]:
+    """For `--json`."""
+    return dataclasses.asdict(profile)

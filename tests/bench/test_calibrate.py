@@ -1,0 +1,71 @@
+"""A profile says what was measured: planted terms are found, files are read back, bad ones refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jaxllm.bench.calibrate import Measured, Point, fit_all, grid
+from jaxllm.roofline.iteration_time import DECODE, LOOP, RAGGED, IterationWork
+from jaxllm.roofline.profile import Profile, Terms, load_profile
+
+PLANTED = {
+    (RAGGED, 64): Terms(2e-3, 1e-5, 3e-9, 2e-8, 1e-4),
+    (RAGGED, 512): Terms(6e-3, 2e-5, 2e-9, 1e-8, 2e-4),
+    (DECODE, 8): Terms(3e-3, 1e-4, 0.0, 2e-8, 0.0),
+    (LOOP, 8): Terms(2e-3, 1e-4, 0.0, 2e-8, 0.0),
+}
+
+
+def measured(noise: float) -> list[Measured]:
+    random = np.random.default_rng(0)
+    found = []
+    for (program, bucket), terms in PLANTED.items():
+        for _ in range(200):
+            tokens = int(random.integers(1, bucket + 1))
+            pairs = float(random.integers(0, 400_000)) if program == RAGGED else 0.0
+            admitted = int(random.integers(0, 3)) if program == RAGGED else 0
+            work = IterationWork(program, tokens, 1, pairs, 0.0, float(random.integers(0, 60_000)), admitted)
+            late = 5.0 if noise and random.random() < 0.03 else 1.0
+            found.append(
+                Measured(work, bucket, terms.seconds(work) * late * float(1 + noise * random.standard_normal()))
+            )
+    return found
+
+
+def profile(noise: float = 0.0) -> Profile:
+    return Profile(
+        device="here", model="m", num_devices=1, flops_per_s=1e12, bytes_per_s=1e10, programs=fit_all(measured(noise)),
+        engine={"max_num_seqs": 8, "num_pages": 100, "page_size": 16},
+    )  # fmt: skip
+
+
+def test_planted_terms_are_found():
+    for (program, bucket), terms in PLANTED.items():
+        found = profile().programs[program][bucket]
+        assert (found.base, found.tokens, found.keys) == pytest.approx((terms.base, terms.tokens, terms.keys), rel=1e-6)
+
+
+def test_noise_and_outliers_cost_little():
+    fitted = profile(0.05)
+    errors = [fitted.seconds(one.work) / one.seconds - 1 for one in measured(0.0)]
+    print(np.abs(errors).max())
+    assert np.abs(errors).max() < 0.1 and np.abs(errors).mean() < 0.02
+
+
+def test_a_profile_is_read_back(tmp_path):
+    profile().save(tmp_path / "p.json")
+    read = load_profile(tmp_path / "p.json")
+    assert read == profile()
+    work = IterationWork(RAGGED, 65, 1, 1000.0, 0.0, 0.0)
+    assert read.seconds(work) == pytest.approx(6e-3 + 65 * 2e-5 + 2e-6)
+    (tmp_path / "p.json").write_text('{"format": "other"}')
+    with pytest.raises(ValueError, match="its format is not jaxllm-profile-1; `jaxllm bench calibrate` writes one"):
+        load_profile(tmp_path / "p.json")
+
+
+def test_the_grid_stays_within_the_cache_and_reaches_every_bucket():
+    points = list(grid(rows=(1, 4, 8, 16, 32), longest=8192, capacity=8192, budget=512))
+    assert all(p.rows * (p.context + 48) + p.count * p.prompt <= 8192 for p in points)
+    assert {p.rows for p in points} == {0, 1, 4, 8, 16, 32} and max(p.prompt for p in points) == 2048
+    assert Point(1, 1024, False) in points and Point(32, 1024, False) not in points
