@@ -58,6 +58,10 @@ class Exchange:
         self.address = (self.config.kv_ip or ("127.0.0.1" if anywhere else host), self.config.kv_port or port)
         self.imports.api_key = self.imports.api_key or api_key
 
+    def shutdown(self) -> None:
+        """The engine has ended."""
+        self.imports.shutdown()
+
     def check(self, params: Mapping[str, Any]) -> None:
         """Raise ValueError where a request's `kv_transfer_params` ask for what this engine does not do."""
         if unknown := sorted(set(params) - set(_KNOWN)):
@@ -91,7 +95,8 @@ class Exchange:
         """After each step: take out what was computed, end what has expired."""
         self.exports.pump()
 
-    def answer(self, transfer_id: str, salt: str, asked: Sequence[tuple[int, int, str]]) -> list[bytes]:
+    def answer(
+        self, transfer_id: str, salt: str, spans: Sequence[tuple[int, int]], names: Sequence[str]
+    ) -> list[bytes]:
         """The encoded answer to a fetch; in a thread. Raises `Unknown` or ValueError."""
-        spans, names = [(start, stop) for start, stop, _ in asked], [name for _, _, name in asked]
         return encode_rows(self.exports.rows(transfer_id, spans, names, salt))

@@ -147,6 +147,12 @@ class Imports:
         with self._lock:
             self._agreed[peer] = str(theirs.get("engine_id"))
 
+    def shutdown(self) -> None:
+        """Acknowledge what is left, and close every connection."""
+        self._acknowledgements.shutdown()
+        for peer in self._peers.values():
+            peer.close()
+
     def closed(self, offer: RemoteOffer) -> None:
         """Acknowledge, beside the engine, and count."""
         self.stats.handed_over += not offer.has_failed

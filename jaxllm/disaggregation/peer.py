@@ -28,6 +28,12 @@ class Peer:
         if api_key:
             self._headers["authorization"] = f"Bearer {api_key}"
         self._local = threading.local()
+        self._connections: list[http.client.HTTPConnection] = []
+
+    def close(self) -> None:
+        """Close every connection; for the end."""
+        for connection in self._connections:
+            connection.close()
 
     def handshake(self) -> dict[str, Any]:
         """What the other side says of itself."""
@@ -38,8 +44,9 @@ class Peer:
 
     def fetch(self, transfer_id: str, salt: str, spans: Sequence[tuple[int, int]], names: Sequence[str]) -> bytes:
         """The encoded rows of these spans."""
-        asked = [[start, stop, name] for (start, stop), name in zip(spans, names, strict=True)]
-        return self._call("POST", FETCH, {"transfer_id": transfer_id, "cache_salt": salt, "spans": asked})
+        starts, stops = [start for start, _ in spans], [stop for _, stop in spans]
+        asked = {"starts": starts, "stops": stops, "names": list(names)}
+        return self._call("POST", FETCH, {"transfer_id": transfer_id, "cache_salt": salt, **asked})
 
     def release(self, transfer_id: str) -> None:
         """Tell that its pages are not wanted any more."""
@@ -69,8 +76,11 @@ class Peer:
     def _connection(self, *, anew: bool) -> http.client.HTTPConnection:
         known = getattr(self._local, "connection", None)
         if known is None or anew:
+            if known is not None:
+                self._connections.remove(known)
             known = http.client.HTTPConnection(self.host, self.port, timeout=self._timeout)
             self._local.connection = known
+            self._connections.append(known)
         return known
 
 

@@ -6,6 +6,7 @@ prefill while the decode pool has work. Knows pages and requests; nothing of tex
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from jaxllm.config.sampling import SamplingParams
 from jaxllm.disaggregation.passage import Passage
 from jaxllm.engine.engine import SAVE_SECONDS, Engine, NewTokens
 from jaxllm.scheduling.request import Ending, Request, Status
+from jaxllm.telemetry.accounting import Accounting, Totals
+from jaxllm.telemetry.device_peaks import Ceilings
 
 _IDLE_SECONDS = 0.0005
 
@@ -35,6 +38,33 @@ class _Queues:
         return self.parts[1].slot_utilization
 
 
+class _Books:
+    """Both engines' accounting as one: sums of work, each pool's own rate of what it is there for."""
+
+    def __init__(self, prefill: Accounting, decode: Accounting):
+        self._prefill, self._decode = prefill, decode
+        self.prefill_rate = prefill.prefill_rate
+
+    @property
+    def ceilings(self) -> Ceilings | None:
+        """Of the decode pool."""
+        return self._decode.ceilings
+
+    @ceilings.setter
+    def ceilings(self, ceilings: Ceilings | None) -> None:
+        self._decode.ceilings = ceilings
+
+    @property
+    def totals(self) -> Totals:
+        """Of both."""
+        parts = [dataclasses.astuple(books.totals) for books in (self._prefill, self._decode)]
+        return Totals(*map(sum, zip(*parts, strict=True)))
+
+    def recent(self) -> dict[str, float | None]:
+        """See `Accounting`."""
+        return self._decode.recent() | {"prefill_tokens_per_s": self._prefill.recent()["prefill_tokens_per_s"]}
+
+
 class PrefillDecode:
     """A prefill engine and a decode engine on disjoint devices.
 
@@ -47,6 +77,7 @@ class PrefillDecode:
         self.prefill, self.decode = prefill, decode
         self.passage = Passage(prefill, decode)
         self.transfers = self.passage.stats
+        self.accounting = _Books(prefill.accounting, decode.accounting)
         self.scheduler = _Queues((prefill.scheduler, decode.scheduler))
         self._crossing: list[Request] = []  # in neither engine
 

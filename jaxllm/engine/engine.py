@@ -27,6 +27,7 @@ from jaxllm.scheduling.scheduler import Chunk, Scheduler
 from jaxllm.scheduling.tiers import Load
 from jaxllm.telemetry.accounting import Accounting, IterationRecord
 from jaxllm.telemetry.device_peaks import engine_cost, known_ceilings
+from jaxllm.telemetry.figures import Transfers
 
 if TYPE_CHECKING:
     from jaxllm.kv.memory import KVMemory
@@ -108,7 +109,7 @@ class Engine:
         self.progress = 0  # grows with every iteration dispatched or read
         self.num_completed = 0  # iterations read without an error
         self.num_not_finite = 0  # requests that ended because the model's numbers were no numbers
-        self.transfers: Any = None  # what handing requests over has moved, where that is done
+        self.transfers: Transfers | None = None  # what handing requests over has moved, where that is done
         self.is_sound = True  # False: something was cut off half-way; nothing but `recover` makes sense
 
     @property

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _INLINE_CHARS = 2000  # shorter prompts are tokenized where they are: a thread would cost more
 _PREPARE_SECONDS = 20.0
+_HANDING_OVER_SECONDS = 0.05
 _EMBEDDING_WINDOW = 8  # passes of one call that are queued at once
 
 
@@ -279,10 +280,16 @@ class AsyncLLM(Frontend):
         return None
 
     async def drain(self, timeout: float | None = None) -> bool:
-        """Take no more requests and wait for those under way; False when the time was not enough."""
+        """Take no more requests and wait for those under way; False when the time was not enough.
+
+        Pages that others shall fetch are waited for, too.
+        """
         self._draining = True
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
+                while self.exchange is not None and len(self.exchange.exports):
+                    await asyncio.sleep(_HANDING_OVER_SECONDS)
         except TimeoutError:
             return False
         return True
@@ -308,6 +315,8 @@ class AsyncLLM(Frontend):
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self.thread.stop():
             self.save_cache()
+        if self.exchange is not None:
+            self.exchange.shutdown()
 
     def _publish(self, updates: list[Update]) -> None:
         """On the engine's thread: wake every loop once with all its news."""

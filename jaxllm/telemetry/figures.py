@@ -55,6 +55,25 @@ class Measured(Protocol):
     def memory(self) -> KVMemory: ...
     @property
     def num_not_finite(self) -> int: ...
+    @property
+    def transfers(self) -> Transfers | None: ...
+    @property
+    def scoring_engine(self) -> Measured: ...
+
+
+class Transfers(Protocol):
+    """What handing requests over has moved; see `jaxllm.disaggregation.stats`."""
+
+    handed_over: int
+    failed: int
+    bytes: int
+    pages: int
+    pages_skipped: int
+    seconds: float
+    exposed_seconds: float
+
+    @property
+    def hidden_share(self) -> float: ...
 
 
 def get_metrics(engine: Measured) -> dict[str, object]:
@@ -77,6 +96,31 @@ def figures(engine: Measured) -> Iterator[Figure]:
     yield from _work(engine)
     yield from _device(engine)
     yield from _tiers(engine)
+    if engine.transfers is not None:
+        yield from _transfers(engine.transfers)
+    if engine.scoring_engine is not engine:
+        yield from _prefill_pool(engine.scoring_engine)
+
+
+def _transfers(moved: Transfers) -> Iterator[Figure]:
+    yield Figure("kv_transfer_requests", "counter", "Requests handed over.", moved.handed_over)
+    yield Figure("kv_transfer_failures", "counter", "Requests whose pages did not come.", moved.failed)
+    yield Figure("kv_transfer_bytes", "counter", "Keys and values that travelled.", moved.bytes)
+    yield Figure("kv_transfer_pages", "counter", "Pages filled with them.", moved.pages)
+    yield Figure("kv_transfer_pages_skipped", "counter", "Pages the receiver had already.", moved.pages_skipped)
+    yield Figure("kv_transfer_seconds", "counter", "Seconds that batches of pages took.", moved.seconds)
+    yield Figure("kv_transfer_exposed_seconds", "counter", "Seconds requests waited for them.", moved.exposed_seconds)
+    yield Figure("kv_transfer_hidden_perc", "gauge", "Share hidden behind prompts' computation.", moved.hidden_share)
+
+
+def _prefill_pool(engine: Measured) -> Iterator[Figure]:
+    pool, runner = engine.pool, engine.runner
+    running = len(engine.scheduler.running)
+    yield Figure("prefill_pool_requests_running", "gauge", "Requests in the prefill pool's batch.", running)
+    usage = 1 - pool.num_free / pool.num_usable
+    yield Figure("prefill_pool_kv_cache_usage_perc", "gauge", "Share of its pages in use, 0 to 1.", usage)
+    after = runner.num_compilations_after_warmup
+    yield Figure("prefill_pool_compilations_after_warmup", "counter", "Compiled while serving: defects.", after)
 
 
 def _queues(engine: Measured) -> Iterator[Figure]:

@@ -17,15 +17,18 @@ from jaxllm.server.context import context_of
 from jaxllm.server.errors import ApiError
 
 router = APIRouter()
+_MOST_SPANS = 4096
 _Index = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class FetchRequest(Body):
-    """Spans `[start, stop, name]` of one request's tokens."""
+    """Spans of one request's tokens, and their names."""
 
     transfer_id: Name
     cache_salt: Annotated[str, Field(max_length=4096)] = ""
-    spans: Annotated[list[tuple[_Index, _Index, Name]], Field(min_length=1, max_length=4096)]
+    starts: Annotated[list[_Index], Field(min_length=1, max_length=_MOST_SPANS)]
+    stops: Annotated[list[_Index], Field(min_length=1, max_length=_MOST_SPANS)]
+    names: Annotated[list[Name], Field(min_length=1, max_length=_MOST_SPANS)]
 
 
 class ReleaseRequest(Body):
@@ -45,7 +48,8 @@ async def fetch(body: FetchRequest, request: Request) -> Response:
     """Rows of keys and values, see `jaxllm.disaggregation.wire`."""
     exchange = _exchange(request)
     try:
-        parts = await asyncio.to_thread(exchange.answer, body.transfer_id, body.cache_salt, body.spans)
+        spans = list(zip(body.starts, body.stops, strict=True))
+        parts = await asyncio.to_thread(exchange.answer, body.transfer_id, body.cache_salt, spans, body.names)
     except Unknown as error:
         raise ApiError(404, str(error), code="transfer_not_found") from None
     length = str(sum(map(len, parts)))
