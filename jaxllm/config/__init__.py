@@ -16,6 +16,7 @@ from jaxllm.config.parts import (
     Scaling,
     YarnScaling,
 )
+from jaxllm.config.speculative import SpeculativeConfig
 
 __all__ = [
     "ATTENTION_BACKENDS",
@@ -33,5 +34,6 @@ __all__ = [
     "RopeScaling",
     "RoutedExperts",
     "Scaling",
+    "SpeculativeConfig",
     "YarnScaling",
 ]

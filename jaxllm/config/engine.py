@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from jaxllm.config.fields import check_types
 from jaxllm.config.kv_transfer import KVTransferConfig
+from jaxllm.config.speculative import SpeculativeConfig
 
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 KVDtype = Literal["auto", "bfloat16", "float16", "float32", "int8", "fp8"]
@@ -65,6 +66,8 @@ class EngineConfig:
         max_decode_steps (N): decode iterations per dispatch, where nobody waits for each token.
         deterministic: the same tokens alone and in any batch, bit by bit: every iteration runs in one shape, whatever
             takes part; slower.
+        speculative_config (JSON): guess tokens ahead and check several in one iteration (docs/speculative.md), for
+            example '{"method": "ngram", "num_speculative_tokens": 4}'.
         enable_prefix_caching: reuse the pages of prompts that begin alike.
         attention_backend: auto chooses by the platform.
         matmul_backend: auto chooses by the processor.
@@ -109,6 +112,7 @@ class EngineConfig:
     prefill_kv_cache_memory_bytes: int | None = None
     max_decode_steps: int = 8
     deterministic: bool = False
+    speculative_config: Mapping[str, Any] | None = None
     enable_prefix_caching: bool = True
     attention_backend: AttentionBackend = "auto"
     matmul_backend: MatmulBackend = "auto"
@@ -136,8 +140,16 @@ class EngineConfig:
         self._check_tiers()
         self._check_processes()
         self._check_pools()
+        if self.speculative is not None and self.deterministic:
+            raise ValueError("deterministic runs every iteration in one shape, speculative_config in two; choose one")
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization={self.gpu_memory_utilization}; it must be in (0, 1]")
+
+    @property
+    def speculative(self) -> SpeculativeConfig | None:
+        """`speculative_config`, checked."""
+        given = self.speculative_config
+        return None if given is None else SpeculativeConfig.from_mapping(given)
 
     @property
     def token_budget(self) -> int:

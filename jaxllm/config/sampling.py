@@ -80,6 +80,7 @@ class SamplingParams:
         min_tokens: the fewest tokens to generate.
         logprobs: number of alternatives to report per token (0: only the sampled one), None: none.
         logit_bias: token id -> value added to its logit.
+        num_speculative_tokens: drafted per iteration at most, 0 none; default: the engine's.
         bad_words: texts that may not be generated, with or without a space before them.
         allowed_token_ids: the only tokens that may be generated.
         truncate_prompt_tokens: only so many of the prompt's last tokens are used; -1: as many as the model takes.
@@ -107,6 +108,7 @@ class SamplingParams:
     min_tokens: int = 0
     logprobs: int | None = None
     logit_bias: dict[int, float] | None = None
+    num_speculative_tokens: int | None = None
     bad_words: Sequence[str] | None = None
     allowed_token_ids: Sequence[int] | None = None
     truncate_prompt_tokens: int | None = None
@@ -221,10 +223,12 @@ _INTEGERS = (
     ("logprobs", 0, MAX_LOGPROBS),
     ("prompt_logprobs", 0, MAX_LOGPROBS),
     ("truncate_prompt_tokens", -1, _HUGE),
+    ("num_speculative_tokens", 0, _HUGE),
 )
 
 
-_OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
+_OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "truncate_prompt_tokens",
+             "num_speculative_tokens")  # fmt: skip
 _FLAGS = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
 
 

@@ -345,7 +345,7 @@ class Engine:
         is_finite = not tokens or tokens[-1] != NOT_FINITE
         if not is_finite:
             tokens.pop()
-        self.scheduler.append_tokens(request, tokens, chunk.num_samples)
+        self.scheduler.append_tokens(request, tokens, chunk.num_samples, chunk.num_unsure)
         ending = _ending(request, tokens) if is_finite else Ending("abort", error=NotFinite())
         if request.listener is not None:
             try:
@@ -428,6 +428,7 @@ def schedulers_for(memory: Memory, shapes: RunnerShapes, *, chunked_prefill: boo
             first_page=replica * shapes.num_pages,
             tiers=memory.tiers,
             chunked_prefill=chunked_prefill,
+            num_drafts=shapes.num_drafts,
         )
         for replica, pool in enumerate(memory.pools)
     ]

@@ -11,7 +11,7 @@ W words of a bit mask.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,17 +63,29 @@ class RowBatch:
 
     Attributes:
         slot: row of the per-slot state; the spare slot marks padding.
-        length: tokens each row has; the token at `length - 1` is the last known one.
         limit: length at which the row stops.
         stop_ids: `[R, X]`, -1 fills up.
         sampling: parameters, or None where every row is plainly greedy. Its masks lie in the slots.
     """
 
     slot: Array
-    length: Array
     limit: Array
     stop_ids: Array
     sampling: SamplingRows | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """What the host says of the drafts of a decode loop.
+
+    Attributes:
+        most: int32 `[R]`, drafts of each row and iteration at most.
+        price: float32, what an iteration that verifies costs beyond a plain one, in plain ones, for each row.
+    """
+
+    most: Array
+    price: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +106,8 @@ class Layout:
     rows: list[int]
 
 
-def lay_out(plan: IterationPlan, shapes: RunnerShapes) -> Layout:
-    """Everything an iteration needs, in the order in which the device must do it."""
+def lay_out(plan: IterationPlan, shapes: RunnerShapes, price: Callable[[int], float] = lambda _: 0.0) -> Layout:
+    """Everything an iteration needs, in the order in which the device must do it; for `price` see `Drafting`."""
     sampling = [chunk for chunk in plan.chunks if chunk.num_samples]
     sections = by_replica(sampling, shapes)
     bucket = bucket_for(max(map(len, sections)), shapes.row_buckets)
@@ -110,7 +122,14 @@ def lay_out(plan: IterationPlan, shapes: RunnerShapes) -> Layout:
         suffix = "_greedy" if batch.sampling is None else ""
         if plan.is_decode_loop:
             table = page_table((c.request for c in sampling), rows, len(batch.slot), shapes.pages_per_row)
-            dispatches.append(Dispatch(f"decode{suffix}", bucket, (batch, table, np.int32(plan.num_steps))))
+            inputs = batch, table, np.int32(plan.num_steps)
+            if shapes.speculates(bucket):
+                drafting = Drafting(
+                    _at(rows, [chunk.num_drafts for chunk in sampling], len(batch.slot)), np.float32(price(bucket))
+                )
+                dispatches.append(Dispatch(f"speculate{suffix}", bucket, (*inputs, drafting)))
+            else:
+                dispatches.append(Dispatch(f"decode{suffix}", bucket, inputs))
         else:
             dispatches.append(Dispatch(f"sample{suffix}", bucket, (batch,)))
     return Layout(dispatches, sampling, rows)
@@ -128,7 +147,7 @@ def admission(request: Request, shapes: RunnerShapes) -> Dispatch:
     """The tokens of a request that is new to its slot."""
     tokens_L = np.zeros(shapes.max_model_len, np.int32)
     tokens_L[: len(request.token_ids)] = request.token_ids
-    return Dispatch("admit", 1, (np.int32(request.slot), tokens_L))
+    return Dispatch("admit", 1, (np.int32(request.slot), tokens_L, np.int32(len(request.token_ids))))
 
 
 def by_replica(chunks: Iterable[Chunk], shapes: RunnerShapes) -> list[list[Chunk]]:
@@ -228,7 +247,7 @@ def _fill_table(table: np.ndarray, requests: Iterable[Request], rows: Iterable[i
 
 
 def row_batch(chunks: Sequence[Chunk], rows: Sequence[int], num_rows: int, shapes: RunnerShapes) -> RowBatch:
-    """The sampling rows of a plan, each chunk in its row: `length` is where each row's next token goes."""
+    """The sampling rows of a plan, each chunk in its row."""
     requests = [chunk.request for chunk in chunks]
     greedy = shapes.separate_greedy and all(r.params.plain_greedy and r.constraint is None for r in requests)
     stop_ids = np.full((num_rows, MAX_STOP_IDS), -1, np.int32)
@@ -237,7 +256,6 @@ def row_batch(chunks: Sequence[Chunk], rows: Sequence[int], num_rows: int, shape
         stop_ids[row, : len(ids)] = ids
     return RowBatch(
         slot=_at(rows, [request.slot for request in requests], num_rows, fill=shapes.spare_slot),
-        length=_at(rows, [chunk.start + chunk.count for chunk in chunks], num_rows, fill=1),
         limit=_at(rows, [request.limit for request in requests], num_rows),
         stop_ids=stop_ids,
         sampling=None if greedy else sampling_rows(requests, rows, num_rows, shapes.vocab_size),

@@ -13,7 +13,21 @@ import jax
 import numpy as np
 
 from jaxllm.runner.sampler import IDLE, Sampled
+from jaxllm.runner.speculation import Speculated
 from jaxllm.scheduling.scheduler import Chunk, IterationPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """What became of a loop's drafts.
+
+    Attributes:
+        by_chunk: of each sampling chunk, how many were verified in each iteration, and accepted.
+        num_passes: iterations that ran.
+    """
+
+    by_chunk: Sequence[tuple[list[int], list[int]]]
+    num_passes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +37,7 @@ class InFlight:
     plan: IterationPlan
     sampling: Sequence[Chunk]
     rows: Sequence[int]
-    result: Sampled | jax.Array
+    result: Sampled | Speculated | jax.Array
     dispatched: float
 
     @property
@@ -37,6 +51,12 @@ class InFlight:
         It waits for iterations that sample nothing too: else all chunks of a long prompt would be on the device's queue
         at once, before whoever comes next.
         """
+        if isinstance(self.result, Speculated):
+            arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(self.result.sampled)]
+            columns = (
+                (chunk, row, arrays[0][:, row] != IDLE) for chunk, row in zip(self.sampling, self.rows, strict=True)
+            )
+            return [(chunk, Sampled(*(a[came, row] for a in arrays))) for chunk, row, came in columns]  # type: ignore[arg-type]
         if not isinstance(self.result, Sampled):
             jax.block_until_ready(self.result)
             return []
@@ -48,3 +68,14 @@ class InFlight:
         rows = zip(self.sampling, self.rows, counts, strict=True)
         # What was read is NumPy's.
         return [(chunk, Sampled(*(a[:count, row] for a in arrays))) for chunk, row, count in rows]  # type: ignore[arg-type]
+
+    def drafts(self) -> Drafts | None:
+        """What became of the drafts of a loop that may have had some. Waits, as `read` does."""
+        if not isinstance(self.result, Speculated):
+            return None
+        drafted = np.asarray(self.result.drafted)
+        tokens = np.asarray(self.result.sampled.tokens).reshape(len(drafted), -1, drafted.shape[1])
+        came = (tokens != IDLE).sum(axis=1)
+        accepted = np.where(drafted > 0, np.maximum(came - 1, 0), 0)
+        by_chunk = [(drafted[:, row].tolist(), accepted[:, row].tolist()) for row in self.rows]
+        return Drafts(by_chunk, num_passes=int((came.max(axis=1) > 0).sum()))

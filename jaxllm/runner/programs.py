@@ -21,6 +21,7 @@ from jaxllm.kv.memory import KVMemory
 from jaxllm.kv.page_programs import MOVE_BATCH, copy_pages, put_pages, take_pages
 from jaxllm.runner import batch as batches
 from jaxllm.runner.shapes import RunnerShapes, make_memory
+from jaxllm.runner.speculation import speculating_loop
 from jaxllm.runner.steps import Pages, SlotState, Steps
 from jaxllm.weights.abstract import AbstractModel
 
@@ -92,6 +93,7 @@ def make_steps(model: AbstractModel, shapes: RunnerShapes) -> Steps:
         max_steps=shapes.max_decode_steps,
         longest=shapes.max_model_len,
         backend=shapes.attention,
+        speculation=shapes.speculation,
     )
 
 
@@ -119,8 +121,10 @@ def zero_slots(shapes: RunnerShapes) -> SlotState:
     slots = shapes.spare_slot + 1
     return SlotState(
         history=jnp.zeros((slots, shapes.max_model_len), jnp.int32),
+        length=jnp.zeros(slots, jnp.int32),
         done=jnp.zeros(slots, jnp.bool),
         allowed=jnp.zeros((slots, shapes.mask_words), jnp.int32),
+        hit_rate=jnp.zeros(slots, jnp.float32),
     )
 
 
@@ -162,7 +166,7 @@ def first_keys(shapes: RunnerShapes) -> list[Key]:
 
 
 def _admission(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
-    return np.int32(0), np.zeros(shapes.max_model_len, np.int32)
+    return np.int32(0), np.zeros(shapes.max_model_len, np.int32), np.int32(0)
 
 
 def _masks(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
@@ -195,6 +199,16 @@ def _decoding(
     def inputs(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
         table = np.zeros((shapes.num_replicas * bucket, shapes.pages_per_row), np.int32)
         return *rows(model, shapes, bucket), table, np.int32(1)
+
+    return inputs
+
+
+def _speculating(
+    rows: Callable[[AbstractModel, RunnerShapes, int], Inputs],
+) -> Callable[[AbstractModel, RunnerShapes, int], Inputs]:
+    def inputs(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
+        most = np.zeros(shapes.num_replicas * bucket, np.int32)
+        return *_decoding(rows)(model, shapes, bucket), batches.Drafting(most, np.float32(0))
 
     return inputs
 
@@ -232,7 +246,15 @@ def _greedy_buckets(shapes: RunnerShapes) -> Sequence[int]:
 
 
 def _loop_buckets(shapes: RunnerShapes) -> Sequence[int]:
-    return shapes.row_buckets if shapes.max_decode_steps else ()
+    return [bucket for bucket in shapes.row_buckets if shapes.max_decode_steps and not shapes.speculates(bucket)]
+
+
+def _speculating_buckets(shapes: RunnerShapes) -> Sequence[int]:
+    return [bucket for bucket in shapes.row_buckets if shapes.speculates(bucket)]
+
+
+def _greedy_speculating_buckets(shapes: RunnerShapes) -> Sequence[int]:
+    return _speculating_buckets(shapes) if shapes.separate_greedy else ()
 
 
 def _greedy_loop_buckets(shapes: RunnerShapes) -> Sequence[int]:
@@ -290,6 +312,14 @@ _ENTRIES = (
     Program(
         name="decode", run=Steps.decode_loop, reads=("params", "pages", "slots"), writes=("pages", "slots"),
         inputs=_decoding(_rows), buckets=_loop_buckets, output=_whole, warm_up=SAMPLING,
+    ),
+    Program(
+        name="speculate_greedy", run=speculating_loop, reads=("params", "pages", "slots"), writes=("pages", "slots"),
+        inputs=_speculating(_greedy_rows), buckets=_greedy_speculating_buckets, output=_whole, warm_up=START,
+    ),
+    Program(
+        name="speculate", run=speculating_loop, reads=("params", "pages", "slots"), writes=("pages", "slots"),
+        inputs=_speculating(_rows), buckets=_speculating_buckets, output=_whole, warm_up=SAMPLING,
     ),
     Program(
         name="mask", run=Steps.set_masks, reads=("slots",), writes=("slots",), inputs=_masks,

@@ -74,7 +74,8 @@ def sample(
     Args:
         logits_RV: float32.
         rows: parameters.
-        history_RL: the rows' tokens so far; entries at or beyond `length_R` mean nothing.
+        history_RL: the rows' tokens so far; entries at or beyond `length_R` mean nothing. One for each row, or for as
+            many rows in a row as share it.
         length_R: tokens so far, which is also the position of the token that is sampled.
         stop_ids: int32 `[R, X]`, tokens that may not come before `min_len`; -1 fills up.
     """
@@ -99,6 +100,7 @@ def _penalised(rows: SamplingRows) -> jax.Array:
 
 def _apply_penalties(x: jax.Array, rows: SamplingRows, history: jax.Array, length: jax.Array) -> jax.Array:
     """Repetition (CTRL, Keskar et al. 2019) over prompt and output; presence and frequency over the output."""
+    history = jnp.repeat(history, x.shape[0] // history.shape[0], axis=0)
     index = jnp.arange(history.shape[1])
     known = index < length[:, None]
     is_output = known & (index >= rows.prompt_len[:, None])

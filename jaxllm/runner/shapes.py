@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from jaxllm.config import CacheRow, EngineConfig
+from jaxllm.config import CacheRow, EngineConfig, SpeculativeConfig
 from jaxllm.kv.layout import PageLayout, token_bytes
 from jaxllm.kv.memory import KVMemory
 from jaxllm.ops.attention import XLA, AttentionBackend, choose_backend, fit_backend
@@ -34,6 +34,7 @@ class RunnerShapes:
         row_buckets: sizes of the sampling step and the decode loop.
         max_decode_steps: iterations of one decode loop; 0: there is none, every iteration is a ragged step.
         separate_greedy: whether rows that are all plainly greedy have programs of their own.
+        speculation: how tokens are drafted in decode loops, or None.
         singles_first: whether rows of one query are attended to apart from longer ones, as in a decode loop.
     """
 
@@ -50,6 +51,7 @@ class RunnerShapes:
     residual_dtype: jnp.dtype
     attention: AttentionBackend = XLA
     num_replicas: int = 1
+    speculation: SpeculativeConfig | None = None
     separate_greedy: bool = True
     singles_first: bool = True
 
@@ -64,6 +66,15 @@ class RunnerShapes:
     def spare_slot(self) -> int:
         """The slot after all requests' slots: padding rows use it."""
         return self.num_replicas * self.max_num_seqs
+
+    @property
+    def num_drafts(self) -> int:
+        """Tokens drafted per row and iteration of a decode loop, at most."""
+        return self.speculation.num_speculative_tokens if self.speculation and self.max_decode_steps else 0
+
+    def speculates(self, bucket: int) -> bool:
+        """Whether decode loops of so many rows can verify drafts."""
+        return self.num_drafts > 0
 
     @property
     def pages_per_row(self) -> int:
@@ -123,6 +134,7 @@ def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connec
         residual_dtype=on_cpu,
         attention=_attention(config, model, kv_dtype, platform),
         num_replicas=model.placement.parts("pages"),
+        speculation=config.speculative,
         separate_greedy=not config.deterministic,
         # Deterministic: a token must not know whether it came as a decode or in a chunk, so its row is attended alike.
         singles_first=not config.deterministic,

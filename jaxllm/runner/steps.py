@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import ModelConfig, SpeculativeConfig
 from jaxllm.kv.layout import page_size_of, page_specs, query_dims
 from jaxllm.kv.memory import write_pages
 from jaxllm.models.decoder import Context, Decoder
@@ -37,6 +37,7 @@ from jaxllm.sharding.mesh import Placement
 
 Pages = Sequence[Any]  # per layer an array, or a pytree of arrays
 Rows = RaggedRows | SingleRows | RingBatch
+FIRST_HIT_RATE = 0.5  # of drafts of a request of which nothing is known
 
 
 @jax.tree_util.register_dataclass
@@ -46,13 +47,17 @@ class SlotState:
 
     Attributes:
         history: int32 `[S + 1, L]`, the tokens of the sequence: prompt, then samples as they come.
+        length: int32 `[S + 1]`, how many there are. The host knows it only once it has read what was sampled.
         done: bool `[S + 1]`, a stop token was sampled: iterations already in flight must leave it alone.
         allowed: int32 `[S + 1, W]`, the bit mask of the next token, for requests that have a constraint.
+        hit_rate: float32 `[S + 1]`, share of recent drafted tokens that were right (see `speculation`).
     """
 
     history: jax.Array
+    length: jax.Array
     done: jax.Array
     allowed: jax.Array
+    hit_rate: jax.Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +76,15 @@ class Steps:
     max_steps: int
     backend: AttentionBackend = XLA
     longest: int | None = None  # tokens of the longest sequence
+    speculation: SpeculativeConfig | None = None
 
     def ragged_step(self, params: Any, pages: Pages, state: SlotState, batch: RaggedBatch) -> tuple[jax.Array, Pages]:
         """One forward over a flat batch: hidden states of the sampling rows `[R, D]`, and the pages."""
-        position, row = batch.token_position, batch.token_row
-        rows = RaggedRows(batch.q_start, batch.q_len, batch.kv_len, batch.num_single, batch.page_table)
+        # A row may end before where the host, which had not read all yet, took it to end at the latest.
+        ahead = jnp.maximum(batch.kv_len - state.length[batch.slot], 0)
+        row, kv_len = batch.token_row, batch.kv_len - ahead
+        position = batch.token_position - ahead[row]
+        rows = RaggedRows(batch.q_start, batch.q_len, kv_len, batch.num_single, batch.page_table)
         per_section = position.shape[0] // batch.num_tokens.size
         valid = (jnp.arange(per_section) < batch.num_tokens[..., None]).reshape(-1)
         sample_at, ring = batch.sample_at, self.placement.ring_size()
@@ -83,10 +92,10 @@ class Steps:
             order = zigzag(position.shape[0], ring, batch.num_tokens.size)
             position, row, valid = position[order], row[order], valid[order]
             sample_at = jnp.asarray(np.argsort(order))[sample_at]
-        targets = _cache_slots(batch.page_table, row, position, valid, page_size_of(pages[0]))
+        targets = cache_slots(batch.page_table, row, position, valid, page_size_of(pages[0]))
         tokens = state.history[batch.slot[row], position]
         owners = RingBatch(rows, jnp.where(valid, row, -1), position) if is_cut else rows
-        x_TD, pages = self._forward(params, pages, tokens, position, targets, owners)
+        x_TD, pages = self.forward(params, pages, tokens, position, targets, owners)
         return x_TD[sample_at], pages
 
     def sample_step(
@@ -96,9 +105,9 @@ class Steps:
         num_rows, sections = batch.slot.shape[0], self.placement.parts("pages")
         hidden_RD = hidden_RD.reshape(sections, -1, hidden_RD.shape[1])[:, : num_rows // sections]
         hidden_RD = hidden_RD.reshape(num_rows, -1)
-        logits_RV = self._model(params).logits(hidden_RD, self.placement.fitted(num_rows).shard)
+        logits_RV = self.model(params).logits(hidden_RD, self.placement.fitted(num_rows).shard)
         active = batch.slot < state.done.shape[0] - 1
-        return self._sample_and_store(logits_RV, state, batch, batch.length, active)
+        return self._sample_and_store(logits_RV, state, batch, active)
 
     def decode_loop(
         self, params: Any, pages: Pages, state: SlotState, batch: RowBatch, table_RM: jax.Array, num_steps: jax.Array
@@ -107,37 +116,38 @@ class Steps:
 
         Returns samples with a leading step dim `[max_steps, R]`; tokens are -1 where a row was idle.
         """
-        num_rows = batch.slot.shape[0]
-        row = jnp.arange(num_rows)
-
-        def is_active(state: SlotState, length: jax.Array) -> jax.Array:
-            return ~state.done[batch.slot] & (length < batch.limit)
 
         def one_step(carry):
-            i, length, pages, state, out = carry
-            active = is_active(state, length)
-            position = length - 1
-            targets = _cache_slots(table_RM, row, position, active, page_size_of(pages[0]))
-            rows = SingleRows(jnp.where(active, length, 0), table_RM)
-            tokens = state.history[batch.slot, position]
-            x_RD, pages = self._forward(params, pages, tokens, position, targets, rows)
-            logits_RV = self._model(params).logits(x_RD, self.placement.fitted(num_rows).shard)
-            state, sampled = self._sample_and_store(logits_RV, state, batch, length, active)
+            i, pages, state, out = carry
+            pages, state, sampled = self.decode_step(params, pages, state, batch, table_RM)
             out = jax.tree.map(lambda all_steps, step: all_steps.at[i].set(step), out, sampled)
-            return i + 1, length + 1, pages, state, out
+            return i + 1, pages, state, out
 
         def more(carry) -> jax.Array:
-            i, length, _, state, _ = carry
-            return (i < num_steps) & jnp.any(is_active(state, length))
+            i, _, state, _ = carry
+            return (i < num_steps) & jnp.any(is_active(state, batch))
 
-        out = _empty_samples(self.max_steps, num_rows, with_logprobs=batch.sampling is not None)
-        carry = (jnp.int32(0), jnp.asarray(batch.length), list(pages), state, out)
-        _, _, pages, state, out = jax.lax.while_loop(more, one_step, carry)
+        out = empty_samples(self.max_steps, batch.slot.shape[0], with_logprobs=batch.sampling is not None)
+        _, pages, state, out = jax.lax.while_loop(more, one_step, (jnp.int32(0), list(pages), state, out))
         return pages, state, out
+
+    def decode_step(
+        self, params: Any, pages: Pages, state: SlotState, batch: RowBatch, table_RM: jax.Array
+    ) -> tuple[list[Any], SlotState, sampling.Sampled]:
+        """One iteration of one token per row; rows that have stopped stay idle."""
+        num_rows, length, active = batch.slot.shape[0], state.length[batch.slot], is_active(state, batch)
+        position = length - 1
+        targets = cache_slots(table_RM, jnp.arange(num_rows), position, active, page_size_of(pages[0]))
+        rows = SingleRows(jnp.where(active, length, 0), table_RM)
+        tokens = state.history[batch.slot, position]
+        x_RD, pages = self.forward(params, pages, tokens, position, targets, rows)
+        logits_RV = self.model(params).logits(x_RD, self.placement.fitted(num_rows).shard)
+        state, sampled = self._sample_and_store(logits_RV, state, batch, active)
+        return pages, state, sampled
 
     def score(self, params: Any, hidden_TD: jax.Array, targets_T: jax.Array) -> tuple[sampling.Sampled]:
         """Log-probability of a given next token at every position, and the likeliest ones, a few rows at a time."""
-        model, (num_tokens, width) = self._model(params), hidden_TD.shape
+        model, (num_tokens, width) = self.model(params), hidden_TD.shape
         block = math.gcd(num_tokens, 32)
 
         def some(rows: tuple[jax.Array, jax.Array]) -> sampling.Sampled:
@@ -148,37 +158,57 @@ class Steps:
 
     def pool(self, params: Any, hidden_TD: jax.Array, weights_T: jax.Array) -> tuple[jax.Array]:
         """Weighted sum of final-norm hidden states: float32 `[D]`."""
-        normed_TD = self._model(params).normed(hidden_TD).astype(jnp.float32)
+        normed_TD = self.model(params).normed(hidden_TD).astype(jnp.float32)
         return (jnp.sum(jnp.where(weights_T[:, None] != 0, normed_TD * weights_T[:, None], 0.0), axis=0),)
 
-    def admit(self, state: SlotState, slot: jax.Array, tokens_L: jax.Array) -> tuple[SlotState]:
+    def admit(self, state: SlotState, slot: jax.Array, tokens_L: jax.Array, length: jax.Array) -> tuple[SlotState]:
         """Give a slot to a new request: its known tokens become the slot's history."""
-        history, done = state.history.at[slot].set(tokens_L), state.done.at[slot].set(False)
-        return (dataclasses.replace(state, history=history, done=done),)
+        state = dataclasses.replace(
+            state,
+            history=state.history.at[slot].set(tokens_L),
+            length=state.length.at[slot].set(length),
+            done=state.done.at[slot].set(False),
+            hit_rate=state.hit_rate.at[slot].set(FIRST_HIT_RATE),
+        )
+        return (state,)
 
     def set_masks(self, state: SlotState, slots_G: jax.Array, masks_GW: jax.Array) -> tuple[SlotState]:
         """Say which tokens may come next in these slots."""
         return (dataclasses.replace(state, allowed=state.allowed.at[slots_G].set(masks_GW)),)
 
     def _sample_and_store(
-        self, logits_RV: jax.Array, state: SlotState, batch: RowBatch, length: jax.Array, active: jax.Array
+        self, logits_RV: jax.Array, state: SlotState, batch: RowBatch, active: jax.Array
     ) -> tuple[SlotState, sampling.Sampled]:
-        if batch.sampling is None:
-            sampled = sampling.sample_greedy(logits_RV)
-        else:
-            rows = dataclasses.replace(batch.sampling, allowed=state.allowed[batch.slot])
-            sampled = sampling.sample(logits_RV, rows, state.history[batch.slot], length, batch.stop_ids)
-        tokens = self.placement.shard(sampled.tokens, None)
+        length = state.length[batch.slot]
+        sampled = self.sampled(logits_RV, state, batch, length)
+        tokens = sampled.tokens
         stopped = active & (jnp.any(tokens[:, None] == batch.stop_ids, axis=1) | (tokens == sampling.NOT_FINITE))
         slot = jnp.where(active, batch.slot, state.done.shape[0] - 1)
         history = state.history.at[slot, length].set(jnp.maximum(tokens, 0))
-        state = dataclasses.replace(state, history=history, done=state.done.at[slot].max(stopped))
+        state = dataclasses.replace(
+            state, history=history, length=state.length.at[slot].add(1), done=state.done.at[slot].max(stopped)
+        )
         return state, dataclasses.replace(sampled, tokens=jnp.where(active, tokens, sampling.IDLE))
 
-    def _model(self, params: Any) -> Decoder:
+    def sampled(self, logits_RV: jax.Array, state: SlotState, batch: RowBatch, length: jax.Array) -> sampling.Sampled:
+        """One token for each row of logits, each after `length` `[R]` tokens of its slot's history.
+
+        A row of the batch may have several rows of logits, one after the other.
+        """
+        if batch.sampling is None:
+            sampled = sampling.sample_greedy(logits_RV)
+        else:
+            per_row = length.shape[0] // batch.slot.shape[0]
+            rows = dataclasses.replace(batch.sampling, allowed=state.allowed[batch.slot])
+            rows, stop_ids = jax.tree.map(lambda a: jnp.repeat(a, per_row, axis=0), (rows, batch.stop_ids))
+            sampled = sampling.sample(logits_RV, rows, state.history[batch.slot], length, stop_ids)
+        return dataclasses.replace(sampled, tokens=self.placement.shard(sampled.tokens, None))
+
+    def model(self, params: Any) -> Decoder:
+        """The decoder with these parameters."""
         return nnx.merge(self.graph, jax.tree.unflatten(self.params_tree, params))
 
-    def _forward(self, params: Any, pages: Pages, tokens, position, targets, rows: Rows) -> tuple[jax.Array, list[Any]]:
+    def forward(self, params: Any, pages: Pages, tokens, position, targets, rows: Rows) -> tuple[jax.Array, list[Any]]:
         """The decoder over the cache. Each layer writes its rows before it attends, so rows may share pages."""
         placement = self.placement if isinstance(rows, RingBatch) else self.placement.unringed()
         updated, placement = list(pages), placement.fitted(tokens.shape[0])
@@ -196,7 +226,7 @@ class Steps:
         context = Context(
             attend_layer, placement.shard, placement.over_shards, self.residual_dtype, placement.gathered, self.longest
         )
-        return self._model(params)(tokens, position, context), updated
+        return self.model(params)(tokens, position, context), updated
 
     def _over_heads(self, rows: Rows, pages: Any, spec: AttentionSpec) -> Callable:
         """Cache write and attention, on each device for the replica and the heads it holds.
@@ -245,12 +275,18 @@ class Steps:
         return jax.jit(over_heads)
 
 
-def _cache_slots(table: jax.Array, row, position, valid: jax.Array, page_size: int) -> jax.Array:
+def cache_slots(table: jax.Array, row, position, valid: jax.Array, page_size: int) -> jax.Array:
     """Where each token's keys and values go; what is not valid goes to page 0."""
     return jnp.where(valid, table[row, position // page_size] * page_size + position % page_size, 0)
 
 
-def _empty_samples(steps: int, rows: int, *, with_logprobs: bool) -> sampling.Sampled:
+def is_active(state: SlotState, batch: RowBatch) -> jax.Array:
+    """Which rows of a decode loop go on: `[R]`."""
+    return ~state.done[batch.slot] & (state.length[batch.slot] < batch.limit)
+
+
+def empty_samples(steps: int, rows: int, *, with_logprobs: bool) -> sampling.Sampled:
+    """Nothing sampled yet, `[steps, R]`."""
     tokens = jnp.full((steps, rows), sampling.IDLE, jnp.int32)
     if not with_logprobs:
         return sampling.Sampled(tokens)

@@ -149,6 +149,13 @@ class PageLists:
         del held.pages[kept:]
         return held.num_dropped <= self.pool.first_visible(max(0, held.num_computed - 1))
 
+    def shrink(self, request: Request, num_computed: int) -> None:
+        """Fewer tokens came than could have: nothing in flight writes into the pages beyond those that still can."""
+        held, kept = request.held, self.pool.pages_for(num_computed)
+        held.num_computed = num_computed
+        self.pool.free(held.pages[kept:])
+        del held.pages[kept:]
+
     def begin_plan(self, request: Request) -> None:
         """Between plans: free the pages out of every window.
 
@@ -158,7 +165,7 @@ class PageLists:
         held.num_planned = held.num_computed
         if self.pool.window is None or held.load is not None:
             return
-        seen = self.pool.first_visible(held.num_computed)
+        seen = self.pool.first_visible(max(0, held.num_computed - request.num_unsure))
         for i in range(held.num_dropped, seen):
             self.pool.free(held.pages[i : i + 1])
             held.pages[i] = 0
@@ -181,9 +188,10 @@ class PageLists:
         """Keep the cache of a request that is being preempted in the host, where the tiers say so."""
         held = request.held
         if self.tiers is not None and held.load is None:
-            filled = held.pages[: self.pool.pages_for(held.num_computed)]
+            num_sure = max(0, held.num_computed - request.num_unsure)
+            filled = held.pages[: self.pool.pages_for(num_sure)]
             filled = [self.first_page + page if page else 0 for page in filled]
-            held.swapped = self.tiers.swap_out(filled, held.num_computed)
+            held.swapped = self.tiers.swap_out(filled, num_sure)
 
     def release(self, request: Request) -> None:
         """Take a request's pages away, all but what is swapped out; a load for them is not wanted any more."""

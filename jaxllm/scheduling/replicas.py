@@ -7,6 +7,7 @@ Requests -> one merged `IterationPlan` per iteration, which all replicas run in 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from jaxllm.scheduling.page_lists import utilization
@@ -42,7 +43,7 @@ class Scheduling(Protocol):
     def detach(self, request: Request) -> list[int]: ...
     def restart(self, requests: Sequence[Request]) -> None: ...
     def loaded(self, load: Load, arrived: Sequence[bool]) -> None: ...
-    def append_tokens(self, request: Request, tokens: Sequence[int], num_samples: int) -> None: ...
+    def append_tokens(self, request: Request, tokens: Sequence[int], num_samples: int, num_unsure: int = 0) -> None: ...
     def finish(
         self, request: Request, reason: str, stop_reason: int | str | None = None, *, publish: bool = True
     ) -> None: ...
@@ -118,21 +119,26 @@ class Replicas:
         busy = [part for part in self.parts if part.num_waiting or not all(r.exhausted for r in part.running)]
         if steps is None:
             steps = min((part.loop_steps() for part in busy), default=0)
-        plans, copies = [], []
+        plans, drafting, copies = [], [], []
         for part in busy:
             if (plan := part.plan(steps)) is not None:
                 plans.append(plan)
+                drafting.append(part)
                 first = self.parts.index(part) * part.pool.num_pages
                 copies += [(first + source, first + target) for source, target in plan.copies]
         if not plans:
             return None
-        return IterationPlan(
+        merged = IterationPlan(
             [chunk for plan in plans for chunk in plan.chunks],
             [request for plan in plans for request in plan.admitted],
             is_decode_loop=all(plan.is_decode_loop for plan in plans),
             num_steps=max(plan.num_steps for plan in plans),
             copies=copies,
         )
+        if not merged.is_decode_loop:
+            return merged
+        of_parts = zip(drafting, plans, strict=True)
+        return replace(merged, chunks=[chunk for part, plan in of_parts for chunk in part.with_drafts(plan)])
 
     def fork(self, parent: Request, child: Request) -> None:
         """See `Scheduler.fork`."""
@@ -159,9 +165,9 @@ class Replicas:
         """See `Scheduler.loaded`."""
         self.parts[load.owner.replica].loaded(load, arrived)
 
-    def append_tokens(self, request: Request, tokens: Sequence[int], num_samples: int) -> None:
+    def append_tokens(self, request: Request, tokens: Sequence[int], num_samples: int, num_unsure: int = 0) -> None:
         """See `Scheduler.append_tokens`."""
-        self.parts[request.replica].append_tokens(request, tokens, num_samples)
+        self.parts[request.replica].append_tokens(request, tokens, num_samples, num_unsure)
 
     def finish(
         self, request: Request, reason: str, stop_reason: int | str | None = None, *, publish: bool = True

@@ -115,10 +115,11 @@ class Request:
     """A prompt on its way to tokens: what was asked, the tokens, what it holds of the cache, and how it ended.
 
     `token_ids` holds what is known: the prompt and the sampled tokens that have been read back. `num_pending`
-    counts sampled tokens that are still on the device, so `num_tokens` is the length the sequence has there. What
-    lies between `held.num_computed` and it is the work left.
+    counts sampled tokens that are still on the device, so `num_tokens` is the length the sequence has there: where
+    tokens were drafted, the most that it can have. What lies between `held.num_computed` and it is the work left.
 
     Attributes:
+        num_unsure: of the pending tokens, those that come only if drafts are right.
         limit: length at which generation ends: prompt + max_tokens, capped by the engine's max_model_len.
         priority: smaller runs first; equal ones run in order of arrival.
         streamed: somebody reads its tokens one by one as they come.
@@ -150,6 +151,7 @@ class Request:
 
     num_prompt: int = 0
     num_pending: int = 0
+    num_unsure: int = 0
     stepwise: bool = False
     on_hold: bool = False
     num_delivered: int = 0
@@ -184,8 +186,8 @@ class Request:
 
     @property
     def num_tokens(self) -> int:
-        """Length of the sequence on the device."""
-        return len(self.token_ids) + self.num_pending
+        """Length of the sequence on the device, at most."""
+        return min(len(self.token_ids) + self.num_pending, max(self.limit, len(self.token_ids)))
 
     @property
     def num_left(self) -> int:

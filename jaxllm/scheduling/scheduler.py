@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxllm.scheduling.page_lists import PageLists, utilization
@@ -27,13 +27,17 @@ class Chunk:
 
     `num_samples` is how many tokens it samples: 0 in mid-prompt, 1 at the end of its known tokens, up to the
     plan's number of steps in a decode loop. Every step of a loop but the first computes a token sampled by the
-    step before; `count` is 1 there.
+    step before; `count` is 1 there. With `num_drafts` each step may sample up to as many tokens more: `num_samples` is
+    the most that can come, `num_unsure` of it only if drafts are right, and `start` the furthest that the device can
+    have got.
     """
 
     request: Request
     start: int
     count: int
     num_samples: int
+    num_drafts: int = 0
+    num_unsure: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +65,14 @@ class Scheduler:
     """First come, first served by priority, under a token budget, a request limit and a page pool.
 
     `max_decode_steps=0`: no decode loops, every plan is a ragged step. `chunked_prefill=False`: a prompt waits for an
-    iteration that has room for all of it.
+    iteration that has room for all of it. `num_drafts`: tokens that each step of a loop may draft and verify per
+    request, at most.
     """
 
     def __init__(
         self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, max_decode_steps: int = 1,
         first_slot: int = 0, first_page: int = 0, tiers: Tiers | None = None, chunked_prefill: bool = True,
+        num_drafts: int = 0,
     ):  # fmt: skip
         self.pool = pool
         self.tiers = tiers
@@ -75,6 +81,7 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_decode_steps = max_decode_steps
         self.chunked_prefill = chunked_prefill
+        self.num_drafts = num_drafts if max_decode_steps else 0
         self.running: list[Request] = []  # by rank: the first is the last to be preempted
         self._waiting: tuple[list[Ranked], list[Ranked]] = ([], [])  # heaps by rank: short prompts, long prompts
         self._slots = range(first_slot + max_num_seqs - 1, first_slot - 1, -1)
@@ -137,7 +144,8 @@ class Scheduler:
 
         `steps`: of a decode loop, where the caller knows that nothing comes in between; default: `loop_steps`.
         """
-        return self.plan(self.loop_steps() if steps is None else steps)
+        plan = self.plan(self.loop_steps() if steps is None else steps)
+        return plan if plan is None else replace(plan, chunks=self.with_drafts(plan))
 
     def plan(self, steps: int, *, decodes: bool = True) -> IterationPlan | None:
         """A decode loop of `steps` iterations (no more than `loop_steps` allows), or else one iteration.
@@ -208,8 +216,8 @@ class Scheduler:
         if self.num_waiting:
             if self._free_slots or len(active) < len(self.running) or any(r.may_stop for r in active):
                 return 0
-            steps = min(steps, *left)
-        growth = sum(self.page_lists.missing(r, r.held.num_computed + _granted(r, steps)) for r in active)
+            steps = min(steps, *(tokens // (1 + self.num_drafts) for tokens in left))
+        growth = sum(self.page_lists.missing(r, _reach(r, steps)) for r in active)
         return steps if steps > 1 and growth <= self.pool.num_free else 0
 
     def _decode_chunks(self, steps: int) -> list[Chunk]:
@@ -217,10 +225,31 @@ class Scheduler:
         for request in list(self.running):
             if request.status is not Status.RUNNING or request.num_left != 1 or request.exhausted or request.must_wait:
                 continue
-            granted = _granted(request, steps)
-            if self._make_room(request, request.held.num_computed + granted, chunks):
-                chunks.append(self._take(request, 1, granted))
+            if self._make_room(request, _reach(request, steps), chunks):
+                chunks.append(self._take(request, 1, _granted(request, steps)))
         return chunks
+
+    def with_drafts(self, plan: IterationPlan) -> list[Chunk]:
+        """A plan's chunks; in a decode loop rows may draft, where there are pages that nobody else needs now."""
+        if not plan.is_decode_loop or not self.num_drafts:
+            return plan.chunks
+        return [self._with_drafts(chunk, plan.num_steps) for chunk in plan.chunks]
+
+    def _with_drafts(self, chunk: Chunk, steps: int) -> Chunk:
+        request = chunk.request
+        asked = request.params.num_speculative_tokens
+        most = self.num_drafts if asked is None else min(asked, self.num_drafts)
+        extra = (1 + most) * steps - chunk.num_samples
+        end = min(request.num_tokens + extra, request.limit) - 1
+        spare = self.pool.num_free - len(self.running)
+        if not most or request.one_at_a_time or self.page_lists.missing(request, end) > max(0, spare):
+            return chunk
+        grown = self.page_lists.grow(request, end)
+        assert grown, "there were pages enough"
+        request.held.num_computed = end
+        request.num_pending += extra
+        request.num_unsure += extra
+        return replace(chunk, num_samples=chunk.num_samples + extra, num_drafts=most, num_unsure=extra)
 
     # Rule 2: running prefills, then waiting requests, take what the decodes leave of the budget.
     #
@@ -372,7 +401,8 @@ class Scheduler:
         self.pool.reset()
         for request in sorted(requests, key=lambda request: request.rank):
             self.page_lists.decline(request)
-            request.held, request.num_pending, request.status = Held(), 0, Status.WAITING
+            request.held, request.num_pending, request.num_unsure = Held(), 0, 0
+            request.status = Status.WAITING
             if len(request.token_ids) > request.num_delivered:
                 del request.token_ids[request.num_delivered :]  # nobody has heard of them: they are sampled again
                 request.on_hold = False
@@ -384,7 +414,9 @@ class Scheduler:
     def _take(self, request: Request, count: int, num_samples: int) -> Chunk:
         """Count tokens as computed: later plans build on it before the device is done."""
         chunk = Chunk(request, request.held.num_computed, count, num_samples)
-        request.held.num_computed += count + max(0, num_samples - 1)
+        request.held.num_computed = min(
+            chunk.start + count + max(0, num_samples - 1), max(request.limit - 1, chunk.start + count)
+        )
         request.num_pending += num_samples
         self.page_lists.publish(request, len(request.token_ids))
         return chunk
@@ -419,11 +451,16 @@ class Scheduler:
         self.page_lists.release(request)
         self.running.remove(request)
 
-    def append_tokens(self, request: Request, tokens: Sequence[int], num_samples: int) -> None:
-        """Hand over what an iteration sampled: of `num_samples` planned, these came before a stop."""
+    def append_tokens(self, request: Request, tokens: Sequence[int], num_samples: int, num_unsure: int = 0) -> None:
+        """Hand over what an iteration sampled: of `num_samples` planned, these came before a stop or a wrong draft."""
+        left = request.num_tokens - request.held.num_computed
         request.num_pending -= num_samples
         request.token_ids.extend(tokens)
         request.on_hold = request.stepwise
+        if num_unsure:
+            request.num_unsure -= num_unsure
+            if request.status is Status.RUNNING:  # else it holds nothing, and none of it has been planned again
+                self.page_lists.shrink(request, request.num_tokens - left)
 
     def finish(
         self, request: Request, reason: str, stop_reason: int | str | None = None, *, publish: bool = True
@@ -452,5 +489,10 @@ class Scheduler:
 
 
 def _granted(request: Request, steps: int) -> int:
-    """Tokens this request may sample in a loop of `steps` iterations."""
-    return min(steps, request.limit - request.num_tokens)
+    """Tokens this request may sample in a loop of `steps` iterations, where it is as long as it can be."""
+    return steps if request.num_unsure else min(steps, request.limit - request.num_tokens)
+
+
+def _reach(request: Request, steps: int) -> int:
+    """Tokens of a decoding request that are computed after a loop of `steps` iterations."""
+    return min(request.held.num_computed + steps, request.limit - 1)

@@ -162,6 +162,7 @@ class SamplingFields(Body):
     bad_words: Annotated[list[StopText], Field(max_length=MAX_BAD_WORDS)] | None = None
     allowed_token_ids: Annotated[list[Token], Field(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
     truncate_prompt_tokens: Lenient[Annotated[int, Field(ge=-1, lt=2**31)]] | None = None
+    num_speculative_tokens: Lenient[Annotated[int, Field(ge=0, lt=2**31)]] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     stream: bool | None = None

@@ -12,7 +12,7 @@ from jaxllm.server.errors import ApiError
 _SAME = (
     "temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty n seed stop stop_token_ids "
     "ignore_eos min_tokens skip_special_tokens include_stop_str_in_output bad_words allowed_token_ids "
-    "truncate_prompt_tokens prompt_logprobs".split()
+    "truncate_prompt_tokens prompt_logprobs num_speculative_tokens".split()
 )
 
 

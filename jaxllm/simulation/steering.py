@@ -186,8 +186,8 @@ class Steered:
         self._is_stuck = False
         self.inner.loaded(load, arrived)
 
-    def append_tokens(self, request: Request, tokens: Sequence[int], num_samples: int) -> None:
-        self.inner.append_tokens(request, tokens, num_samples)
+    def append_tokens(self, request: Request, tokens: Sequence[int], num_samples: int, num_unsure: int = 0) -> None:
+        self.inner.append_tokens(request, tokens, num_samples, num_unsure)
 
     def finish(
         self, request: Request, reason: str, stop_reason: int | str | None = None, *, publish: bool = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import random
 from collections.abc import Callable, Sequence
 
 from jaxllm.scheduling.request import Request
@@ -47,6 +48,7 @@ class FakeDevice:
         self.chain: dict[int, list[int]] = {}  # what a position's keys depend on: its token and all before
         self.done: set[int] = set()
         self.num_computed = 0
+        self.rng = random.Random(0)  # how many drafts are right
 
     def read_page(self, page: int) -> dict[int, int]:
         """What a page holds, by offset."""
@@ -70,17 +72,41 @@ class FakeDevice:
         sampled: dict[int, list[int]] = {id(chunk): [] for chunk in plan.chunks}
         for step in range(plan.num_steps):
             rows = [c for c in plan.chunks if self._is_active(c, step)]
-            for chunk in rows:
-                self._write(chunk.request, chunk.start + step, chunk.count)
-            for chunk in rows:
-                self._read(chunk.request, chunk.start + step, chunk.count)
+            starts = [self._start(c, step) for c in rows]
+            for chunk, start in zip(rows, starts, strict=True):
+                self._write(chunk.request, start, chunk.count)
+            for chunk, start in zip(rows, starts, strict=True):
+                self._read(chunk.request, start, chunk.count)
                 if chunk.num_samples:
                     sampled[id(chunk)].append(self._sample(chunk.request))
+                if chunk.num_drafts:
+                    sampled[id(chunk)] += self._verify(chunk, start + 1)
         return [(chunk, sampled[id(chunk)]) for chunk in plan.chunks if chunk.num_samples]
 
     def _is_active(self, chunk: Chunk, step: int) -> bool:
         slot = chunk.request.slot
+        if chunk.num_samples and len(self.history[slot]) >= chunk.request.limit:
+            return False
         return step < max(1, chunk.num_samples) and not (chunk.count == 1 and slot in self.done)
+
+    def _start(self, chunk: Chunk, step: int) -> int:
+        """Where the chunk begins: what samples ends where the sequence does, which the host knows only at most."""
+        return len(self.history[chunk.request.slot]) - chunk.count if chunk.num_samples else chunk.start + step
+
+    def _verify(self, chunk: Chunk, position: int) -> list[int]:
+        """As many drafts as happen to be right; all of them are written, wrong ones too."""
+        request, history, right = chunk.request, self.history[chunk.request.slot], []
+        num_drafts = min(chunk.num_drafts, request.limit - len(history))
+        good = self.rng.randint(0, num_drafts)
+        for i in range(num_drafts):
+            place = self._place(request, position + i)
+            if i < good and request.slot not in self.done:
+                self.memory[place] = self.chain[request.slot][position + i]
+                self._read(request, position + i, 1)
+                right.append(self._sample(request))
+            else:
+                self.memory[place] = -1
+        return right
 
     def _place(self, request: Request, position: int) -> tuple[int, int]:
         page = request.pages[position // self.page_size]

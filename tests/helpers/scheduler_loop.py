@@ -51,7 +51,7 @@ class Harness:
             request = chunk.request
             if request.finished:
                 continue
-            self.scheduler.append_tokens(request, tokens, chunk.num_samples)
+            self.scheduler.append_tokens(request, tokens, chunk.num_samples, chunk.num_unsure)
             if request.token_ids[-1] in request.stop_ids:
                 self.scheduler.finish(request, "stop")
             elif len(request.token_ids) >= request.limit:
@@ -136,7 +136,7 @@ class Harness:
 
 def make(
     num_pages=64, page_size=4, seqs=4, budget=16, steps=1, depth=2, caching=True, window=None, host=0, disk=False,
-    preemption="recompute", lossy=False, seed=0,
+    preemption="recompute", lossy=False, seed=0, drafts=0,
 ) -> Harness:  # fmt: skip
     """A loop; `host` is the host tier's size in pages, without one there are no tiers."""
     pool = PagePool(num_pages, page_size, enable_prefix_caching=caching, window=window)
@@ -146,7 +146,8 @@ def make(
         lower = HostPool(host, store.__setitem__ if disk else None)
         tiers = Tiers(lower, store if disk else None, page_bytes=1, preemption=preemption)
     scheduler = Scheduler(
-        pool, max_num_seqs=seqs, max_num_batched_tokens=budget, max_decode_steps=steps, tiers=tiers
+        pool, max_num_seqs=seqs, max_num_batched_tokens=budget, max_decode_steps=steps, tiers=tiers,
+        num_drafts=drafts,
     )  # fmt: skip
     return Harness(scheduler, FakeDevice(page_size, window), depth, disk=store, rng=random.Random(seed), lossy=lossy)
 

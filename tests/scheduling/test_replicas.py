@@ -17,11 +17,11 @@ from tests.helpers.fake_device import FakeDevice, naive_generate
 SEQS, BUDGET = 4, 16
 
 
-def make(num_replicas: int = 3, num_pages: int = 40, steps: int = 4) -> Replicas:
+def make(num_replicas: int = 3, num_pages: int = 40, steps: int = 4, drafts: int = 0) -> Replicas:
     def part(replica: int) -> Scheduler:
         return Scheduler(
             PagePool(num_pages, 4), max_num_seqs=SEQS, max_num_batched_tokens=BUDGET, max_decode_steps=steps,
-            first_slot=replica * SEQS,
+            first_slot=replica * SEQS, num_drafts=drafts,
         )  # fmt: skip
 
     return Replicas([part(z) for z in range(num_replicas)])
@@ -62,7 +62,7 @@ class Harness:
         r = chunk.request
         if r.finished:
             return
-        self.replicas.append_tokens(r, tokens, chunk.num_samples)
+        self.replicas.append_tokens(r, tokens, chunk.num_samples, chunk.num_unsure)
         if r.token_ids[-1] in r.stop_ids:
             self.replicas.finish(r, "stop")
         elif len(r.token_ids) >= r.limit:
@@ -79,7 +79,7 @@ class Harness:
             singles = [c.count > 1 for c in chunks]
             assert singles == sorted(singles), "single queries come first in each replica"
         if plan is not None and plan.is_decode_loop:
-            assert all(c.count == 1 and c.num_samples <= plan.num_steps for c in plan.chunks)
+            assert all(c.count == 1 and c.num_samples <= plan.num_steps * (1 + c.num_drafts) for c in plan.chunks)
 
     def run(self) -> None:
         for _ in range(3000):
@@ -92,7 +92,8 @@ class Harness:
 @pytest.mark.parametrize("seed", range(12))
 def test_every_request_gets_the_tokens_it_gets_alone_under_random_arrivals_and_aborts(seed: int) -> None:
     rng = random.Random(seed)
-    harness = Harness(make(rng.choice((2, 3, 8)), num_pages=rng.choice((14, 40)), steps=rng.choice((1, 4))))
+    sizes = {"num_pages": rng.choice((14, 40)), "steps": rng.choice((1, 4)), "drafts": rng.choice((0, 3))}
+    harness = Harness(make(rng.choice((2, 3, 8)), **sizes))
     heads = [[rng.randrange(100) for _ in range(12)] for _ in range(2)]
     kept: list[tuple[Request, list[int]]] = []
     for i in range(30):

@@ -1,0 +1,164 @@
+"""A decode loop whose iterations may yield several tokens per row: draft, verify, accept, all on the device.
+
+Every position samples with its own noise, a function of (seed, position), whether a draft stands there or not; drafts
+are kept as long as they are what was sampled. For drafts that are sure of themselves this is rejection sampling
+(Leviathan et al. 2023): a draft `d` is accepted with probability `p(d)`, and what replaces it comes from
+`norm(max(0, p - q)) = p / (1 - p(d))` elsewhere. Beyond having the target's distribution, a request's tokens are those
+of plain decoding with the same seed, whatever was drafted (Daliri et al. 2024 call it drafter-invariant).
+
+Whether an iteration verifies drafts or decodes one token per row is decided by what it would cost and what it would
+bring: expected tokens per iteration with acceptance `a` and `g` drafts are `(1 - a^(g+1)) / (1 - a)`.
+
+Dimension letters: R rows, J = g + 1 tokens per row, S slots, L positions, M pages per row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxllm.kv.layout import page_size_of
+from jaxllm.ops.attention import RaggedRows
+from jaxllm.runner import sampler as sampling
+from jaxllm.runner.batch import Drafting, RowBatch
+from jaxllm.runner.prompt_lookup import look_up
+from jaxllm.runner.steps import Pages, SlotState, Steps, cache_slots, empty_samples, is_active
+
+_MEMORY = 0.8  # of the hit rate, per drafted token that was seen to be right or wrong
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Speculated:
+    """What a loop sampled: `[steps * J, R]` each, J entries for every iteration, `IDLE` where there is no token.
+
+    `drafted` int32 `[steps, R]`: how many drafts each row had verified.
+    """
+
+    sampled: sampling.Sampled
+    drafted: jax.Array
+
+
+def speculating_loop(
+    steps: Steps, params: Any, pages: Pages, state: SlotState, batch: RowBatch, table_RM: jax.Array,
+    num_steps: jax.Array, drafting: Drafting,
+) -> tuple[Pages, SlotState, Speculated]:  # fmt: skip
+    """Up to `num_steps` iterations of one or more tokens per row; as `Steps.decode_loop`."""
+    assert steps.speculation is not None
+    num_rows, width = batch.slot.shape[0], steps.speculation.num_speculative_tokens + 1
+
+    def one_step(carry):
+        i, pages, state, out, drafted = carry
+        length, active = state.length[batch.slot], is_active(state, batch)
+        most = jnp.where(active, jnp.minimum(drafting.most, batch.limit - length - 1), 0)
+        drafts_RG, count = look_up(state.history, batch.slot, length, most, steps.speculation)
+        expected = _expected(state.hit_rate[batch.slot], count, width - 1)
+        verify = jnp.sum(expected) > drafting.price * jnp.sum(active)
+
+        def several(carry):
+            pages, state, _ = carry
+            return _verify(steps, params, pages, state, batch, table_RM, drafts_RG, count)
+
+        def single(carry):
+            pages, state, wide = carry
+            pages, state, sampled = steps.decode_step(params, pages, state, batch, table_RM)
+            state = _observe(state, batch.slot, (sampled.tokens == drafts_RG[:, 0]).astype(jnp.int32), count, 1)
+            return pages, state, jax.tree.map(lambda all_J, one: all_J.at[0].set(one), wide, sampled)
+
+        # Loops of one round or none: unlike branches of `lax.cond`, they surely update the pages in place.
+        wide = empty_samples(width, num_rows, with_logprobs=batch.sampling is not None)
+        carry = (list(pages), state, wide)
+        carry = jax.lax.fori_loop(0, verify.astype(jnp.int32), lambda _, c: several(c), carry)
+        pages, state, wide = jax.lax.fori_loop(verify.astype(jnp.int32), 1, lambda _, c: single(c), carry)
+        out = jax.tree.map(lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, i * width, 0), out, wide)
+        return i + 1, pages, state, out, drafted.at[i].set(jnp.where(verify, count, 0))
+
+    def more(carry) -> jax.Array:
+        i, _, state, *_ = carry
+        return (i < num_steps) & jnp.any(is_active(state, batch))
+
+    out = empty_samples(steps.max_steps * width, num_rows, with_logprobs=batch.sampling is not None)
+    drafted = jnp.zeros((steps.max_steps, num_rows), jnp.int32)
+    carry = (jnp.int32(0), list(pages), state, out, drafted)
+    _, pages, state, out, drafted = jax.lax.while_loop(more, one_step, carry)
+    return pages, state, Speculated(out, drafted)
+
+
+def _verify(
+    steps: Steps, params: Any, pages: Pages, state: SlotState, batch: RowBatch, table_RM: jax.Array,
+    drafts_RG: jax.Array, count: jax.Array,
+) -> tuple[list[Any], SlotState, sampling.Sampled]:  # fmt: skip
+    """One iteration over each row's last token and its drafts; samples `[J, R]`, idle after the first that differs."""
+    (num_rows, num_drafts), slot = drafts_RG.shape, batch.slot
+    width, spare, sections = num_drafts + 1, state.done.shape[0] - 1, steps.placement.parts("pages")
+    length, active, j = state.length[slot], is_active(state, batch), jnp.arange(num_drafts + 1)
+    last = state.history[slot, length - 1]
+    tokens_RJ = jnp.concatenate([last[:, None], drafts_RG], axis=1)
+    position_RJ = length[:, None] - 1 + j
+    is_real_RJ = active[:, None] & (j <= count[:, None])
+    state = _written(state, slot, position_RJ, tokens_RJ, is_real_RJ)
+
+    row = jnp.repeat(jnp.arange(num_rows), width)
+    valid, position = is_real_RJ.reshape(-1), position_RJ.reshape(-1)
+    targets = cache_slots(table_RM, row, position, valid, page_size_of(pages[0]))
+    rows = RaggedRows(
+        q_start=jnp.arange(num_rows) % (num_rows // sections) * width,
+        q_len=jnp.where(active, 1 + count, 0),
+        kv_len=jnp.where(active, length + count, 0),
+        num_single=jnp.zeros(sections, jnp.int32),
+        page_table=table_RM,
+    )
+    backend = dataclasses.replace(steps.backend, query_tile=min(steps.backend.query_tile, width))
+    x_TD, pages = dataclasses.replace(steps, backend=backend).forward(
+        params, pages, tokens_RJ.reshape(-1), position, targets, rows
+    )
+    logits_TV = steps.model(params).logits(x_TD, steps.placement.fitted(num_rows * width).shard)
+    sampled = steps.sampled(logits_TV, state, batch, position + 1)
+
+    sampled_RJ = sampled.tokens.reshape(num_rows, width)
+    is_hit = (sampled_RJ[:, :-1] == drafts_RG) & (j[:-1] < count[:, None])
+    hits = jnp.sum(jnp.cumprod(is_hit, axis=1), axis=1)
+    ends_RJ = jnp.any(sampled_RJ[:, :, None] == batch.stop_ids[:, None, :], axis=2) | (
+        sampled_RJ == sampling.NOT_FINITE
+    )
+    before = jnp.cumsum(ends_RJ, axis=1) - ends_RJ
+    kept_RJ = active[:, None] & (j <= hits[:, None]) & (before == 0)
+    state = _written(state, slot, position_RJ + 1, jnp.maximum(sampled_RJ, 0), kept_RJ)
+    at = jnp.where(active, slot, spare)
+    state = dataclasses.replace(
+        state,
+        length=state.length.at[at].add(jnp.sum(kept_RJ, axis=1)),
+        done=state.done.at[at].max(jnp.any(kept_RJ & ends_RJ, axis=1)),
+    )
+    state = _observe(state, slot, hits, count, num_drafts)
+    sampled = dataclasses.replace(sampled, tokens=jnp.where(kept_RJ, sampled_RJ, sampling.IDLE).reshape(-1))
+    return pages, state, jax.tree.map(lambda a: jnp.swapaxes(a.reshape(num_rows, width, *a.shape[1:]), 0, 1), sampled)
+
+
+def _written(state: SlotState, slot: jax.Array, position_RJ: jax.Array, tokens_RJ: jax.Array, real_RJ) -> SlotState:
+    """Tokens into the histories; what is not real goes to the spare slot."""
+    at = jnp.where(real_RJ, slot[:, None], state.done.shape[0] - 1)
+    history = state.history.at[at, position_RJ].set(tokens_RJ, mode="drop")
+    return dataclasses.replace(state, history=history)
+
+
+def _expected(rate: jax.Array, count: jax.Array, num_drafts: int) -> jax.Array:
+    """Drafts that will be accepted: `a + a^2 + ... + a^count`."""
+    power = rate[:, None] ** (1 + jnp.arange(num_drafts))
+    return jnp.sum(jnp.where(jnp.arange(num_drafts) < count[:, None], power, 0.0), axis=1)
+
+
+def _observe(state: SlotState, slot: jax.Array, hits: jax.Array, count: jax.Array, seen: int) -> SlotState:
+    """Remember how drafts did: the first `hits` of `count` were right, the one after them wrong, the rest unknown.
+
+    A plain iteration shows (`seen`) what would have become of the first.
+    """
+    trials = jnp.minimum(jnp.minimum(hits + 1, count), seen)
+    keep = _MEMORY**trials
+    rate = state.hit_rate[slot]
+    rate = keep * rate + (1 - keep) * jnp.minimum(hits, trials) / jnp.maximum(trials, 1)
+    return dataclasses.replace(state, hit_rate=state.hit_rate.at[slot].set(rate))
