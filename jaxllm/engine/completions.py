@@ -98,6 +98,9 @@ class Job:
             "latency_s": now - self.created,
             "num_preemptions": float(sum(request.num_preemptions for request in self.requests)),
         }
+        if self.owner.engine.runner.shapes.num_drafts:
+            for what in ("num_draft_tokens", "num_accepted_tokens"):
+                self.output.metrics[what] = float(sum(getattr(request, what) for request in self.requests))
         self.output.finished = True
         if self.notify is not None:
             self.notify(self, None)

@@ -27,6 +27,7 @@ from jaxllm.scheduling.scheduler import Chunk, Scheduler
 from jaxllm.scheduling.tiers import Load
 from jaxllm.telemetry.accounting import Accounting, IterationRecord
 from jaxllm.telemetry.device_peaks import engine_cost, known_ceilings
+from jaxllm.telemetry.drafts import DraftPrice, DraftTotals, LoopDrafts
 from jaxllm.telemetry.figures import Transfers
 
 if TYPE_CHECKING:
@@ -99,6 +100,11 @@ class Engine:
         self.accounting = accounting or Accounting(
             engine_cost(self.runner.model, runner.shapes.kv_dtype), known_ceilings(self.runner.model)
         )
+        self.drafts = DraftTotals(accepted_at=[0] * runner.shapes.num_drafts)
+        ceilings = self.accounting.ceilings
+        ridge = ceilings.ridge if ceilings else None
+        self.draft_price = DraftPrice(self.accounting.model, runner.shapes.num_drafts, ridge)
+        self.runner.draft_price = self.draft_price
         self.eos_token_ids = tuple(eos_token_ids)
         if self.tiers is not None:
             self.tiers.prefill_rate = self.accounting.prefill_rate
@@ -408,12 +414,24 @@ class Engine:
 
     def _record(self, work: Work, read: Sequence[tuple[Chunk, Sampled]]) -> None:
         now, compilations = self.runner.now(), self.runner.num_compilations
+        drafts = work.drafts()
         record = self.accounting.arrived(
-            work.plan, read, dispatched=work.dispatched, now=now, num_compilations=compilations
+            work.plan, read, dispatched=work.dispatched, now=now, num_compilations=compilations, drafts=drafts
         )
         self.records.append(record)
+        if drafts is not None:
+            self._count_drafts(drafts, record)
         if log.isEnabledFor(logging.DEBUG):
             log.debug("%s", record.line())
+
+    def _count_drafts(self, drafts: LoopDrafts, record: IterationRecord) -> None:
+        for chunk, drafted, accepted in drafts.by_chunk:
+            self.drafts.add(drafted, accepted)
+            chunk.request.num_draft_tokens += sum(drafted)
+            chunk.request.num_accepted_tokens += sum(accepted)
+        if not record.compiled:
+            num_plain = drafts.num_passes - drafts.num_verifying
+            self.draft_price.observe(drafts.num_rows, num_plain, drafts.num_verifying, record.seconds)
 
 
 def schedulers_for(memory: Memory, shapes: RunnerShapes, *, chunked_prefill: bool = True) -> list[Scheduler]:

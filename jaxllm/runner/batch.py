@@ -124,9 +124,9 @@ def lay_out(plan: IterationPlan, shapes: RunnerShapes, price: Callable[[int], fl
             table = page_table((c.request for c in sampling), rows, len(batch.slot), shapes.pages_per_row)
             inputs = batch, table, np.int32(plan.num_steps)
             if shapes.speculates(bucket):
-                drafting = Drafting(
-                    _at(rows, [chunk.num_drafts for chunk in sampling], len(batch.slot)), np.float32(price(bucket))
-                )
+                size = len(batch.slot)
+                most = _at(rows, [chunk.num_drafts for chunk in sampling], size)
+                drafting = Drafting(most, np.float32(price(size)))
                 dispatches.append(Dispatch(f"speculate{suffix}", bucket, (*inputs, drafting)))
             else:
                 dispatches.append(Dispatch(f"decode{suffix}", bucket, inputs))

@@ -15,19 +15,7 @@ import numpy as np
 from jaxllm.runner.sampler import IDLE, Sampled
 from jaxllm.runner.speculation import Speculated
 from jaxllm.scheduling.scheduler import Chunk, IterationPlan
-
-
-@dataclass(frozen=True, slots=True)
-class Drafts:
-    """What became of a loop's drafts.
-
-    Attributes:
-        by_chunk: of each sampling chunk, how many were verified in each iteration, and accepted.
-        num_passes: iterations that ran.
-    """
-
-    by_chunk: Sequence[tuple[list[int], list[int]]]
-    num_passes: int
+from jaxllm.telemetry.drafts import LoopDrafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +57,7 @@ class InFlight:
         # What was read is NumPy's.
         return [(chunk, Sampled(*(a[:count, row] for a in arrays))) for chunk, row, count in rows]  # type: ignore[arg-type]
 
-    def drafts(self) -> Drafts | None:
+    def drafts(self) -> LoopDrafts | None:
         """What became of the drafts of a loop that may have had some. Waits, as `read` does."""
         if not isinstance(self.result, Speculated):
             return None
@@ -77,5 +65,7 @@ class InFlight:
         tokens = np.asarray(self.result.sampled.tokens).reshape(len(drafted), -1, drafted.shape[1])
         came = (tokens != IDLE).sum(axis=1)
         accepted = np.where(drafted > 0, np.maximum(came - 1, 0), 0)
-        by_chunk = [(drafted[:, row].tolist(), accepted[:, row].tolist()) for row in self.rows]
-        return Drafts(by_chunk, num_passes=int((came.max(axis=1) > 0).sum()))
+        rows = zip(self.sampling, self.rows, strict=True)
+        by_chunk = [(chunk, drafted[:, row].tolist(), accepted[:, row].tolist()) for chunk, row in rows]
+        passes, verifying = (int((a.max(axis=1) > 0).sum()) for a in (came, drafted))
+        return LoopDrafts(by_chunk, drafted.shape[1], passes, verifying)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxllm.runner.shapes import RunnerShapes
     from jaxllm.scheduling.page_pool import PagePool
     from jaxllm.scheduling.tiers import Tiers
+    from jaxllm.telemetry.drafts import LoopDrafts
 
 
 class Work(Protocol):
@@ -37,6 +38,10 @@ class Work(Protocol):
 
     def read(self) -> Sequence[tuple[Chunk, Sampled]]:
         """Wait for it, and return each sampling chunk with what it sampled."""
+        ...
+
+    def drafts(self) -> LoopDrafts | None:
+        """Of a decode loop that may have drafted: what became of that. After `read`."""
         ...
 
 

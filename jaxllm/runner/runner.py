@@ -57,6 +57,7 @@ class ModelRunner:
         self.compiler = compiler or Compiler(model, shapes)
         self.state = DeviceState(self.memory)
         self._announce = announce
+        self.draft_price: Callable[[int], float] = lambda _: 0.0  # see `Drafting`; for a number of rows
 
     def start(self, params: Any) -> None:
         """Take the parameters and allocate pages and slots."""
@@ -81,7 +82,7 @@ class ModelRunner:
     def dispatch(self, plan: IterationPlan) -> InFlight:
         """Put one plan's work on the device queue."""
         started = self.now()
-        layout = lay_out(plan, self.shapes)
+        layout = lay_out(plan, self.shapes, self.draft_price)
         sampled = self._execute_all(layout.dispatches)
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()

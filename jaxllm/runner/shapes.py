@@ -18,10 +18,13 @@ from jaxllm.kv.memory import KVMemory
 from jaxllm.ops.attention import XLA, AttentionBackend, choose_backend, fit_backend
 from jaxllm.runner.connections import Alone, Connection
 from jaxllm.scheduling.page_pool import PagePool
+from jaxllm.telemetry.device_peaks import engine_cost, known_ceilings
+from jaxllm.telemetry.drafts import verifying_ratio
 from jaxllm.weights.abstract import AbstractModel
 
 _CPU_CACHE_BYTES = 384 << 20  # the default model's longest request; a server sets its own
 _TEMPORARY_BYTES = 1 << 30  # left free on an accelerator for activations and logits
+_WORTH_COMPILING = 1.25  # tokens per plain iteration's time, where all drafts are right
 _DETERMINISTIC_TILE = 16  # queries of one tile of attention: every decode has a tile of its own
 
 
@@ -35,6 +38,7 @@ class RunnerShapes:
         max_decode_steps: iterations of one decode loop; 0: there is none, every iteration is a ragged step.
         separate_greedy: whether rows that are all plainly greedy have programs of their own.
         speculation: how tokens are drafted in decode loops, or None.
+        speculating_rows: rows up to which that can pay.
         singles_first: whether rows of one query are attended to apart from longer ones, as in a decode loop.
     """
 
@@ -52,6 +56,7 @@ class RunnerShapes:
     attention: AttentionBackend = XLA
     num_replicas: int = 1
     speculation: SpeculativeConfig | None = None
+    speculating_rows: int = 0
     separate_greedy: bool = True
     singles_first: bool = True
 
@@ -74,7 +79,7 @@ class RunnerShapes:
 
     def speculates(self, bucket: int) -> bool:
         """Whether decode loops of so many rows can verify drafts."""
-        return self.num_drafts > 0
+        return self.num_drafts > 0 and bucket <= self.speculating_rows
 
     @property
     def pages_per_row(self) -> int:
@@ -135,6 +140,7 @@ def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connec
         attention=_attention(config, model, kv_dtype, platform),
         num_replicas=model.placement.parts("pages"),
         speculation=config.speculative,
+        speculating_rows=_speculating_rows(config, model, kv_dtype),
         separate_greedy=not config.deterministic,
         # Deterministic: a token must not know whether it came as a decode or in a chunk, so its row is attended alike.
         singles_first=not config.deterministic,
@@ -190,6 +196,18 @@ def _row_buckets(config: EngineConfig, *, single_row: bool) -> tuple[int, ...]:
     if config.deterministic:
         return (largest,)
     return (1,) * single_row + make_buckets(4, largest, 2)
+
+
+def _speculating_rows(config: EngineConfig, model: AbstractModel, kv_dtype: jnp.dtype) -> int:
+    """The most rows with which an iteration whose drafts are all right is worth what it costs."""
+    if config.speculative is None:
+        return 0
+    num_drafts, chip = config.speculative.num_speculative_tokens, known_ceilings(model)
+    ridge = chip.ridge if chip else None
+    cost, replicas = engine_cost(model, kv_dtype), model.placement.parts("pages")
+    buckets = _row_buckets(config, single_row=model.is_packed)
+    ratios = ((rows, verifying_ratio(cost, rows * replicas, num_drafts, ridge)) for rows in buckets)
+    return max((rows for rows, ratio in ratios if 1 + num_drafts >= _WORTH_COMPILING * ratio), default=0)
 
 
 def _attention(config: EngineConfig, model: AbstractModel, kv_dtype: jnp.dtype, platform: str) -> AttentionBackend:

@@ -48,14 +48,15 @@ def speculating_loop(
     num_steps: jax.Array, drafting: Drafting,
 ) -> tuple[Pages, SlotState, Speculated]:  # fmt: skip
     """Up to `num_steps` iterations of one or more tokens per row; as `Steps.decode_loop`."""
-    assert steps.speculation is not None
-    num_rows, width = batch.slot.shape[0], steps.speculation.num_speculative_tokens + 1
+    speculation = steps.speculation
+    assert speculation is not None
+    num_rows, width = batch.slot.shape[0], speculation.num_speculative_tokens + 1
 
     def one_step(carry):
         i, pages, state, out, drafted = carry
         length, active = state.length[batch.slot], is_active(state, batch)
         most = jnp.where(active, jnp.minimum(drafting.most, batch.limit - length - 1), 0)
-        drafts_RG, count = look_up(state.history, batch.slot, length, most, steps.speculation)
+        drafts_RG, count = look_up(state.history, batch.slot, length, most, speculation)
         expected = _expected(state.hit_rate[batch.slot], count, width - 1)
         verify = jnp.sum(expected) > drafting.price * jnp.sum(active)
 

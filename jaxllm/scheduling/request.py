@@ -129,6 +129,7 @@ class Request:
         num_delivered: length up to which its listener has the tokens.
         page_hashes: of its full pages, as far as known: a function of the tokens.
         num_cached: prompt tokens that were found in a cache when it first ran.
+        num_draft_tokens, num_accepted_tokens: drafted for it and verified so far; of these, right.
         replica: which data-parallel replica it runs on; its pages are numbers of that replica's cache.
         parent: a request with the same prompt; once that has been computed, this one starts on its pages.
         before_release: called when it ends with a result, while it still has its pages.
@@ -160,6 +161,8 @@ class Request:
     held: Held = field(default_factory=Held)
     num_cached: int | None = None
     num_preemptions: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     replica: int = 0
     parent: Request | None = None
     offer: Offer | None = None

@@ -85,7 +85,9 @@ class Metrics:
 
     def snapshot(self) -> dict[str, Any]:
         """What the page draws; rates are the reader's business, from two totals."""
-        figures: dict[str, Any] = {figure.name: figure.value for figure in self._engine_figures.read()}
+        figures: dict[str, Any] = {
+            figure.name + figure.labelled: figure.value for figure in self._engine_figures.read()
+        }
         figures["generation_tokens_total"] = figures["generation_tokens"]
         figures["prompt_tokens_total"] = _value(self.prompt_tokens)
         for what, samples in self._recent.items():
@@ -115,8 +117,11 @@ class _EngineFigures:
 
     def collect(self) -> Iterable[Metric]:
         """For prometheus_client."""
-        for what, kind, text, value in self.read():
+        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+        for what, kind, text, value, labels in self.read():
             family = GaugeMetricFamily if kind == "gauge" else CounterMetricFamily
-            metric = family(self._name(what), text, labels=["model_name"])
-            metric.add_metric([self._model_name], value)
-            yield metric
+            if what not in families:
+                names = [label for label, _ in labels]
+                families[what] = family(self._name(what), text, labels=["model_name", *names])
+            families[what].add_metric([self._model_name, *(value for _, value in labels)], value)
+        yield from families.values()

@@ -101,6 +101,9 @@ class ModelledWork:
             self.runner.gaps.append((gaps, len(chunks)))
         return [(chunk, sample_of(chunk.num_samples)) for chunk in chunks if chunk.num_samples]
 
+    def drafts(self) -> None:
+        """Nothing is drafted on paper."""
+
 
 class ModelledRunner:
     """See `jaxllm.runner.interface.Runner`.

@@ -17,6 +17,7 @@ from typing import Any
 
 from jaxllm.roofline.cost_model import Cost, ModelCost
 from jaxllm.scheduling.scheduler import Chunk, IterationPlan
+from jaxllm.telemetry.drafts import LoopDrafts
 
 _RECENT = 64  # iterations behind the recent rates
 
@@ -28,6 +29,11 @@ class Ceilings:
     flops_per_s: float
     bytes_per_s: float
     source: str
+
+    @property
+    def ridge(self) -> float:
+        """FLOPs per byte at which compute and memory take equally long."""
+        return self.flops_per_s / self.bytes_per_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +125,7 @@ class Accounting:
 
     def arrived(
         self, plan: IterationPlan, results: Sequence[tuple[Chunk, Any]], *, dispatched: float, now: float,
-        num_compilations: int,
+        num_compilations: int, drafts: LoopDrafts | None = None,
     ) -> IterationRecord:  # fmt: skip
         """The results of `plan` are here: what it did.
 
@@ -128,11 +134,12 @@ class Accounting:
             results: each sampling chunk with what it sampled (`.tokens`), as `InFlight.read` gives them.
             dispatched, now: in seconds of one clock.
             num_compilations: of the runner so far; where it has grown, the time was not the device's.
+            drafts: of a decode loop that may have had some: what became of them.
         """
         seconds = now - max(dispatched, self._last_arrival)
         compiled = num_compilations > self._num_compilations
         self._last_arrival, self._num_compilations = now, num_compilations
-        record = self._record(plan, results, seconds, compiled)
+        record = self._record(plan, results, seconds, compiled, drafts)
         self.add(record)
         return record
 
@@ -153,11 +160,14 @@ class Accounting:
         return sum(r.num_tokens for r in mostly) / seconds if seconds else 0.0
 
     def _record(
-        self, plan: IterationPlan, results: Sequence[tuple[Chunk, Any]], seconds: float, compiled: bool
-    ) -> IterationRecord:
+        self, plan: IterationPlan, results: Sequence[tuple[Chunk, Any]], seconds: float, compiled: bool,
+        drafts: LoopDrafts | None,
+    ) -> IterationRecord:  # fmt: skip
         chunks = plan.chunks
         counts = [chunk.count for chunk in chunks]
-        if plan.is_decode_loop:
+        if drafts is not None:
+            cost, num_sampled = self._speculating_cost(results, drafts)
+        elif plan.is_decode_loop:
             cost, num_sampled = self._loop_cost(results)
         else:
             cost, num_sampled = self._step_cost(chunks, sum(counts), len(results)), len(results)
@@ -188,6 +198,17 @@ class Accounting:
         pairs, _ = self.model.attended(rows)
         num = sum(counts)
         return self.model.cost(tokens=num, samples=num, pairs=pairs, keys=pairs, passes=max(counts, default=0)), num
+
+    def _speculating_cost(self, results: Sequence[tuple[Chunk, Any]], drafts: LoopDrafts) -> tuple[Cost, int]:
+        """As `_loop_cost`, with the drafts that were wrong; a row begins where what was read of it ends."""
+        num = sum(len(sampled.tokens) for _, sampled in results)
+        rows = []
+        for (chunk, sampled), (_, drafted, accepted) in zip(results, drafts.by_chunk, strict=True):
+            queries = len(sampled.tokens) + sum(drafted) - sum(accepted)
+            rows.append((queries, len(chunk.request.token_ids) - 1 + queries))
+        pairs, _ = self.model.attended(rows)
+        tokens = sum(queries for queries, _ in rows)
+        return self.model.cost(tokens=tokens, samples=tokens, pairs=pairs, keys=pairs, passes=drafts.num_passes), num
 
 
 def summed(records: Iterable[IterationRecord]) -> Totals:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxllm.scheduling.page_pool import PagePool
     from jaxllm.scheduling.replicas import ReplicaPools, Scheduling
     from jaxllm.telemetry.accounting import Accounting
+    from jaxllm.telemetry.drafts import DraftTotals
 
 
 class Figure(NamedTuple):
@@ -24,11 +25,18 @@ class Figure(NamedTuple):
     kind: str
     text: str
     value: float
+    labels: tuple[tuple[str, str], ...] = ()
 
     @property
     def exported_name(self) -> str:
         """As dashboards spell it."""
         return self.name + ("_total" if self.kind == "counter" else "")
+
+    @property
+    def labelled(self) -> str:
+        """What follows the name where several figures have the same: `{position="0"}`, say."""
+        labels = ",".join(f'{label}="{value}"' for label, value in self.labels)
+        return f"{{{labels}}}" if labels else ""
 
 
 class CompilingRunner(Protocol):
@@ -55,6 +63,8 @@ class Measured(Protocol):
     def memory(self) -> KVMemory: ...
     @property
     def num_not_finite(self) -> int: ...
+    @property
+    def drafts(self) -> DraftTotals: ...
     @property
     def transfers(self) -> Transfers | None: ...
     @property
@@ -84,7 +94,7 @@ def get_metrics(engine: Measured) -> dict[str, object]:
     """
     ceilings = engine.accounting.ceilings
     return {
-        **{figure.exported_name: figure.value for figure in figures(engine)},
+        **{figure.exported_name + figure.labelled: figure.value for figure in figures(engine)},
         **engine.accounting.recent(),
         "ceilings": dataclasses.asdict(ceilings) if ceilings else None,
     }
@@ -94,6 +104,7 @@ def figures(engine: Measured) -> Iterator[Figure]:
     """All figures that are known now."""
     yield from _queues(engine)
     yield from _work(engine)
+    yield from _drafts(engine)
     yield from _device(engine)
     yield from _tiers(engine)
     if engine.transfers is not None:
@@ -155,6 +166,21 @@ def _work(engine: Measured) -> Iterator[Figure]:
     for what in ("mfu", "mbu"):
         if (value := recent[what]) is not None:
             yield Figure(what, "gauge", f"{what.upper()} of recent iterations, 0 to 1.", value)
+
+
+def _drafts(engine: Measured) -> Iterator[Figure]:
+    totals = engine.drafts
+    if not totals.accepted_at:
+        return
+    yield Figure("spec_decode_num_drafts", "counter", "Times a request had drafts verified.", totals.num_drafts)
+    yield Figure("spec_decode_num_draft_tokens", "counter", "Tokens drafted and verified.", totals.num_draft_tokens)
+    yield Figure("spec_decode_num_accepted_tokens", "counter", "Of these, right.", totals.num_accepted_tokens)
+    for i, count in enumerate(totals.accepted_at):
+        name, text = "spec_decode_num_accepted_tokens_per_pos", "Of the drafts in each position, right."
+        yield Figure(name, "counter", text, count, (("position", str(i)),))
+    rate, length = totals.acceptance_rate, totals.mean_acceptance_length
+    yield Figure("spec_decode_acceptance_rate", "gauge", "Share of drafted tokens that were right, 0 to 1.", rate)
+    yield Figure("spec_decode_mean_acceptance_length", "gauge", "Tokens per request and iteration with drafts.", length)
 
 
 def _device(engine: Measured) -> Iterator[Figure]:

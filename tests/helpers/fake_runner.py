@@ -66,6 +66,9 @@ class _InFlight:
         self.trip()
         return self.result
 
+    def drafts(self) -> None:
+        return None
+
 
 class FakeRunner:
     """See the module. `fail_in` counts calls of the device down to the one that raises."""

@@ -1,0 +1,199 @@
+"""Speculative decoding changes no token: whatever is asked, the answer is that of plain decoding.
+
+`eager` engines verify whenever there is a draft, however bad: rejected drafts are the rule there.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxllm import LLM, SamplingParams
+from jaxllm.scheduling.request import Ending
+from tests.families.tiny import save_tiny
+from tests.helpers.tiny_llama import write_tiny_llama
+
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+SIZES: dict[str, Any] = {
+    "dtype": "float32", "max_model_len": 192, "max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 8,
+    "max_decode_steps": 4, "kv_cache_memory_bytes": 1 << 21,
+}  # fmt: skip
+
+
+def eager(folder: Path, **kwargs: Any) -> LLM:
+    llm = LLM(str(folder), **SIZES | {"speculative_config": NGRAM} | kwargs)
+    llm.engine.runner.draft_price = lambda rows: -1.0
+    return llm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> LLM:
+    return LLM(str(folder), **SIZES)
+
+
+@pytest.fixture(scope="module")
+def speculating(folder: Path) -> LLM:
+    llm = eager(folder)
+    llm.engine.runner.warm_up()
+    return llm
+
+
+def some_params(rng: random.Random) -> SamplingParams:
+    asked: dict[str, Any] = {
+        "max_tokens": rng.randrange(1, 60), "ignore_eos": True, "seed": rng.randrange(100),
+        "temperature": rng.choice([0.0, 0.0, 0.3, 1.0]),
+    }  # fmt: skip
+    others = {
+        "top_k": 2, "top_p": 0.7, "min_p": 0.2, "presence_penalty": 0.5, "frequency_penalty": 0.3,
+        "repetition_penalty": 1.2, "logprobs": 3, "logit_bias": {98: 4.0, 101: -3.0},
+        "stop_token_ids": list(range(97, 100)), "min_tokens": asked["max_tokens"] // 2,
+        "allowed_token_ids": list(range(96, 106)), "bad_words": ["ab", "c"], "num_speculative_tokens": rng.randrange(4),
+        "structured_outputs": {"regex": "(ab|cd|abcd)*"},
+    }  # fmt: skip
+    chosen = rng.sample(sorted(others), rng.randrange(4))
+    return SamplingParams(**asked, **{name: others[name] for name in chosen})
+
+
+def some_prompt(rng: random.Random) -> dict[str, list[int]]:
+    """Few different tokens, repeated: drafts abound."""
+    part = [rng.randrange(97, 103) for _ in range(rng.randrange(1, 12))]
+    return {"prompt_token_ids": part * rng.randrange(1, 5)}
+
+
+def test_whatever_is_asked_the_tokens_and_logprobs_are_those_of_plain_decoding(plain: LLM, speculating: LLM) -> None:
+    rng = random.Random(0)
+    prompts = [some_prompt(rng) for _ in range(32)]
+    params = [some_params(rng) for _ in prompts]
+    before = speculating.get_metrics()["compilations_total"]
+    expected, got = plain.generate(prompts, params), speculating.generate(prompts, params)
+    for asked, one, other in zip(params, expected, got, strict=True):
+        one, other = one.outputs[0], other.outputs[0]
+        assert other.token_ids == one.token_ids, asked
+        assert (other.finish_reason, other.stop_reason, other.text) == (one.finish_reason, one.stop_reason, one.text)
+        for at, of in zip(one.logprobs or [], other.logprobs or [], strict=True):
+            np.testing.assert_allclose([at[t].logprob for t in at], [of[t].logprob for t in at], atol=1e-4)
+    drafts = speculating.engine.drafts
+    assert drafts.num_accepted_tokens > 50, "nothing was accepted, so nothing was shown"
+    assert drafts.num_draft_tokens - drafts.num_accepted_tokens > 500, "nothing was rejected, so nothing was shown"
+    assert speculating.get_metrics()["compilations_total"] == before, "something compiled after warm-up"
+
+
+def test_requests_come_go_and_share_prefixes_and_no_page_is_lost(plain: LLM, folder: Path) -> None:
+    engine = eager(folder, kv_cache_memory_bytes=40 * 8 * 256).engine  # fewer pages than four requests want
+    rng = random.Random(1)
+    heads = [some_prompt(rng)["prompt_token_ids"] for _ in range(3)]
+    asked, requests = [], []
+    while len(requests) < 25 or engine.has_work:
+        if len(requests) < 25 and rng.random() < 0.3:
+            prompt = rng.choice(heads) + some_prompt(rng)["prompt_token_ids"]
+            params = SamplingParams(temperature=rng.choice([0.0, 1.0]), seed=len(requests), max_tokens=70, top_k=3)
+            requests.append(engine.add_request(prompt, params))
+            asked.append(({"prompt_token_ids": prompt}, params))
+        if requests and rng.random() < 0.05:
+            engine.finish(rng.choice(requests), Ending("abort"))
+        engine.step()
+        engine.pool.check([r.pages for r in engine.scheduler.running])
+    assert engine.pool.num_free == engine.pool.num_usable
+    assert engine.scheduler.num_preemptions > 0 and engine.drafts.num_accepted_tokens > 50
+    assert any(request.num_cached for request in requests)
+    expected = plain.generate([prompt for prompt, _ in asked], [params for _, params in asked])
+    for request, output in zip(requests, expected, strict=True):
+        known = output.outputs[0].token_ids
+        aborted = request.finish_reason == "abort"
+        assert request.output_ids == (known[: len(request.output_ids)] if aborted else known)
+
+
+def test_sampled_tokens_have_exactly_the_targets_distribution(plain: LLM, speculating: LLM) -> None:
+    """Chi-square over all continuations of three tokens, against the chain rule on the model's own logits."""
+    prompt, k, temperature, count = [97, 98, 99, 100, 97, 98, 99], 3, 1.3, 600
+    chain = {(): 1.0}
+    for _ in range(3):
+        prefixes = list(chain)
+        asked = [{"prompt_token_ids": [*prompt, *prefix]} for prefix in prefixes]
+        outputs = plain.generate(asked, SamplingParams(temperature=0.0, max_tokens=1, logprobs=k))
+        following = {}
+        for prefix, output in zip(prefixes, outputs, strict=True):
+            best = sorted(output.outputs[0].logprobs[0].items(), key=lambda item: -item[1].logprob)[:k]
+            weights = np.exp([entry.logprob / temperature for _, entry in best])
+            for (token, _), share in zip(best, weights / weights.sum(), strict=True):
+                following[(*prefix, token)] = chain[prefix] * share
+        chain = following
+    drafts = speculating.engine.drafts
+    before = drafts.num_accepted_tokens, drafts.num_draft_tokens
+    params = [SamplingParams(temperature=temperature, top_k=k, seed=seed, max_tokens=3, ignore_eos=True)
+              for seed in range(count)]  # fmt: skip
+    outputs = speculating.generate([{"prompt_token_ids": prompt}] * count, params)
+    seen = Counter(tuple(output.outputs[0].token_ids) for output in outputs)
+    assert set(seen) <= set(chain)
+    assert drafts.num_accepted_tokens > before[0] and drafts.num_draft_tokens > before[1] + count // 2
+    likely = [sequence for sequence, share in chain.items() if share * count >= 5]
+    rest = 1 - sum(chain[sequence] for sequence in likely)
+    observed = [*(seen[sequence] for sequence in likely), count - sum(seen[sequence] for sequence in likely)]
+    expected = [*(chain[sequence] * count for sequence in likely), max(rest * count, 1e-9)]
+    statistic = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True) if e > 1)
+    assert len(likely) > 5
+    assert statistic < len(likely) + 4 * (2 * len(likely)) ** 0.5, "four standard deviations of the chi-square"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "deepseek_v2", "gpt_oss"])
+def test_every_kind_of_attention_verifies_what_it_decodes(family: str, tmp_path: Path) -> None:
+    save_tiny(family, tmp_path)
+    sizes = SIZES | {"max_model_len": 96, "skip_tokenizer_init": True}
+    rng = random.Random(2)
+    prompts = [{"prompt_token_ids": [rng.randrange(3, 12) for _ in range(8)] * 3} for _ in range(4)]
+    params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True, detokenize=False)
+    expected = LLM(str(tmp_path), **sizes).generate(prompts, params)
+    llm = eager(tmp_path, **sizes)
+    got = llm.generate(prompts, params)
+    assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in expected]
+    assert llm.engine.drafts.num_draft_tokens > 50
+
+
+@pytest.mark.parametrize("options", [{"mesh": "dp=2,tp=2"}, {"kv_dtype": "int8", "max_decode_steps": 1}], ids=str)
+def test_on_a_mesh_and_with_a_quantised_cache(folder: Path, options: dict[str, Any]) -> None:
+    rng = random.Random(3)
+    prompts = [some_prompt(rng) for _ in range(6)]
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    expected = LLM(str(folder), **SIZES | options).generate(prompts, params)
+    llm = eager(folder, **options)
+    got = llm.generate(prompts, params)
+    assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in expected]
+    assert llm.engine.drafts.num_accepted_tokens > 10
+
+
+def test_figures_say_what_was_drafted_and_accepted(speculating: LLM) -> None:
+    output = speculating.generate([{"prompt_token_ids": [97, 98] * 10}], SamplingParams(temperature=0, max_tokens=40))
+    figures, asked = speculating.get_metrics(), output[0].metrics
+    per_position = [figures[f'spec_decode_num_accepted_tokens_per_pos_total{{position="{i}"}}'] for i in range(3)]
+    assert sum(per_position) == figures["spec_decode_num_accepted_tokens_total"] > 0
+    assert per_position == sorted(per_position, reverse=True)
+    assert asked["num_draft_tokens"] >= asked["num_accepted_tokens"]
+    off = SamplingParams(temperature=0, max_tokens=20, num_speculative_tokens=0)
+    assert speculating.generate([{"prompt_token_ids": [97, 98] * 10}], off)[0].metrics["num_draft_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"method": "ngram"}, "needs num_speculative_tokens"),
+        ({"method": "medusa", "num_speculative_tokens": 2}, "method='medusa' is not supported"),
+        ({"num_speculative_tokens": 2, "draft": 1}, "unknown key 'draft'"),
+        ({"num_speculative_tokens": 0}, "must be in 1..16"),
+        ({"num_speculative_tokens": 2.5}, "a whole number"),
+        ({"num_speculative_tokens": 2, "prompt_lookup_min": 4, "prompt_lookup_max": 2}, "min <= max"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as error:
+        LLM("unused", speculative_config=config)
+    assert "\n" not in str(error.value)
