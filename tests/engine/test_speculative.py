@@ -83,8 +83,8 @@ def test_whatever_is_asked_the_tokens_and_logprobs_are_those_of_plain_decoding(p
         for at, of in zip(one.logprobs or [], other.logprobs or [], strict=True):
             np.testing.assert_allclose([at[t].logprob for t in at], [of[t].logprob for t in at], atol=1e-4)
     drafts = speculating.engine.drafts
-    assert drafts.num_accepted_tokens > 50, "nothing was accepted, so nothing was shown"
-    assert drafts.num_draft_tokens - drafts.num_accepted_tokens > 500, "nothing was rejected, so nothing was shown"
+    assert drafts.num_accepted_tokens > 30, "nothing was accepted, so nothing was shown"
+    assert drafts.num_draft_tokens - drafts.num_accepted_tokens > 200, "nothing was rejected, so nothing was shown"
     assert speculating.get_metrics()["compilations_total"] == before, "something compiled after warm-up"
 
 
