@@ -20,10 +20,12 @@ class Activations:
     Attributes:
         codes: the numbers that it is rounded to.
         is_static: with a scale from the checkpoint; otherwise with one of its own for each token.
+        by_group: with one for each of the token's groups, those of the matrix.
     """
 
     codes: Literal["int8", "float8_e4m3fn"]
     is_static: bool = False
+    by_group: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -124,7 +124,7 @@ def quantized_product(spec: str, x: jax.Array, matrix: QuantizedMatrix) -> jax.A
     if matrix.order is not None:
         x = jnp.take(x, matrix.order, axis=start)
     if matrix.scheme.activations is not None:
-        x = round_activations(x, start, matrix.scheme.activations, matrix.input_scale)
+        x = round_activations(x, start, matrix.scheme.activations, matrix.input_scale, matrix.scheme.group)
     x_dims = x_dims.replace(inputs, _PARTS + _INPUTS)
     return _summing(f"{x_dims},{w_dims}->{_PARTS}{out}", x, matrix, start)
 
@@ -230,8 +230,11 @@ def _numbers(codes: jax.Array, scheme: Scheme) -> jax.Array:
     return numbers
 
 
-def round_activations(x: jax.Array, axis: int, to: Activations, scale: jax.Array | None) -> jax.Array:
-    """`x` as its 8-bit codes stand for it: with the checkpoint's scale, or with one of its own per token."""
+def round_activations(x: jax.Array, axis: int, to: Activations, scale: jax.Array | None, group: int = 0) -> jax.Array:
+    """`x` as its 8-bit codes stand for it: with the checkpoint's scale, or with one of its own per token or group."""
+    if to.by_group and group:
+        grouped = x.reshape(*x.shape[:axis], -1, group, *x.shape[axis + 1 :])
+        return round_activations(grouped, axis + 1, to, scale).reshape(x.shape)
     limit = ACTIVATION_LIMITS[to.codes]
     x = x.astype(jnp.float32)
     if scale is None:

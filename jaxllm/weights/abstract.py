@@ -21,7 +21,7 @@ from jaxllm.models.decoder import Decoder
 from jaxllm.ops.cpu import ffi
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import check_divides, kv_copies, num_parts, vocab_padding
-from jaxllm.weights.schemes import asked_schemes
+from jaxllm.weights.schemes import asked_schemes, with_activations
 from jaxllm.weights.stored import Storage, choose_storage
 
 
@@ -111,11 +111,13 @@ def abstract_model(
 def make_model(config: EngineConfig, model_config: ModelConfig, placement: Placement) -> AbstractModel:
     """The abstract decoder in the dtype asked for (bfloat16 unless told otherwise), quantised where it should be."""
     name = "bfloat16" if config.dtype == "auto" else config.dtype
-    model = abstract_model(model_config, placement, jnp.dtype(name), is_packed=_use_panels(config, placement))
-    return replace(model, schemes=asked_schemes(config.quantization, model.state, placement))
+    model = abstract_model(model_config, placement, jnp.dtype(name))
+    schemes = with_activations(asked_schemes(config.quantization, model.state, placement), config.activation_dtype)
+    is_packed = _use_panels(config, placement, quantized=bool(schemes))
+    return replace(model, schemes=schemes, is_packed=is_packed)
 
 
-def _use_panels(config: EngineConfig, placement: Placement) -> bool:
+def _use_panels(config: EngineConfig, placement: Placement, *, quantized: bool) -> bool:
     """Whether the processor's own kernels multiply. Raises ValueError where they are asked for and cannot."""
     mesh = placement.mesh
     if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
@@ -124,7 +126,7 @@ def _use_panels(config: EngineConfig, placement: Placement) -> bool:
         return False
     if config.matmul_backend == "xla":
         return False
-    reason = ffi.unavailable()
+    reason = ffi.unavailable(quantized=quantized)
     if reason and config.matmul_backend == "llvm":
         raise ValueError(f"matmul_backend='llvm' cannot run: {reason}; use auto or xla")
     return not reason

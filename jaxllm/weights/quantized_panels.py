@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.config.quantization import Scheme
-from jaxllm.ops.cpu.quantized import PANEL, QuantizedPanels, pack_codes, pack_scales, packs_quantized
+from jaxllm.ops.cpu.quantized import PANEL, QuantizedPanels, Rounding, pack_codes, pack_scales, packs_quantized, rounds
 from jaxllm.ops.cpu.quantized_numbers import Codes
 from jaxllm.weights.boxes import Box, aligned_zeros, panel_boxes
 from jaxllm.weights.quantized import Quantized
@@ -58,7 +58,9 @@ class QuantizedInPanels:
     def fits(self, want: jax.ShapeDtypeStruct, contracted: tuple[int, ...]) -> bool:
         """Whether the kernels know such codes, and multiply such a parameter over its inputs and never otherwise."""
         s = self.scheme
-        if s.activations is not None or s.codes not in ("uint4", "int8") or (s.bits == 8 and s.offset):
+        if s.codes not in ("uint4", "int8") or (s.bits == 8 and s.offset):
+            return False
+        if (a := s.activations) is not None and (a.codes != "int8" or a.is_static or not rounds(self.meaning)):
             return False
         if not (contracted == self.logical.inputs or (self._are_experts(want.shape) and not contracted)):
             return False
@@ -164,5 +166,9 @@ class QuantizedInPanels:
         remaining = tuple(size for i, size in enumerate(want.shape) if i not in dropped)
         return QuantizedPanels(
             leaves["codes"], leaves["scales"], leaves.get("minima"), leaves.get("order"), None, self.meaning, remaining,
-            jnp.dtype(want.dtype).name,
+            jnp.dtype(want.dtype).name, self._rounding(),
         )  # fmt: skip
+
+    def _rounding(self) -> Rounding:
+        a = self.scheme.activations
+        return "never" if a is None else "group" if a.by_group else "token"

@@ -5,12 +5,13 @@ Configuration and the decoder's parameters as shapes in; parameter path -> `Sche
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 from flax import nnx
 
-from jaxllm.config.quantization import Scheme
+from jaxllm.config.quantization import Activations, Scheme
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import num_parts
 
@@ -51,3 +52,24 @@ def _asked(name: str, path: tuple, variable: Any, placement: Placement) -> Schem
         f"{'.'.join(map(str, path))}: its {size} inputs (in {parts} parts) do not divide into groups of "
         f"{' or '.join(map(str, INT4_GROUPS))}; use quantization='int8' or a smaller mesh"
     )
+
+
+def with_activations(schemes: dict[tuple, Scheme], dtype: str) -> dict[tuple, Scheme]:
+    """The same, with activations rounded where matrices are integers and nothing is said of their activations.
+
+    Raises ValueError where that changes nothing.
+    """
+    if dtype == "auto":
+        return schemes
+    activations = Activations(codes="int8", by_group=True)
+    changed = {
+        path: dataclasses.replace(scheme, activations=activations)
+        for path, scheme in schemes.items()
+        if scheme.activations is None and scheme.codes != "float8_e4m3fn" and not scheme.table
+    }
+    if not changed:
+        raise ValueError(
+            "activation_dtype='int8' is for matrices of 4-bit or 8-bit integers, and this model has none that multiply "
+            "16-bit activations; use auto, or quantization='int4' or 'int8' with it"
+        )
+    return schemes | changed

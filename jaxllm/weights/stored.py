@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from jaxllm.config.quantization import Scheme
+from jaxllm.ops.cpu import ffi
 from jaxllm.ops.cpu.packed import PackedMatrix, abstract_panels, pack, packs
 from jaxllm.sharding.mesh import Placement
 from jaxllm.weights.boxes import Box, ReadBox, aligned_zeros, panel_boxes
@@ -130,6 +131,6 @@ def choose_storage(
     if scheme is not None:
         logical, panels = Quantized(scheme, inputs), QuantizedInPanels(Quantized(scheme, inputs))
         return panels if use_panels and placement.mesh.size == 1 and panels.fits(want, contracted) else logical
-    if use_panels and placement.mesh.size == 1 and packs(want.shape, want.dtype, contracted):
+    if use_panels and placement.mesh.size == 1 and not ffi.unavailable() and packs(want.shape, want.dtype, contracted):
         return Panels(contracted)
     return Plain()

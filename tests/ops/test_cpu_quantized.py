@@ -77,9 +77,28 @@ def test_processor_without_wide_registers_multiplies_too(monkeypatch):
             check(panels, dense, inputs(m, 96))
 
 
+@pytest.mark.parametrize("is_wide", [True, False])
+@pytest.mark.parametrize("rounding", ["group", "token"])
+@pytest.mark.parametrize("meaning", [UINT4, INT4, INT8], ids=["uint4", "int4", "int8"])
+def test_product_with_rounded_rows_is_that_of_what_they_round_to(meaning, rounding, is_wide, monkeypatch):
+    if not is_wide:
+        monkeypatch.setattr(ffi, "has", lambda feature: False)
+        monkeypatch.setattr(ffi, "host", lambda: ("haswell", "+avx2,+fma,+f16c"))
+    panels, dense = matrix(meaning, 96, 64, 32, minima=True)
+    panels = dataclasses.replace(panels, rounding=rounding)
+    for m in (1, 13, 40):
+        x = np.asarray(inputs(m, 96, "float32"))
+        parts = x.reshape(m, -1, 32 if rounding == "group" else 96)
+        scales = np.abs(parts).max(axis=2, keepdims=True) / np.float32(127)
+        want = (np.round(parts / scales) * scales.astype(np.float64)).reshape(m, 96) @ dense
+        got = np.asarray(product(jnp.asarray(x), panels))
+        np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max(), rtol=0)
+
+
 def test_row_does_not_depend_on_the_rows_beside_it():
-    for meaning in (UINT4, INT8):
+    for meaning, rounding in ((UINT4, "never"), (INT8, "never"), (UINT4, "group")):
         panels, _ = matrix(meaning, 128, 96, 32, minima=True)
+        panels = dataclasses.replace(panels, rounding=rounding)
         x = inputs(40, 128)
         whole = np.asarray(product(x, panels))
         for first, end in ((0, 1), (7, 11), (3, 28), (12, 24)):

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
-from jaxllm.config.quantization import Scheme
+from jaxllm.config.quantization import Activations, Scheme
 from jaxllm.ops.cpu import ffi
 from jaxllm.ops.cpu.quantized import QuantizedPanels
 from jaxllm.weights.quantized import Quantized
 from jaxllm.weights.quantized_panels import QuantizedInPanels
 from jaxllm.weights.rounding import Pieces
+from jaxllm.weights.schemes import with_activations
 
 if reason := ffi.unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -94,6 +95,16 @@ def test_what_the_kernels_do_not_know_stays_as_it_is():
     assert not QuantizedInPanels(Quantized(Scheme(codes="float8_e4m3fn"), (0,))).fits(want, (0,))
     assert not QuantizedInPanels(Quantized(dataclasses.replace(BYTES, offset=3), (0,))).fits(want, (0,))
     assert not QuantizedInPanels(Quantized(BYTES, (0,))).fits(want, ())  # absorbed products sum over other dims
+
+
+def test_activations_are_rounded_where_asked_for_and_possible(tiny_llama):
+    with pytest.raises(ValueError, match="activation_dtype='int8' is for matrices of 4-bit or 8-bit integers"):
+        LLM(str(tiny_llama), activation_dtype="int8")
+    schemes = with_activations({("a",): WITH_MINIMA, ("b",): Scheme(codes="float8_e4m3fn")}, "int8")
+    assert schemes["a",].activations == Activations(codes="int8", by_group=True)
+    assert schemes["b",].activations is None
+    storage = QuantizedInPanels(Quantized(schemes["a",], (0,)))
+    assert storage.fits(jax.ShapeDtypeStruct((64, 64), jnp.dtype(jnp.bfloat16)), (0,))
 
 
 def test_engine_in_quantised_panels_gives_the_logprobs_of_the_engine_without(tiny_llama):

@@ -21,23 +21,32 @@ from typing import Any
 
 import jax
 
+_BFLOAT16 = ("avx512f", "avx512bw", "avx512vl", "avx512bf16")
+_LEAST = ("avx2", "fma", "f16c")
 _SPINS = 200  # some microseconds; then whoever does the last part may have lost its core, and gets this one
 _lock = threading.Lock()
 _engines: dict[str, Any] = {}  # what keeps each registered kernel's code alive
 
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why kernels cannot run here: llvmlite is not installed, or the processor lacks the instructions they use."""
+def unavailable(*, quantized: bool = False) -> str | None:
+    """Why kernels cannot run here: llvmlite is not installed, or the processor lacks the instructions they use.
+
+    Those of `quantized` matrices ask for less than those of bfloat16.
+    """
     try:
-        import llvmlite.binding as llvm
+        import llvmlite.binding as _  # noqa: F401
     except ImportError:
         return "llvmlite is not installed (pip install llvmlite)"
     if sys.platform != "linux":
         return "the kernels are written for Linux"
-    features = llvm.get_host_cpu_features()
-    missing = [name for name in ("avx512f", "avx512bw", "avx512vl", "avx512bf16") if not features.get(name)]
+    missing = [name for name in (_LEAST if quantized else _BFLOAT16) if not has(name)]
     return f"the processor has no {missing[0]} instructions" if missing else None
+
+
+def has(feature: str) -> bool:
+    """Whether the processor has instructions, by LLVM's name of them."""
+    return f"+{feature}" in host()[1].split(",")
 
 
 def num_threads() -> int:
@@ -57,6 +66,7 @@ def register(kernel: str, num_parts: int, num_operands: int) -> str:
     return name
 
 
+@functools.cache
 def host() -> tuple[str, str]:
     """LLVM's name of this processor, and its features."""
     import llvmlite.binding as llvm

@@ -13,16 +13,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.config.quantization import Activations
 from jaxllm.ops.cpu import ffi
+from jaxllm.ops.cpu.quantized_bytes import Bytes, RoundingSizes, byte_offset, rounding_kernel
 from jaxllm.ops.cpu.quantized_kernel import PANEL, QuantizedSizes, quantized_kernel
-from jaxllm.ops.cpu.quantized_numbers import Codes, Floats, Pairs
+from jaxllm.ops.cpu.quantized_numbers import Arithmetic, Codes, Floats, Pairs
+from jaxllm.ops.quantized import round_activations
 
+Rounding = Literal["never", "token", "group"]
 _SCALES = {"float16": "half", "bfloat16": "bfloat", "float32": "float"}
+_MANY_ROWS = 32  # rounded by several threads
 _EVEN_FIRST = (0, 2, 4, 6, 1, 3, 5, 7)  # inputs of a word of 4-bit codes, from its lowest bits up
 
 
@@ -39,6 +45,8 @@ class QuantizedPanels:
         meaning: of codes.
         remaining: the sizes of the dims that a product keeps.
         dtype: in which products are computed, bfloat16 or float32.
+        rounding: whether rows of x are rounded to 8-bit integers first: never, or with a scale of each token, or of
+            each token's group.
     """
 
     codes: jax.Array
@@ -49,6 +57,7 @@ class QuantizedPanels:
     meaning: Codes = dataclasses.field(metadata={"static": True})
     remaining: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     dtype: str = dataclasses.field(default="bfloat16", metadata={"static": True})
+    rounding: Rounding = dataclasses.field(default="never", metadata={"static": True})
 
     @property
     def num_inputs(self) -> int:
@@ -97,6 +106,11 @@ def _numbers(words: jax.Array, meaning: Codes) -> jax.Array:
     return jnp.array(meaning.table, jnp.float32)[codes]
 
 
+def rounds(meaning: Codes) -> bool:
+    """Whether products with rows that are rounded know such codes."""
+    return byte_offset(meaning) is not None
+
+
 def packs_quantized(k: int, n: int, group: int, meaning: Codes) -> bool:
     """Whether a quantised matrix can be kept in panels."""
     whole = n % PANEL == 0 and k % meaning.per_word == 0 and k % group == 0 and group % 16 == 0
@@ -138,17 +152,39 @@ def _matmul(x_MK: jax.Array, matrix: QuantizedPanels) -> jax.Array:
         scale=_SCALES[matrix.scales.dtype.name], has_minima=matrix.minima is not None,
         is_chosen=matrix.number is not None,
     )  # fmt: skip
-    in_pairs = matrix.dtype == "bfloat16" and not ffi.unavailable()
-    operands = [matrix.codes, matrix.scales, matrix.minima]
-    operands.append(None if matrix.number is None else matrix.number.astype(jnp.int32))
-    x_MK = x_MK.astype(matrix.dtype).astype(jnp.bfloat16 if in_pairs else jnp.float32)
+    if matrix.rounding != "never" and ffi.has("avx512vnni"):
+        kind, x = "bytes", _rounded(x_MK, sizes, by_group=matrix.rounding == "group")
+    elif matrix.rounding != "never":
+        kind = "floats"
+        to = Activations(codes="int8", by_group=matrix.rounding == "group")
+        x = round_activations(x_MK, 1, to, None, sizes.group)
+    else:
+        kind = "pairs" if matrix.dtype == "bfloat16" and not ffi.unavailable() else "floats"
+        x = x_MK.astype(matrix.dtype).astype(jnp.bfloat16 if kind == "pairs" else jnp.float32)
+    number = None if matrix.number is None else matrix.number.astype(jnp.int32)
+    operands = [part for part in (x, matrix.codes, matrix.scales, matrix.minima, number) if part is not None]
     result = jax.ShapeDtypeStruct((m, b * c), jnp.float32)
-    call = jax.ffi.ffi_call(_target(sizes, in_pairs, not ffi.unavailable()), result)
-    return call(x_MK, *(operand for operand in operands if operand is not None))
+    return jax.ffi.ffi_call(_target(sizes, kind, ffi.has("avx512f")), result)(*operands)
+
+
+def _rounded(x_MK: jax.Array, sizes: QuantizedSizes, *, by_group: bool) -> jax.Array:
+    """Rows as `quantized_bytes` wants them."""
+    (m, k), s = x_MK.shape, sizes
+    rounding = RoundingSizes(m=m, k=k, group=s.group, by_group=by_group, codes=s.codes)
+    result = jax.ShapeDtypeStruct((rounding.num_bytes,), jnp.uint8)
+    return jax.ffi.ffi_call(_rounding_target(rounding), result)(x_MK.astype(jnp.float32))
 
 
 @functools.cache  # every layer's trace asks again
-def _target(sizes: QuantizedSizes, in_pairs: bool, is_wide: bool) -> str:
+def _target(sizes: QuantizedSizes, kind: str, is_wide: bool) -> str:
     num_parts = min(sizes.num_panels, 4 * ffi.num_threads())
-    arithmetic = Pairs(sizes.codes) if in_pairs else Floats(sizes.codes, is_wide=is_wide)
+    arithmetic: Arithmetic = Floats(sizes.codes, is_wide=is_wide)
+    if kind != "floats":
+        arithmetic = Bytes(sizes.codes) if kind == "bytes" else Pairs(sizes.codes)
     return ffi.register(quantized_kernel(sizes, arithmetic, num_parts), num_parts, num_operands=sizes.num_operands)
+
+
+@functools.cache
+def _rounding_target(sizes: RoundingSizes) -> str:
+    num_parts = 4 * ffi.num_threads() if sizes.m >= _MANY_ROWS else 1
+    return ffi.register(rounding_kernel(sizes, num_parts), num_parts, num_operands=1)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxllm.ops.cpu.ir import Function, Value
-from jaxllm.ops.cpu.lanes import VECTOR, ZERO, Lanes, constant
+from jaxllm.ops.cpu.lanes import VECTOR, ZERO, Lanes
 from jaxllm.ops.cpu.quantized_numbers import INTS, Arithmetic, Codes
 
 PANEL = 32  # columns: two vectors of sixteen float32 sums for each row of x
@@ -84,6 +84,7 @@ class _Kernel:
     def __init__(self, s: QuantizedSizes, arithmetic: Arithmetic, num_parts: int):
         self.s, self.a, self.num_parts = s, arithmetic, num_parts
         self.turns_once = s.m > arithmetic.most_turning
+        self.computes_sums = s.has_minima and not arithmetic.brings_facts
         num_passes = -(-s.m // (arithmetic.most_turned if self.turns_once else arithmetic.most_turning))
         rows, larger = divmod(s.m, num_passes)  # the first `larger` passes take one row more
         passes = ((rows + 1, 0, larger), (rows, larger, num_passes))
@@ -94,7 +95,7 @@ class _Kernel:
         parts = [_rows(self.s, self.a, count, turns=not self.turns_once) for count, *_ in self.passes]
         if self.turns_once:
             parts.append(_turn(self.s, self.a))
-        if self.s.has_minima:
+        if self.computes_sums:
             parts.append(_group_sums(self.s, self.a))
         return "".join(parts) + self._part()
 
@@ -105,11 +106,11 @@ class _Kernel:
         first = f.arithmetic("udiv", f.mul(part, s.num_panels), self.num_parts)
         end = f.arithmetic("udiv", f.mul(f.add(part, 1), s.num_panels), self.num_parts)
         turned_bytes = _STEP // self.a.inputs * s.k if self.turns_once else 0
-        sums_bytes = -(-4 * s.m * s.num_groups // 64) * 64 if s.has_minima else 0
+        sums_bytes = -(-4 * s.m * s.num_groups // 64) * 64 if self.computes_sums else 0
         scratch = f.let(f"call ptr @aligned_alloc(i64 64, i64 {turned_bytes + sums_bytes + 64})")
-        sums = f.at(scratch, turned_bytes)
-        if s.has_minima:
-            f.do(f"call void @group_sums(ptr {x}, ptr {sums})")
+        facts = f.at(x, s.m * s.k) if self.a.brings_facts else f.at(scratch, turned_bytes)
+        if self.computes_sums:
+            f.do(f"call void @group_sums(ptr {x}, ptr {facts})")
         with f.loop(first, end) as panel:
             weights = f.at(codes, f.mul(panel, s.code_bytes))
             if self.turns_once:
@@ -122,8 +123,8 @@ class _Kernel:
                     row = f.add(f.mul(f.sub(nth, begin), count), first_row)
                     x_rows = f.at(x, f.mul(row, self.a.x_bytes * s.k))
                     y_rows = f.at(y_panel, f.mul(row, 4 * PANEL * s.num_panels))
-                    row_sums = f.at(sums, f.mul(row, 4 * s.num_groups))
-                    pointers = (x_rows, weights, scales[0], scales[-1], row_sums, y_rows)
+                    row_facts = f.at(facts, f.mul(row, 4 * self.a.facts * s.num_groups))
+                    pointers = (x_rows, weights, scales[0], scales[-1], row_facts, y_rows)
                     f.do(f"call void @rows{count}({', '.join(f'ptr {p}' for p in pointers)})")
         f.do(f"call void @free(ptr {scratch})")
         return f.text()
@@ -142,15 +143,17 @@ class _Kernel:
 
 
 def _rows(s: QuantizedSizes, a: Arithmetic, count: int, *, turns: bool) -> str:
-    """`count` rows of x times one panel. Arguments: x, codes or numbers, scales, minima, sums of groups, result."""
+    """`count` rows of x times one panel. Arguments: x, codes or numbers, scales, minima, facts of groups, result."""
     f = Function(f"rows{count}", ["ptr"] * 6, "noinline")
-    lanes, (x, w, scales, minima, group_sums, y) = Lanes(f), f.args
+    lanes, (x, w, scales, minima, facts, y) = Lanes(f), f.args
     places = [(row, half) for row in range(count) for half in _HALVES]
     totals = {place: f.variable(VECTOR, ZERO) for place in places}
     with f.loop(0, s.num_groups) as group:
-        sums = {place: f.variable(VECTOR, ZERO) for place in places}
-        for variable in sums.values():
-            variable.set(ZERO)
+        group_facts = f.at(facts, f.mul(group, 4 * a.facts))
+        known = [f.at(group_facts, 4 * a.facts * s.num_groups * row) for row in range(count)]
+        sums = {(row, half): f.variable(a.sums, ZERO) for row, half in places}
+        for (row, _), variable in sums.items():
+            variable.set(a.start(f, known[row]))
         step = s.codes.per_word if turns else a.inputs  # inputs that lie side by side
         several = math.gcd(s.group, _UNROLLED)
         with f.loop(f.mul(group, s.group), f.mul(f.add(group, 1), s.group), several) as first:
@@ -165,14 +168,13 @@ def _rows(s: QuantizedSizes, a: Arithmetic, count: int, *, turns: bool) -> str:
                             total = sums[row, half]
                             total.set(a.add_product(f, total.get(), inputs, weights[half]))
         factors = [_factor(f, s, scales, group, half) for half in _HALVES]
-        if a.factor != 1.0:
-            factors = [lanes.mul(factor, constant(a.factor)) for factor in factors]
         offsets = [_factor(f, s, minima, group, half) for half in _HALVES] if s.has_minima else []
         for row, half in places:
-            total = lanes.fma(sums[row, half].get(), factors[half], totals[row, half].get())
+            number, scale = a.scaled(f, sums[row, half].get(), factors[half], known[row])
+            total = lanes.fma(number, scale, totals[row, half].get())
             if s.has_minima:
-                at = f.at(group_sums, f.add(f.mul(group, 4), 4 * s.num_groups * row))
-                total = lanes.fma(f.splat("float", f.load("float", at), 16), offsets[half], total)
+                inputs = f.splat("float", f.load("float", f.at(known[row], 4 * (a.facts - 1))), 16)
+                total = lanes.fma(inputs, offsets[half], total)
             totals[row, half].set(total)
     for (row, half), total in totals.items():
         f.store(VECTOR, total.get(), f.at(y, 4 * PANEL * s.num_panels * row + 64 * half))
@@ -206,8 +208,7 @@ def _turn(s: QuantizedSizes, a: Arithmetic) -> str:
         at, to = f.at(codes, f.mul(index, _STEP)), f.at(out, f.mul(index, _STEP // a.inputs * s.codes.per_word))
         for half in _HALVES:
             for i, numbers in enumerate(a.numbers(f, f.load(INTS, f.at(at, 64 * half), 64))):
-                kind = VECTOR if a.inputs == 1 else "<32 x bfloat>"
-                f.store(kind, numbers, f.at(to, _STEP * i + 64 * half), 64)
+                f.store(a.kind, numbers, f.at(to, _STEP * i + 64 * half), 64)
     return f.text()
 
 

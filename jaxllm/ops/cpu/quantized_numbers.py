@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.ops.cpu.ir import Function
-from jaxllm.ops.cpu.lanes import VECTOR, literal
+from jaxllm.ops.cpu.lanes import VECTOR, ZERO, constant, literal
 
 INTS = "<16 x i32>"
 _PAIRS = "<32 x bfloat>"
@@ -46,17 +46,26 @@ class Codes:
 
 
 class Arithmetic(Protocol):
-    """See the module. `inputs` of x are in one vector of numbers; an input of x has `x_bytes`.
+    """See the module.
 
-    `most_turning` and `most_turned` are the rows of x that a pass can take, the one that turns codes and the one that
-    reads numbers; `factor` is what numbers have to be multiplied with, by their group's scale.
+    Attributes:
+        inputs: of x in one vector of numbers.
+        x_bytes: of an input of x.
+        kind: LLVM's type of a vector of numbers.
+        sums: the type of a group's sums.
+        facts: 32-bit numbers known of each row's group, the sum of its inputs last; those that come with x.
+        most_turning, most_turned: rows of x that a pass can take, one that turns codes and one that reads numbers.
+        declarations: of the functions that it calls.
     """
 
     inputs: int
     x_bytes: int
+    kind: str
+    sums: str
+    facts: int
+    brings_facts: bool
     most_turning: int
     most_turned: int
-    factor: float
     declarations: str
 
     def numbers(self, f: Function, word: str) -> list[str]:
@@ -75,6 +84,14 @@ class Arithmetic(Protocol):
         """`total + x * numbers`, column by column."""
         ...
 
+    def start(self, f: Function, facts: str) -> str:
+        """The sum of no products of a row's group."""
+        ...
+
+    def scaled(self, f: Function, total: str, scale: str, facts: str) -> tuple[str, str]:
+        """A group's sum and its scale, as float32 numbers to be multiplied."""
+        ...
+
     def sixteen(self, f: Function, pointer: str) -> str:
         """Sixteen inputs at a place of x, as float32."""
         ...
@@ -83,7 +100,8 @@ class Arithmetic(Protocol):
 class Pairs:
     """Products of bfloat16 pairs (VDPBF16PS): what the processor multiplies fastest."""
 
-    inputs, x_bytes = 2, 2
+    inputs, x_bytes, kind, sums = 2, 2, _PAIRS, VECTOR
+    facts, brings_facts = 1, False
     most_turning, most_turned = (
         12,
         6,
@@ -95,7 +113,6 @@ declare {_SHORTS} @{_PICK_SHORTS}({_SHORTS}, {_SHORTS})
 
     def __init__(self, codes: Codes):
         self.codes = codes
-        self.factor = 1.0 if codes.bits == 4 else 2.0**-24
         bits = np.array(codes.table * 2, ml_dtypes.bfloat16).view(np.uint16)  # a look-up takes five bits, a code four
         self._table = "<" + ", ".join(f"i16 {number}" for number in bits) + ">"
 
@@ -132,11 +149,20 @@ declare {_SHORTS} @{_PICK_SHORTS}({_SHORTS}, {_SHORTS})
         bits = f.let(f"zext <16 x i16> {f.load('<16 x i16>', pointer, 2)} to {INTS}")
         return f.let(f"bitcast {INTS} {f.let(f'shl {INTS} {bits}, splat (i32 16)')} to {VECTOR}")
 
+    def start(self, f: Function, facts: str) -> str:
+        """See `Arithmetic`."""
+        return ZERO
+
+    def scaled(self, f: Function, total: str, scale: str, facts: str) -> tuple[str, str]:
+        """See `Arithmetic`."""
+        return total, _times_small(f, scale, self.codes)
+
 
 class Floats:
     """Products in float32, of processors with AVX2 too."""
 
-    inputs, x_bytes = 1, 4
+    inputs, x_bytes, kind, sums = 1, 4, VECTOR, VECTOR
+    facts, brings_facts = 1, False
     declarations = f"""
 declare {VECTOR} @{_PICK_SIXTEEN}({VECTOR}, {INTS})
 declare {_EIGHT} @{_PICK_EIGHT}({_EIGHT}, <8 x i32>)
@@ -145,7 +171,6 @@ declare {_EIGHT} @{_PICK_EIGHT}({_EIGHT}, <8 x i32>)
     def __init__(self, codes: Codes, *, is_wide: bool):
         self.codes, self.is_wide = codes, is_wide
         self.most_turning, self.most_turned = (12, 6) if is_wide else (2, 2)  # of 16 registers four hold a row's sums
-        self.factor = 1.0 if codes.bits == 4 else 2.0**-24
 
     def numbers(self, f: Function, word: str) -> list[str]:
         """See `Arithmetic`."""
@@ -187,6 +212,14 @@ declare {_EIGHT} @{_PICK_EIGHT}({_EIGHT}, <8 x i32>)
         """See `Arithmetic`."""
         return f.load(VECTOR, pointer)
 
+    def start(self, f: Function, facts: str) -> str:
+        """See `Arithmetic`."""
+        return ZERO
+
+    def scaled(self, f: Function, total: str, scale: str, facts: str) -> tuple[str, str]:
+        """See `Arithmetic`."""
+        return total, _times_small(f, scale, self.codes)
+
 
 def _shifted_right(f: Function, word: str, bits: int) -> str:
     return f.let(f"lshr {INTS} {word}, splat (i32 {bits})") if bits else word
@@ -199,6 +232,11 @@ def _shifted_byte(f: Function, word: str, byte: int) -> str:
     if byte > 0:
         word = f.let(f"and {INTS} {word}, splat (i32 {-(1 << 24)})")
     return f.let(f"sitofp {INTS} {word} to {VECTOR}")
+
+
+def _times_small(f: Function, scale: str, codes: Codes) -> str:
+    """A scale, less what `_shifted_byte` multiplied numbers with."""
+    return scale if codes.bits == 4 else f.let(f"fmul {VECTOR} {scale}, {constant(2.0**-24)}")
 
 
 def _floats(numbers: tuple[float, ...]) -> str:
