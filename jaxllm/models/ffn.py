@@ -72,6 +72,7 @@ class MixtureOfExperts(nnx.Module):
             logits_TE = logits_TE + self.router_bias[...]
         correction = None if self.correction is None else self.correction[...]
         expert_TY, weight_TY = route(logits_TE, self.cfg, correction)
+        ctx.routed(logits_TE, expert_TY)
         y_TD = ctx.to_residual(self._routed(routed_TD, expert_TY, weight_TY, ctx))
         if self.shared is None:
             return y_TD

@@ -5,9 +5,10 @@ Dimension letters: T tokens, D model width, K key/value heads, G query heads per
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -52,8 +53,29 @@ def contract(spec: str, x: jax.Array, weight: nnx.Param | jax.Array | StoredMatr
     w = weight.get_value() if isinstance(weight, nnx.Param) else weight
     if not isinstance(w, jax.Array):
         return w.product(spec, x)
+    return _product(spec, x.astype(w.dtype), w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     precision = "highest" if w.dtype == jnp.float32 else None  # float32 means float32 on every backend
-    return jnp.einsum(spec, x.astype(w.dtype), w, preferred_element_type=jnp.float32, precision=precision)
+    return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32, precision=precision)
+
+
+def _forward(spec: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _product(spec, x, w), (x, w)
+
+
+def _backward(spec: str, kept: tuple[jax.Array, jax.Array], change: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Left to JAX, the change would stay float32 beside narrow weights, and both products run at float32's speed."""
+    x, w = kept
+    left, right, out = spec.replace("->", ",").split(",")
+    change = change.astype(w.dtype)
+    change_x, change_w = _product(f"{out},{right}->{left}", change, w), _product(f"{left},{out}->{right}", x, change)
+    return change_x.astype(x.dtype), change_w.astype(w.dtype)
+
+
+_product.defvjp(_forward, _backward)
 
 
 def columns(weight: nnx.Param, start: int, stop: int | None) -> jax.Array | StoredMatrix:
@@ -81,16 +103,17 @@ class Context:
     each device's own parts; `residual_dtype` is the type of the stream between blocks (and so of the all-reduced
     partial sums); `gathered(block)` is the block with the weights that it computes with; `longest` is the length of
     the longest sequence that can come, None for the model's own limit; `product(name, spec, x, weight)` multiplies with
-    a block's matrices.
+    a block's matrices; `routed(logits, experts)` is told what each router chose.
     """
 
     attend: Attend
     shard: Callable[..., jax.Array]
     over_shards: Callable[[Callable, Sequence[tuple[str | None, ...]], tuple[str | None, ...]], Callable]
     residual_dtype: jnp.dtype
-    gathered: Callable[[nnx.Module], nnx.Module] = lambda module: module
+    gathered: Callable[[Any], Callable[..., jax.Array]] = lambda module: module
     longest: int | None = None
     product: Product = plain_product
+    routed: Callable[[jax.Array, jax.Array], None] = lambda logits_TE, expert_TY: None
 
     def to_residual(self, y_TD: jax.Array, bias: nnx.Param | None = None) -> jax.Array:
         """A half block's result in the residual type; a bias is added once, after the partial sums are."""
