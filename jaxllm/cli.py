@@ -18,12 +18,14 @@ from jaxllm.commands import (
     collectives,
     convert,
     generate,
+    merge,
     plan,
     pull,
     roofline,
     run_batch,
     serve,
     simulate,
+    train,
 )
 from jaxllm.commands.interrupts import EXIT_CODE, counted_interrupts
 from jaxllm.version import __version__
@@ -32,6 +34,8 @@ COMMANDS = (
     generate,
     chat,
     serve,
+    train,
+    merge,
     run_batch,
     pull,
     convert,

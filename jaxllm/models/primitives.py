@@ -58,12 +58,16 @@ def contract(spec: str, x: jax.Array, weight: nnx.Param | jax.Array | StoredMatr
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    return _einsum(spec, x, w)
+
+
+def _einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     precision = "highest" if w.dtype == jnp.float32 else None  # float32 means float32 on every backend
     return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32, precision=precision)
 
 
 def _forward(spec: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _product(spec, x, w), (x, w)
+    return _einsum(spec, x, w), (x, w)
 
 
 def _backward(spec: str, kept: tuple[jax.Array, jax.Array], change: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -71,7 +75,7 @@ def _backward(spec: str, kept: tuple[jax.Array, jax.Array], change: jax.Array) -
     x, w = kept
     left, right, out = spec.replace("->", ",").split(",")
     change = change.astype(w.dtype)
-    change_x, change_w = _product(f"{out},{right}->{left}", change, w), _product(f"{left},{out}->{right}", x, change)
+    change_x, change_w = _einsum(f"{out},{right}->{left}", change, w), _einsum(f"{left},{out}->{right}", x, change)
     return change_x.astype(x.dtype), change_w.astype(w.dtype)
 
 

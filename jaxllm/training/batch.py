@@ -6,8 +6,11 @@ Dimension letters: T tokens, A micro-batches.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+
+Numbers = Any  # NumPy's array on the host, JAX's inside a program
 
 
 @jax.tree_util.register_dataclass
@@ -23,8 +26,8 @@ class TokenBatch:
         documents: int32, in runs; None where every span is one document.
     """
 
-    tokens: jax.Array
-    targets: jax.Array
-    weights: jax.Array
-    positions: jax.Array
-    documents: jax.Array | None
+    tokens: Numbers
+    targets: Numbers
+    weights: Numbers
+    positions: Numbers
+    documents: Numbers | None

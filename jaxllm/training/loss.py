@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,9 +103,7 @@ class LossModel:
         ]
         return nnx.merge(self.model.graph, nnx.from_flat_state(state))
 
-    def hidden(
-        self, decoder: Decoder, parameters: Parameters, batch: TokenBatch
-    ) -> tuple[jax.Array, list[jax.Array]]:
+    def hidden(self, decoder: Decoder, parameters: Parameters, batch: TokenBatch) -> tuple[jax.Array, list[jax.Array]]:
         """Hidden states `[T, D]` before the final norm, and each routed layer's balancing loss."""
         place, balance = self.placement, []
         on_cpu = place.mesh.devices.flat[0].platform == "cpu"
@@ -187,6 +185,6 @@ def balancing_loss(logits_TE: jax.Array, expert_TY: jax.Array) -> jax.Array:
     return num_experts * jnp.sum(sent_E * wanted_E)
 
 
-def name_of(path: tuple[str | int, ...]) -> str:
+def name_of(path: Sequence[Any]) -> str:
     """A parameter's path in the decoder as one word: `layers.3.attention.qkv`."""
     return ".".join(map(str, path))

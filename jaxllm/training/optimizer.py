@@ -48,6 +48,9 @@ def make_optimizer(
     def decays(parameters: dict[str, Any]) -> dict[str, bool]:
         return {name: name in matrices for name in parameters}
 
+    def as_matrices(parameters: Any) -> dict[str, Any]:
+        return {name: _as_matrix(name, value) if name in matrices else None for name, value in parameters.items()}
+
     if config.optimizer == "adamw":
         return optax.adamw(schedule, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=decays)
     return optax.contrib.muon(
@@ -58,9 +61,7 @@ def make_optimizer(
         adam_weight_decay=config.weight_decay,
         weight_decay_mask=decays,
         consistent_rms=0.2,  # as large as AdamW's steps, so that one learning rate serves both
-        muon_weight_dimension_numbers=lambda parameters: {
-            name: _as_matrix(name, value) if name in matrices else None for name, value in parameters.items()
-        },
+        muon_weight_dimension_numbers=as_matrices,
     )
 
 

@@ -52,14 +52,12 @@ class TrainStep:
 
     Args:
         model: what computes the loss.
-        frozen: parameters that are not trained, by name, in the dtype they are used in.
         optimizer: see `jaxllm.training.optimizer`.
         shardings: of the trained parameters, by name.
         max_grad_norm: 0 for no clipping.
     """
 
     model: LossModel
-    frozen: Parameters
     optimizer: optax.GradientTransformation
     shardings: dict[str, NamedSharding]
     max_grad_norm: float
@@ -74,7 +72,9 @@ class TrainStep:
         """Moments lie where their parameters do."""
 
         def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-            name = next((str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey) and k.key in self.shardings), None)
+            name = next(
+                (str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey) and k.key in self.shardings), None
+            )
             is_like = name is not None and leaf.ndim >= len(self.shardings[name].spec)
             return self.shardings[name] if name is not None and is_like else self._whole
 
@@ -102,7 +102,7 @@ class TrainStep:
             factor = self.max_grad_norm / jnp.maximum(norm, self.max_grad_norm)
             gradient = jax.tree.map(lambda g: g * factor, gradient)
         updates, moments = self.optimizer.update(gradient, state.moments, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
+        parameters: Any = optax.apply_updates(state.parameters, updates)
         parameters = {name: self._placed(name, value) for name, value in parameters.items()}
         report = StepReport((sums.loss + sums.extra) / total, norm, sums.correct / total)
         return TrainState(state.step + 1, parameters, moments), report

@@ -7,22 +7,21 @@ configurations come along (side_files.py). Knows nothing of engines.
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxllm.checkpoints.base import Checkpoint
 from jaxllm.checkpoints.work_folder import work_folder
 from jaxllm.weights.side_files import write_side_files
+from jaxllm.weights.tensor_files import taken_apart, write_tensors
 
 if TYPE_CHECKING:
     import numpy as np
 
 FORMATS = ("orbax", "safetensors")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_FILE_BYTES = 4 << 30
 
 
 def convert(
@@ -92,18 +91,7 @@ def _to_safetensors(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
     from jaxllm.weights.orbax import is_orbax
 
     tensors = _from_orbax(checkpoint, dtype) if is_orbax(checkpoint.path) else _from_tensors(checkpoint, dtype)
-    files: list[tuple[Path, list[str], int]] = []
-    for batch in _batches(tensors):
-        file = folder / f"part-{len(files)}.safetensors"
-        files.append((file, list(batch), _save(batch, file)))
-    weight_map = {}
-    for i, (file, names, _) in enumerate(files):
-        name = f"model-{i + 1:05}-of-{len(files):05}.safetensors" if len(files) > 1 else "model.safetensors"
-        file.rename(folder / name)
-        weight_map |= dict.fromkeys(names, name)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": sum(size for *_, size in files)}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    write_tensors(tensors, folder)
 
 
 def _from_tensors(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
@@ -119,7 +107,6 @@ def _from_tensors(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, np.
 def _from_orbax(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """Restore the parameters and take each apart into the tensors it was made of."""
     import jax.numpy as jnp
-    import numpy as np
     from flax import nnx
 
     from jaxllm.families import family_of, read_config
@@ -131,39 +118,5 @@ def _from_orbax(checkpoint: Checkpoint, dtype: str) -> Iterator[tuple[str, np.nd
     placement = Placement(make_mesh("tp=1"), load_rules("replicated"))
     cfg = read_config(checkpoint.config)
     model = abstract_model(cfg, placement, jnp.dtype("bfloat16" if dtype == "auto" else dtype))
-    params = dict(nnx.to_flat_state(restore_parameters(model, checkpoint.path)))
-    unfinished: dict[str, tuple[np.ndarray, int]] = {}
-    sources = family_of(checkpoint.config).weight_map(cfg, 1)
-    shared = [part.name for source in sources.values() for part in source.parts]
-    for path, source in sources.items():
-        value = np.asarray(params.pop(path).get_value())
-        if source.offset:
-            value = (value.astype(np.float32) - source.offset).astype(value.dtype)
-        for part in source.parts:
-            tensor, written = unfinished.get(part.name) or (np.empty(part.shape, value.dtype), 0)
-            part.write(value, tensor)
-            unfinished[part.name] = (tensor, written + 1)
-            if written + 1 == shared.count(part.name):
-                yield part.name, unfinished.pop(part.name)[0]
-
-
-def _batches(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    batch: dict[str, np.ndarray] = {}
-    for name, tensor in tensors:
-        if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > _FILE_BYTES:
-            yield batch
-            batch = {}
-        batch[name] = tensor
-    yield batch
-
-
-def _save(tensors: dict[str, np.ndarray], file: Path) -> int:
-    import numpy as np
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
-    try:
-        save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, file, {"format": "pt"})
-    except SafetensorError as error:  # of the library, whatever the file system said
-        raise OSError(str(error)) from error
-    return sum(tensor.nbytes for tensor in tensors.values())
+    values = {path: leaf.get_value() for path, leaf in nnx.to_flat_state(restore_parameters(model, checkpoint.path))}
+    yield from taken_apart(values, family_of(checkpoint.config).weight_map(cfg, 1))

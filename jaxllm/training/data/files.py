@@ -91,7 +91,7 @@ def _bad_line(path: Path) -> int:
                 line.decode("utf-8")
             except UnicodeDecodeError:
                 return number
-    return number
+    return 0
 
 
 def read_examples(path: Path) -> Iterator[Example]:
