@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 _DECODES = 12  # iterations of each decode point
 _LEAST = 6  # measurements that a bucket needs
-_OUTLIERS = 0.1  # share of measurements, those farthest off, that a second fit leaves out
+_REWEIGHTINGS = 30
+_EXACT = 0.005  # relative errors below this one weigh alike
 _SETTINGS = (
     "max_model_len max_num_seqs max_num_batched_tokens page_size max_decode_steps mesh sharding_rules dtype kv_dtype "
     "enable_prefix_caching"
@@ -227,25 +228,20 @@ def fit_all(measured: Sequence[Measured]) -> dict[str, dict[int, Terms]]:
 
 
 def fit(group: Sequence[Measured]) -> Terms:
-    """The terms that come nearest in relative error, without the measurements that are farthest off."""
-    kept = list(group)
-    terms = _least_squares(kept)
-    for _ in range(2):
-        kept.sort(key=lambda one: abs(terms.seconds(one.work) / one.seconds - 1))
-        kept = kept[: max(_LEAST, int(len(group) * (1 - _OUTLIERS)))]
-        terms = _least_squares(kept)
-    return terms
+    """The terms, none negative, with the least sum of absolute relative errors: a few late iterations cost nothing.
 
-
-def _least_squares(group: Sequence[Measured]) -> Terms:
+    By iteratively reweighted least squares.
+    """
     from scipy.optimize import nnls
 
-    features = np.array([
-        (1, w.tokens, w.chunk_pairs, w.decode_keys, w.admitted) for w in (one.work for one in group)
-    ], float)  # fmt: skip
-    seconds = np.array([one.seconds for one in group])
-    scale = np.maximum(features.max(axis=0), 1e-30)
-    solution, _ = nnls(features / scale / seconds[:, None], np.ones(len(group)))
+    works, seconds = [one.work for one in group], np.array([one.seconds for one in group])
+    features = np.array([(1, w.tokens, w.chunk_pairs, w.decode_keys, w.admitted) for w in works], float)
+    scale = np.maximum(features.max(axis=0), 1e-30) / np.median(seconds)
+    relative, weights = features / scale / seconds[:, None], np.ones(len(group))
+    solution = np.zeros(features.shape[1])
+    for _ in range(_REWEIGHTINGS):
+        solution, _ = nnls(relative * weights[:, None], weights)
+        weights = np.maximum(np.abs(relative @ solution - 1), _EXACT) ** -0.5
     return Terms(*(solution / scale).tolist())
 
 
