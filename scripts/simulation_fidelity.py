@@ -52,13 +52,12 @@ class RealClock:
 def replays(args: argparse.Namespace) -> dict[str, SimulationConfig]:
     """What is replayed."""
     common = {"chip": str(args.profile), "scale_lengths": True, "num_prompts": args.num_prompts}
+    files = {"azure": ("azure_llm_2023_conv.csv", 2.0), "sharegpt": ("sharegpt_lengths.csv", 0.6),
+             "mooncake": ("mooncake_conversation.jsonl", 2.0)}  # fmt: skip
     return {
-        "azure": SimulationConfig(trace=str(args.traces / "azure_llm_2023_conv.csv"), request_rate=2.0 * args.load, **common),
-        "sharegpt": SimulationConfig(trace=str(args.traces / "sharegpt_lengths.csv"), request_rate=0.6 * args.load, **common),
-        "mooncake": SimulationConfig(
-            trace=str(args.traces / "mooncake_conversation.jsonl"), request_rate=2.0 * args.load, **common
-        ),
-    }  # fmt: skip
+        name: SimulationConfig(trace=str(args.traces / file), request_rate=rate * args.load, **common)
+        for name, (file, rate) in files.items()
+    }
 
 
 def real_prompt(arrival: Arrival, vocab_size: int) -> list[int]:
