@@ -13,7 +13,9 @@ product keeps.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxllm.config.quantization import ACTIVATION_LIMITS, Activations, Scheme
+from jaxllm.ops import quantized_gpu
 from jaxllm.ops.gather import gather_rows
 
 _BLOCK = {"cpu": 1 << 20, "default": 1 << 24}  # elements of a device's part expanded at a time
@@ -43,6 +46,7 @@ class QuantizedMatrix:
         inner: sizes of the parameter's input dims but the first.
         parts: into how many parts devices cut the inputs.
         dtype: in which it is expanded and multiplied.
+        is_alone: whether one device holds all of it, so that a kernel may multiply it.
     """
 
     codes: jax.Array
@@ -55,6 +59,7 @@ class QuantizedMatrix:
     inner: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     parts: int = dataclasses.field(default=1, metadata={"static": True})
     dtype: str = dataclasses.field(default="bfloat16", metadata={"static": True})
+    is_alone: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -125,11 +130,31 @@ def quantized_product(spec: str, x: jax.Array, matrix: QuantizedMatrix) -> jax.A
         x = jnp.take(x, matrix.order, axis=start)
     if matrix.scheme.activations is not None:
         x = round_activations(x, start, matrix.scheme.activations, matrix.input_scale, matrix.scheme.group)
-    x_dims = x_dims.replace(inputs, _PARTS + _INPUTS)
-    return _summing(f"{x_dims},{w_dims}->{_PARTS}{out}", x, matrix, start)
+    cut_dims = x_dims.replace(inputs, _PARTS + _INPUTS)
+    by_blocks = functools.partial(_summing, f"{cut_dims},{w_dims}->{_PARTS}{out}", start=start)
+    kept = w_dims.removeprefix(_PARTS + _INPUTS)
+    if not (matrix.is_alone and x_dims.endswith(inputs) and out == x_dims.removesuffix(inputs) + kept):
+        return by_blocks(x, matrix)
+    return _by_kernel(by_blocks, x, matrix)
 
 
-def _summing(spec: str, x: jax.Array, matrix: QuantizedMatrix, start: int) -> jax.Array:
+def _by_kernel(otherwise: Callable[[jax.Array, QuantizedMatrix], jax.Array], x: jax.Array, matrix: QuantizedMatrix):
+    """The kernel of a GPU that holds the whole matrix, where it knows such a product."""
+    lead, kept = x.shape[:-1], matrix.codes.shape[1:]
+    k, n = matrix.num_inputs, math.prod(kept)
+    if jax.default_backend() != "gpu" or quantized_gpu.unsupported(math.prod(lead), k, n, matrix.scheme):
+        return otherwise(x, matrix)
+
+    def kernel(x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
+        flat = [None if a is None else a.reshape(-1, n) for a in (matrix.codes, matrix.scales, matrix.minima)]
+        assert flat[0] is not None and flat[1] is not None
+        x_MK = x.reshape(-1, k).astype(matrix.dtype)
+        return quantized_gpu.quantized_matmul(x_MK, flat[0], flat[1], flat[2], matrix.scheme).reshape(*lead, *kept)
+
+    return jax.lax.platform_dependent(x, matrix, cuda=kernel, default=otherwise)
+
+
+def _summing(spec: str, x: jax.Array, matrix: QuantizedMatrix, *, start: int) -> jax.Array:
     """Blocks of inputs are added up on each device, and the devices' parts once at the end."""
 
     def run(x: jax.Array, matrix: QuantizedMatrix, limit: int) -> jax.Array:
