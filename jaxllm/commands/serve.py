@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.commands.flags import add_engine_flags, engine_arguments
 from jaxllm.commands.startup import Startup
 from jaxllm.config import EngineConfig
+from jaxllm.config.slo import parse_slo
 from jaxllm.server.listen import Listen
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names to answer to; default: --model")
     group.add_argument("--max-num-queued-requests", type=int, default=512, metavar="N", help="above it: 503")
+    group.add_argument(
+        "--slo", metavar="LIMITS", help="refuse (503) what would miss it, for example ttft:2s,tpot:100ms"
+    )
     group.add_argument("--request-timeout", type=float, default=1800.0, metavar="SECONDS")
     group.add_argument(
         "--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help="for requests under way at SIGTERM"
@@ -159,7 +163,7 @@ def _load(args: argparse.Namespace, engine: dict[str, Any], startup: Startup, ho
     from jaxllm.entrypoints.async_llm import AsyncLLM
 
     llm = AsyncLLM(
-        max_num_queued_requests=args.max_num_queued_requests, stuck_seconds=args.stuck_seconds,
+        slo=args.slo, max_num_queued_requests=args.max_num_queued_requests, stuck_seconds=args.stuck_seconds,
         on_stage=startup.stage, **hooks, **engine,
     )  # fmt: skip
     if args.warm_up:
@@ -177,6 +181,7 @@ def _listen(args: argparse.Namespace) -> Listen:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be above 0")
     if args.max_num_queued_requests < 0:
         raise ValueError(f"--max-num-queued-requests is {args.max_num_queued_requests}; it must be at least 0")
+    parse_slo(args.slo)
     _check_tls(args)
     return Listen(
         host=args.host, port=args.port, uds=args.uds, ssl_keyfile=args.ssl_keyfile, ssl_certfile=args.ssl_certfile,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from jaxllm.config.fields import check_types
+from jaxllm.config.kv_events import KVEventsConfig
 from jaxllm.config.kv_transfer import KVTransferConfig
 from jaxllm.config.speculative import SpeculativeConfig
 
@@ -80,6 +81,8 @@ class EngineConfig:
         preemption_mode: what becomes of the cache of a request that is pushed out; swap needs host_kv_bytes.
         kv_transfer_config (JSON): hand requests over between servers, for example '{"kv_role": "kv_producer"}'
             (docs/disaggregation.md).
+        kv_events_config (JSON): tell routers what the prefix cache holds, for example
+            '{"endpoint": "tcp://127.0.0.1:5557"}' (docs/disaggregation.md).
         coordinator_address (HOST:PORT): of process 0, where there are several (docs/pods.md).
         num_processes (N): how many processes there are.
         process_id (I): which of them this is, from 0.
@@ -125,6 +128,7 @@ class EngineConfig:
     disk_kv_path: str | None = None
     preemption_mode: PreemptionMode = "auto"
     kv_transfer_config: Mapping[str, Any] | None = None
+    kv_events_config: Mapping[str, Any] | None = None
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
@@ -161,6 +165,8 @@ class EngineConfig:
         return self.max_num_batched_tokens or max(64 if self.deterministic else 512, self.max_num_seqs)
 
     def _check_pools(self) -> None:
+        if self.kv_events_config is not None:
+            KVEventsConfig.from_json(self.kv_events_config)
         if self.kv_transfer_config is not None:
             KVTransferConfig.from_json(self.kv_transfer_config)
             if self.prefill_mesh is not None:

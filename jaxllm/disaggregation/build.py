@@ -7,7 +7,9 @@ import math
 from collections.abc import Callable
 
 from jaxllm.config import EngineConfig
+from jaxllm.config.kv_events import KVEventsConfig
 from jaxllm.config.kv_transfer import KVTransferConfig
+from jaxllm.disaggregation.events import KVEvents
 from jaxllm.disaggregation.exchange import Exchange
 from jaxllm.disaggregation.pools import PrefillDecode
 from jaxllm.engine.build import BuiltEngine, build_engine
@@ -41,6 +43,13 @@ def exchange_of(config: EngineConfig, built: BuiltEngine) -> Exchange | None:
     if config.kv_transfer_config is None:
         return None
     return Exchange(built.engine, KVTransferConfig.from_json(config.kv_transfer_config), built.weights)
+
+
+def events_of(config: EngineConfig, built: BuiltEngine) -> KVEvents | None:
+    """What tells routers of the prefix cache, where the configuration asks for it; of two pools the decode pool's."""
+    if config.kv_events_config is None or not (wanted := KVEventsConfig.from_json(config.kv_events_config)).is_on:
+        return None
+    return KVEvents(wanted, built.engine.memory.pools)
 
 
 def pool_configs(config: EngineConfig) -> tuple[EngineConfig, EngineConfig]:

@@ -74,6 +74,9 @@ class Exports:
     def __len__(self) -> int:
         return len(self._exports)
 
+    def __contains__(self, transfer_id: str) -> bool:
+        return transfer_id in self._exports
+
     @property
     def num_bytes(self) -> int:
         """Kept now."""

@@ -26,6 +26,7 @@ from jaxllm.disaggregation.stats import TransferStats
 from jaxllm.engine.engine import Engine
 from jaxllm.kv.logical import row_bytes, rows_of, slab_of
 from jaxllm.kv.page_programs import MOVE_BATCH
+from jaxllm.scheduling.page_lists import publish_page
 from jaxllm.scheduling.request import Request
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,6 @@ class _Batch:
     """Pages of one stream on their way."""
 
     stream: _Stream
-    digests: list[bytes]
     spans: list[tuple[int, int]]
     slabs: Future[Moved]
 
@@ -186,7 +186,7 @@ class Passage:
         spans = [(i * pool.page_size, (i + 1) * pool.page_size) for i in missing]
         slabs = self._carry(request.replica, request.pages, spans)
         stream.under_way += 1
-        self._batches.append(_Batch(stream, [stream.digests[i] for i in missing], spans, slabs))
+        self._batches.append(_Batch(stream, spans, slabs))
 
     def _land(self) -> None:
         while self._batches and self._batches[0].slabs.done():
@@ -207,8 +207,9 @@ class Passage:
         target.start_moves()
         first = replica * pool.num_pages
         target.runner.put_pages([first + page for page in pages], slabs)
-        for page, digest in zip(pages, batch.digests, strict=True):
-            pool.publish(page, digest)
+        stream = batch.stream
+        for page, (start, _) in zip(pages, batch.spans, strict=True):
+            publish_page(pool, page, stream.digests, start // pool.page_size, stream.request.token_ids)
         pool.free(pages)
         self._count(batch.spans, seconds)
         return True

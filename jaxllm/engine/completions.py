@@ -158,6 +158,7 @@ class Jobs:
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer | None, exchange: Exchange | None = None):
         self.exchange = exchange
+        self.after_step: list[Callable[[], None]] = [] if exchange is None else [exchange.pump]
         self.engine, self.scorer = engine, Scorer(engine.scoring_engine)
         self._tokenizer = tokenizer
         vocab_size = engine.runner.model.cfg.vocab_size
@@ -184,8 +185,8 @@ class Jobs:
         """One iteration of the engine, and one chunk of a scoring pass."""
         self.engine.step()
         self.scorer.step()
-        if self.exchange is not None:
-            self.exchange.pump()
+        for call in self.after_step:
+            call()
 
     def recover(self) -> None:
         """Set right what an exception cut off; see `Engine.recover`."""

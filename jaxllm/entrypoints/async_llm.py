@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from jaxllm.config.sampling import SamplingParams
+from jaxllm.config.slo import parse_slo
 from jaxllm.engine.completions import Job
 from jaxllm.engine.errors import EngineError, Unavailable
 from jaxllm.engine.outputs import CompletionDelta, CompletionOutput, RequestOutput, as_of
 from jaxllm.engine.prompts import Prompt
 from jaxllm.engine.scoring import ScoringPass
 from jaxllm.engine.work import Work
+from jaxllm.entrypoints.admission import admission_of
 from jaxllm.entrypoints.engine_thread import EngineThread
 from jaxllm.entrypoints.frontend import Frontend
 from jaxllm.entrypoints.tasks import Update
@@ -125,6 +127,7 @@ class AsyncLLM(Frontend):
 
     Args:
         model: as for `LLM`.
+        slo: `ttft:2s,tpot:100ms`: refuse what would miss it; see `jaxllm.entrypoints.admission`.
         max_num_queued_requests: requests that may wait beside those that run.
         stuck_seconds: without progress for so long, while there is work, the engine counts as stuck.
         before_step: a hook for tests that inject faults; called on the engine's thread.
@@ -137,6 +140,7 @@ class AsyncLLM(Frontend):
         self,
         model: str | None = None,
         *,
+        slo: str | None = None,
         max_num_queued_requests: int = 512,
         stuck_seconds: float = 30.0,
         before_step: Callable[[], None] | None = None,
@@ -148,6 +152,7 @@ class AsyncLLM(Frontend):
         super().__init__(model, use_tqdm=use_tqdm, on_stage=on_stage, **kwargs)
         self._capacity = self.engine.runner.shapes.spare_slot + max_num_queued_requests  # slots of all replicas
         self._stuck_seconds = stuck_seconds
+        self.admission = admission_of(self.engine, parse_slo(slo))
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="prepare")
         self._streams: set[Stream] = set()
         self._draining = False
@@ -194,6 +199,8 @@ class AsyncLLM(Frontend):
         jobs = [await self._prepare(prompt, params, streamed) for prompt in prompts]
         for index, job in enumerate(jobs):
             job.request_id = request_id if request_id is None or len(jobs) == 1 else f"{request_id}-{index}"
+        if self.admission is not None:
+            self.admission.check(jobs)
         return self._start(jobs, len(prompts) * params.n, [job.output for job in jobs])
 
     def _start(self, works: Sequence[Work], num_requests: int, outputs: list[RequestOutput]) -> Stream:
@@ -315,8 +322,9 @@ class AsyncLLM(Frontend):
         self._pool.shutdown(wait=False, cancel_futures=True)
         if self.thread.stop():
             self.save_cache()
-        if self.exchange is not None:
-            self.exchange.shutdown()
+        for part in (self.exchange, self.events):
+            if part is not None:
+                part.shutdown()
 
     def _publish(self, updates: list[Update]) -> None:
         """On the engine's thread: wake every loop once with all its news."""

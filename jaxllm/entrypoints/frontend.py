@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxllm.config import EngineConfig
 from jaxllm.config.sampling import SamplingParams
-from jaxllm.disaggregation.build import build_alone, build_pools, exchange_of
+from jaxllm.disaggregation.build import build_alone, build_pools, events_of, exchange_of
 from jaxllm.engine.build import BuiltEngine
 from jaxllm.engine.completions import Jobs, sampling_defaults
 
@@ -47,7 +47,10 @@ class Frontend:
         built = built or build(self.config, progress=use_tqdm, on_stage=on_stage)
         self.engine, self.model_config = built.engine, built.model_config
         self.exchange = exchange_of(self.config, built)
+        self.events = events_of(self.config, built)
         self._jobs = Jobs(built.engine, built.tokenizer, self.exchange)
+        if self.events is not None:
+            self._jobs.after_step.append(self.events.flush)
         self._generation_config = built.generation_config
 
     @property

@@ -93,10 +93,11 @@ class PageLists:
         self.tiers.arrived(load, arrived, held.swapped)
         held.load = None
         if held.swapped is None:
-            named = {*request.page_hashes}  # a part-filled page of an offer has another name
+            # A part-filled page of an offer has another name.
+            index = {digest: i for i, digest in enumerate(request.page_hashes)}
             for page, digest, is_here in zip(load.pages, load.keys, arrived, strict=True):
-                if is_here and digest in named:
-                    self.pool.publish(page - self.first_page, digest)
+                if is_here and digest in index:
+                    self._publish(request, index[digest], page - self.first_page)
         held.swapped = None
         self.decline(request)
         if not all(arrived):
@@ -181,8 +182,12 @@ class PageLists:
             known = request.token_ids[: full * self.pool.page_size]
             request.page_hashes = self.pool.hashes(known, request.cache_salt, request.page_hashes)
         for i in range(held.num_published, full):
-            self.pool.publish(held.pages[i], request.page_hashes[i])
+            self._publish(request, i, held.pages[i])
         held.num_published = full
+
+    def _publish(self, request: Request, i: int, page: int) -> None:
+        """Make the page findable that has the request's tokens of index `i`."""
+        publish_page(self.pool, page, request.page_hashes, i, request.token_ids)
 
     def swap_out(self, request: Request) -> None:
         """Keep the cache of a request that is being preempted in the host, where the tiers say so."""
@@ -222,6 +227,12 @@ class PageLists:
     def reset(self) -> None:
         """Forget the copies that were to be made."""
         self._copies = []
+
+
+def publish_page(pool: PagePool, page: int, digests: Sequence[bytes], i: int, token_ids: Sequence[int]) -> None:
+    """Make a page findable that has the tokens of index `i` of a sequence."""
+    tokens = () if pool.events is None else token_ids[i * pool.page_size : (i + 1) * pool.page_size]
+    pool.publish(page, digests[i], digests[i - 1] if i else None, tokens)
 
 
 def utilization(running: Sequence[Request], page_size: int) -> float:

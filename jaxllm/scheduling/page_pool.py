@@ -12,6 +12,15 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Protocol
+
+
+class PageEvents(Protocol):
+    """Who hears what can be found in the pool."""
+
+    def stored(self, digest: bytes, parent: bytes | None, token_ids: Sequence[int]) -> None: ...
+    def removed(self, digest: bytes) -> None: ...
+    def cleared(self) -> None: ...
 
 
 class PagePool:
@@ -33,6 +42,7 @@ class PagePool:
         self.enable_prefix_caching = enable_prefix_caching
         self.window = window
         self.on_evict: Callable[[int, bytes], None] | None = None  # a page's content is about to be lost
+        self.events: PageEvents | None = None
         self._root = hashlib.sha256(namespace.encode()).digest()
         self._refs = [0] * num_pages
         self._hash_of: list[bytes | None] = [None] * num_pages
@@ -90,6 +100,8 @@ class PagePool:
         self._hash_of[page] = None
         del self._page_of[digest]
         self.num_evictions += 1
+        if self.events is not None:
+            self.events.removed(digest)
 
     def share(self, pages: Sequence[int]) -> list[int]:
         """One more reference on each: a second owner of pages that have one."""
@@ -184,11 +196,17 @@ class PagePool:
         self.num_queried_tokens += num_tokens
         self.num_hit_tokens += num_hit
 
-    def publish(self, page: int, digest: bytes) -> None:
-        """Make a full page findable. The first page with a content wins; a later twin stays private."""
-        if page and self.enable_prefix_caching and self._hash_of[page] is None and digest not in self._page_of:
-            self._hash_of[page] = digest
-            self._page_of[digest] = page
+    def publish(self, page: int, digest: bytes, parent: bytes | None = None, token_ids: Sequence[int] = ()) -> None:
+        """Make a full page findable. The first page with a content wins; a later twin stays private.
+
+        The page before it in the sequence and its tokens are for whoever listens.
+        """
+        if not page or not self.enable_prefix_caching or self._hash_of[page] is not None or digest in self._page_of:
+            return
+        self._hash_of[page] = digest
+        self._page_of[digest] = page
+        if self.events is not None:
+            self.events.stored(digest, parent, token_ids)
 
     def unpublish(self, pages: Sequence[int]) -> None:
         """Let nobody find these pages any more: what they hold is wrong."""
@@ -196,6 +214,8 @@ class PagePool:
             if (digest := self._hash_of[page]) is not None:
                 self._hash_of[page] = None
                 del self._page_of[digest]
+                if self.events is not None:
+                    self.events.removed(digest)
                 if page in self._idle:
                     del self._idle[page]
                     self._blank.append(page)
@@ -213,6 +233,11 @@ class PagePool:
         self._idle.clear()
         self._page_of.clear()
         self._hash_of = [None] * self.num_pages
+        self._tell_cleared()
+
+    def _tell_cleared(self) -> None:
+        if self.events is not None:
+            self.events.cleared()
 
     def reset(self) -> None:
         """Forget all content and all owners (after a failed iteration, say)."""
@@ -221,6 +246,7 @@ class PagePool:
         self._page_of.clear()
         self._idle.clear()
         self._blank = list(range(self.num_pages - 1, 0, -1))
+        self._tell_cleared()
 
     def check(self, holders: Sequence[Sequence[int]]) -> None:
         """Assert that the books balance, given the page lists of everyone who holds references."""

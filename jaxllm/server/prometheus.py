@@ -113,6 +113,8 @@ class _EngineFigures:
         for figure in figures(self._llm.engine):
             waits = figure.name == "num_requests_waiting"
             yield figure._replace(value=thread.num_queued) if waits else figure
+        if self._llm.admission is not None:
+            yield from self._llm.admission.figures()
         yield Figure("engine_failures", "counter", "Iterations that raised.", thread.num_failures)
 
     def collect(self) -> Iterable[Metric]:

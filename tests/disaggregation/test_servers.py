@@ -62,9 +62,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pair(model: Path) -> Iterator[Pair]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sockets")
+
+
+@pytest.fixture(scope="module")
+def pair(model: Path, folder: Path) -> Iterator[Pair]:
     with (
-        giving(model, {"kv_role": "kv_producer"}, page_size=16) as prefill,
+        giving(
+            model,
+            {"kv_role": "kv_producer"},
+            page_size=16,
+            kv_events_config={
+                "endpoint": f"ipc://{folder}/events",
+                "replay_endpoint": f"ipc://{folder}/replay",
+                "topic": "kv@tiny",
+            },
+        ) as prefill,
         giving(model, {"kv_role": "kv_consumer", "timeout_seconds": 5.0}, page_size=32, device_offset=1) as decode,
         serving(model, device_offset=2) as alone,
     ):
@@ -156,7 +170,7 @@ def test_nobody_fetches_and_the_lease_ends(pair: Pair, monkeypatch: pytest.Monke
     params = pair.ask(pair.prefill, "/v1/completions", body).json()["kv_transfer_params"]
     pair.prefill.llm.engine.pool.check([])  # the device's own pages are free at once
     assert exports.num_bytes > 0
-    wait_until(lambda: not len(exports))
+    wait_until(lambda: params["remote_request_id"] not in exports)
     gone = {"transfer_id": params["remote_request_id"], "starts": [0], "stops": [16], "names": ["0"]}
     answer = pair.ask(pair.prefill, FETCH, gone)
     assert answer.status_code == 404 and "lease" in answer.json()["error"]["message"]
@@ -213,6 +227,43 @@ def test_pages_are_behind_the_key_and_only_under_their_own_name(pair: Pair) -> N
     for start, stop in ((0, 16), (0, 100000), (16, 0)):
         asked = {"transfer_id": name, "starts": [start], "stops": [stop], "names": ["0"]}
         assert pair.ask(pair.prefill, FETCH, asked).status_code == 400
+
+
+def fresh(pair: Pair) -> bool:
+    """Let the prefill server compute something new."""
+    return bool(pair.ask(pair.prefill, "/v1/completions", {"prompt": str(time.time()) * 9}))
+
+
+def test_a_subscriber_knows_what_the_prefix_cache_holds(pair: Pair, folder: Path) -> None:
+    msgpack, zmq = pytest.importorskip("msgpack"), pytest.importorskip("zmq")
+    pool = pair.prefill.llm.engine.pool
+    with zmq.Context() as context, context.socket(zmq.SUB) as live, context.socket(zmq.DEALER) as replay:
+        live.connect(f"ipc://{folder}/events")
+        live.subscribe("kv@")
+        replay.connect(f"ipc://{folder}/replay")
+        wait_until(lambda: fresh(pair) and live.poll(50))
+        topic, number, _ = live.recv_multipart()
+        assert topic == b"kv@tiny"
+        replay.send((0).to_bytes(8, "big"))
+        batches = []
+        while (frames := replay.recv_multipart())[-2] != (-1).to_bytes(8, "big", signed=True):
+            batches.append(msgpack.unpackb(frames[-1]))
+    assert int.from_bytes(number, "big") < len(batches)
+    known: dict[int, int | None] = {}
+    for _, events, replica in batches:
+        assert replica == 0
+        for kind, *rest in events:
+            if kind == "BlockStored":
+                hashes, parent, tokens, size, lora, medium = rest
+                assert len(tokens) == size * len(hashes) and size == 16 and lora is None and medium == "GPU"
+                known |= dict(zip(hashes, [parent, *hashes], strict=False))
+            elif kind == "BlockRemoved":
+                for name in rest[0]:
+                    del known[name]
+            else:
+                known.clear()
+    assert {*known} == {int.from_bytes(digest[-8:], "big") for digest in pool._page_of}
+    assert all(parent is None or parent in known for parent in known.values())
 
 
 def test_rows_survive_the_wire_and_damage_is_seen() -> None:

@@ -1,0 +1,112 @@
+"""Admission by SLO: what would miss it is refused before it costs anybody anything."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from jaxllm import SamplingParams
+from jaxllm.engine.errors import Unavailable
+from jaxllm.entrypoints.admission import Admission
+from jaxllm.entrypoints.async_llm import AsyncLLM
+from jaxllm.roofline.cost_model import Cost
+from jaxllm.scheduling.page_pool import PagePool
+from jaxllm.telemetry.accounting import IterationRecord
+
+
+def record(tokens: int = 0, decodes: int = 0, seconds: float = 1.0) -> IterationRecord:
+    return IterationRecord(
+        num_tokens=tokens + decodes, num_decodes=decodes, num_steps=1, request_ids=(), num_prefill_tokens=tokens,
+        num_sampled=decodes, flops=float(tokens), bytes=0.0, seconds=seconds, compiled=False, mfu=None, mbu=None,
+    )  # fmt: skip
+
+
+class Linear:
+    """One operation per token."""
+
+    def attended(self, rows: Any) -> tuple[int, int]:
+        return 0, 0
+
+    def cost(self, *, tokens: int, **_: Any) -> Cost:
+        return Cost(float(tokens), 0.0)
+
+
+def engine(*records: IterationRecord, unfinished: Any = (), running: Any = (), waiting: int = 0) -> Any:
+    made = SimpleNamespace(
+        records=deque(records), accounting=SimpleNamespace(model=Linear()), unfinished=list(unfinished),
+        scheduler=SimpleNamespace(running=list(running), num_waiting=waiting),
+        runner=SimpleNamespace(shapes=SimpleNamespace(spare_slot=4)), memory=SimpleNamespace(pools=[PagePool(64, 16)]),
+    )  # fmt: skip
+    made.scoring_engine = made
+    return made
+
+
+def job(length: int) -> Any:
+    output = SimpleNamespace(prompt_token_ids=list(range(length)))
+    return SimpleNamespace(output=output, asked=None, requests=[], finished=False, first_token=None, created=0.0)
+
+
+def request(left: int, limit: int = 0) -> Any:
+    return SimpleNamespace(num_left=left, num_tokens=left, finished=False, limit=limit or left)
+
+
+def test_what_waits_and_what_is_cached_is_counted() -> None:
+    made = engine(record(tokens=100, seconds=0.5), unfinished=[request(300), request(1)])
+    admission = Admission(made, {"ttft": 2.0})
+    assert admission.predicted_ttft([job(100)]) == pytest.approx((300 + 100) / 200 + 0.5)
+    pool = made.memory.pools[0]
+    for page, digest in zip(pool.allocate(4), pool.hashes(list(range(64)), ""), strict=True):
+        pool.publish(page, digest)
+    assert admission.predicted_ttft([job(100)]) == pytest.approx((300 + 36) / 200 + 0.5)
+
+
+def test_a_slot_is_waited_for() -> None:
+    running = [request(1, limit=limit) for limit in (11, 21, 31, 41)]
+    made = engine(record(tokens=100, seconds=0.5), record(decodes=4, seconds=0.1), running=running)
+    assert Admission(made, {}).predicted_ttft([job(100)]) == pytest.approx(0.5 + 0.5 + 10 * 0.1)
+
+
+def test_time_per_token_grows_with_the_rows() -> None:
+    made = engine(record(decodes=2, seconds=0.02), record(decodes=4, seconds=0.04), running=[request(1)] * 4)
+    assert Admission(made, {}).predicted_tpot(4) == pytest.approx(0.08)
+    assert (
+        Admission(engine(), {}).predicted_tpot(1) is None and Admission(engine(), {}).predicted_ttft([job(9)]) is None
+    )
+
+
+def test_refusals_say_when_to_come_again_and_errors_are_kept() -> None:
+    made = engine(record(tokens=100, seconds=0.5))
+    admission = Admission(made, {"ttft": 2.0})
+    with pytest.raises(Unavailable, match=r"the ttft would be about 3 s and the SLO is 2 s") as refused:
+        admission.check([job(500)])
+    assert refused.value.retry_after == 1 and admission.num_refused == 1
+    good = job(100)
+    admission.check([good])
+    good.first_token = 2.0  # predicted 1.0
+    assert [figure.value for figure in admission.figures()] == [1, pytest.approx(0.5)]
+    with pytest.raises(ValueError, match="e2e cannot be predicted"):
+        Admission(made, {"e2e": 1.0})
+
+
+def test_an_engine_with_an_slo_refuses_what_would_miss_it(tiny_llama) -> None:
+    async def ask(first: int) -> None:
+        prompt = {"prompt_token_ids": [first, *range(1, 64)]}
+        async for _ in llm.generate(prompt, SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)):
+            pass
+
+    llm = AsyncLLM(
+        str(tiny_llama), slo="ttft:0.01ms", dtype="float32", max_model_len=128, max_num_seqs=2, use_tqdm=False,
+        max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 20,
+    )  # fmt: skip
+    try:
+        with pytest.raises(Unavailable, match="SLO"):  # nothing is known before the first prefills have run
+            for first in range(4):
+                asyncio.run(ask(first))
+        assert llm.admission is not None and llm.admission.num_refused == 1
+        assert not llm.engine.has_work
+    finally:
+        llm.shutdown()
