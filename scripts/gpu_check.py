@@ -1,4 +1,4 @@
-"""Check and measure jaxllm on a GPU box, in one command and under eight minutes: `python scripts/gpu_check.py`.
+"""Check and measure jaxllm on a GPU box, in one command and under ten minutes: `python scripts/gpu_check.py`.
 
 Parts, each a process of its own with a time budget; what does not fit is skipped and said so:
   ceilings   copy bandwidth and matrix product rate of this very device
@@ -6,6 +6,8 @@ Parts, each a process of its own with a time budget; what does not fit is skippe
   attention  the kernel alone: bytes/s of decodes, FLOP/s of prefills, for several tile sizes
   engine     a Llama-3.1-8B-shaped model with random weights: decode and prefill through the engine's compiled programs
   engine8    the same decodes with an int8 KV cache
+  engine4    the same decodes with int4 weights in groups of 128
+  products   a decode's matrix products alone: bfloat16, and quantised by XLA and by the kernel, for several tile sizes
   peer       the same work in transformers, static cache and torch.compile
 
 -> gpu_check.json and gpu_check.md. Needs jax, flax and numpy; torch and transformers for the peer. `--tiny` runs all of
@@ -28,7 +30,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-BUDGETS_S = {"ceilings": 35, "kernels": 60, "attention": 45, "engine": 150, "engine8": 45, "peer": 120}
+BUDGETS_S = {
+    "ceilings": 35,
+    "kernels": 60,
+    "attention": 45,
+    "engine": 150,
+    "engine8": 45,
+    "engine4": 90,
+    "products": 60,
+    "peer": 120,
+}
 LLAMA_8B = {
     "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32,
     "num_kv_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
@@ -158,18 +169,20 @@ def attention(plan: Plan) -> Rows:
                             "tiling": str(tiling or "default")}, run, (q, pages), flops=flops)  # fmt: skip
 
 
-def engine(plan: Plan, kv_dtype: str = "auto") -> Rows:
+def engine(plan: Plan, kv_dtype: str = "auto", quantization: str = "auto") -> Rows:
     """Time of one iteration, by the programs that the engine runs, several dispatches in a row."""
     import jax
 
-    runner, cost = make_runner(plan, kv_dtype)
+    runner, cost = make_runner(plan, kv_dtype, quantization)
     token_bytes = cost.kv_bytes * plan.model["num_layers"]
     keys = [("decode_greedy", bucket(runner, b)) for b, _ in plan.decode]
-    if kv_dtype == "auto":
-        keys += [("ragged", t) for t in plan.prefill]
+    prefills = plan.prefill if kv_dtype == quantization == "auto" else []
+    if prefills:
+        keys += [("ragged", t) for t in prefills]
     futures = {key: runner.compiler.submit(key) for key in keys}  # all at once, and waited for as they are needed
     for rows, context in plan.decode:
-        point = {"phase": "decode", "rows": rows, "context": context, "kv_dtype": runner.shapes.kv_dtype.name}
+        point = {"phase": "decode", "rows": rows, "context": context, "kv_dtype": runner.shapes.kv_dtype.name,
+                 "weights": "bfloat16" if quantization == "auto" else quantization}  # fmt: skip
         if rows * (context + 8 * plan.steps + 64) > (runner.shapes.num_pages - 1) * plan.page_size:
             yield point | {"skipped": f"the cache would take {rows * context * token_bytes / 1e9:.0f} GB"}
             continue
@@ -178,7 +191,7 @@ def engine(plan: Plan, kv_dtype: str = "auto") -> Rows:
         work = cost.cost(tokens=rows, samples=rows, pairs=rows * context, keys=rows * context)
         yield point | {"ms": 1e3 * seconds, "tokens_per_s": rows / seconds,
                        "bytes_per_s": work.bytes / seconds, "flops_per_s": work.flops / seconds}  # fmt: skip
-    for tokens in plan.prefill if kv_dtype == "auto" else ():
+    for tokens in prefills:
         futures["ragged", tokens].result()
         seconds = prefill_seconds(runner, tokens)
         work = cost.cost(tokens=tokens, samples=0, pairs=tokens * (tokens + 1) // 2, keys=tokens)
@@ -191,6 +204,74 @@ def engine8(plan: Plan) -> Rows:
     """Decodes with an int8 cache: the points where the cache weighs most."""
     points = sorted(plan.decode, key=lambda p: -p[0] * p[1])[:4]
     yield from engine(dataclasses.replace(plan, decode=points), "int8")
+
+
+def engine4(plan: Plan) -> Rows:
+    """Decodes with int4 weights: the points where the weights weigh most."""
+    points = sorted(plan.decode, key=lambda p: p[0] * p[1])[:6]
+    yield from engine(dataclasses.replace(plan, decode=points), quantization="int4")
+
+
+def products(plan: Plan) -> Rows:
+    """A feed-forward's two products in turn: bytes/s of what is read, in bfloat16 and quantised."""
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from jaxllm.config.quantization import Scheme
+    from jaxllm.ops import quantized_gpu
+    from jaxllm.ops.quantized import QuantizedMatrix
+    from jaxllm.ops.quantized_gpu import Tiling
+    from jaxllm.weights.rounding import round_to_nearest
+
+    interpret = jax.default_backend() == "cpu"
+    d, f, copies = (
+        plan.model["hidden_size"],
+        plan.model["intermediate_size"],
+        1 if interpret else 8,
+    )  # beyond the caches
+    group = 32 if interpret else 128
+    schemes = {"int4": Scheme(codes="uint4", group=group, offset=8, scale_dtype="bfloat16"),
+               "int8": Scheme(codes="int8"), "fp8": Scheme(codes="float8_e4m3fn")}  # fmt: skip
+    sizes = [(128, 128, 4, 4), (128, 128, 4, 6), (128, 128, 8, 4), (64, 128, 4, 5), (64, 64, 4, 6), (256, 64, 8, 4)]
+    normal = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
+    shapes = [(d, f), (f, d)] * copies
+    dense = [normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+
+    def chain(multiply: Callable[[Any, Any], Any]) -> Any:
+        def run(x: Any, matrices: list[Any]) -> Any:
+            for matrix in matrices:
+                x = multiply(x, matrix).astype(jnp.bfloat16) * 0.01
+            return x
+
+        return repeated(run, interpret)
+
+    def xla(x: Any, pieces: Any, scheme: Any) -> Any:
+        return QuantizedMatrix(*pieces, None, None, None, scheme, 0).product("MK,KN->MN", x)
+
+    def kernel(x: Any, pieces: Any, scheme: Any, tiling: Any) -> Any:
+        return quantized_gpu.quantized_matmul(x, *pieces, None, scheme, tiling=tiling, interpret=interpret)
+
+    def quantise(w: Any, scheme: Any) -> Any:
+        pieces = round_to_nearest(w, scheme, 0)
+        codes = pieces.codes if scheme.bits == 8 else pieces.codes[0::2] | (pieces.codes[1::2] << 4)
+        return codes, pieces.scales.astype(scheme.scale_dtype)
+
+    for rows in (1, 8, 32)[: 1 if interpret else None]:
+        x = normal(jax.random.key(0), (rows, d))
+        point, size = {"rows": rows}, sum(w.nbytes for w in dense)
+        yield measured(point | {"weights": "bfloat16", "by": "xla"}, chain(lambda x, w: x @ w), (x, dense), bytes=size)
+        for name, scheme in schemes.items():
+            stored = [jax.jit(functools.partial(quantise, scheme=scheme))(w) for w in dense]
+            size = sum(array.nbytes for array in jax.tree.leaves(stored))
+            ways: list[Any] = [("xla", functools.partial(xla, scheme=scheme))]
+            ways += [("kernel", functools.partial(kernel, scheme=scheme, tiling=None))]
+            for n, k, w, s in sizes[: 0 if interpret or rows > 8 else None]:
+                tiling = Tiling(rows=16, columns=n, step=k, warps=w, stages=s)
+                ways.append((str(tiling), functools.partial(kernel, scheme=scheme, tiling=tiling)))
+            for way, multiply in ways:
+                yield measured(point | {"weights": name, "by": way}, chain(multiply), (x, stored), bytes=size)
 
 
 def peer(plan: Plan) -> Rows:
@@ -241,14 +322,14 @@ def peer(plan: Plan) -> Rows:
 
 PARTS: dict[str, Callable[[Plan], Rows]] = {
     "ceilings": ceilings, "kernels": kernels, "attention": attention, "engine": engine, "engine8": engine8,
-    "peer": peer,
+    "engine4": engine4, "products": products, "peer": peer,
 }  # fmt: skip
 
 
 # -- the engine's own programs -----------------------------------------------------------------------------------
 
 
-def make_runner(plan: Plan, kv_dtype: str) -> tuple[Any, Any]:
+def make_runner(plan: Plan, kv_dtype: str, quantization: str) -> tuple[Any, Any]:
     """A runner with random weights and a random cache, and what its iterations cost."""
     import jax
     import jax.numpy as jnp
@@ -267,7 +348,7 @@ def make_runner(plan: Plan, kv_dtype: str) -> tuple[Any, Any]:
     config = EngineConfig(
         max_model_len=max(most, max(c for _, c in plan.decode) + 64 * plan.steps), kv_dtype=kv_dtype,
         max_num_seqs=max(b for b, _ in plan.decode), max_num_batched_tokens=most, page_size=plan.page_size,
-        max_decode_steps=plan.steps, load_format="dummy", gpu_memory_utilization=0.85,
+        max_decode_steps=plan.steps, load_format="dummy", quantization=quantization, gpu_memory_utilization=0.85,
         kv_cache_memory_bytes=(64 << 20) if jax.default_backend() == "cpu" else None,
     )  # fmt: skip
     model = make_model(config, ModelConfig(**plan.model), Placement(make_mesh("tp=1"), load_rules("megatron")))
@@ -435,7 +516,7 @@ def add_fractions(report: dict[str, Any]) -> None:
     """MBU and MFU of every row that has rates, of what this device was seen to do and of its data sheet."""
     ceilings_rows = report["parts"].get("ceilings", {}).get("rows", [])
     bases = {"measured": ceilings_rows[0] if ceilings_rows else None, "sheet": report["device"].get("sheet")}
-    for name in ("attention", "engine", "engine8"):
+    for name in ("attention", "engine", "engine8", "engine4", "products"):
         for row in report["parts"].get(name, {}).get("rows", []):
             for base, ceiling in bases.items():
                 for fraction, rate in (("mbu", "bytes_per_s"), ("mfu", "flops_per_s")):
@@ -456,7 +537,7 @@ def markdown(report: dict[str, Any]) -> str:
             f"Kernel against oracle: {sum(r['cases'] for r in checked)} cases of {len(checked)} shapes, worst error "
             f"{max(r['error'] for r in checked):.1e}, {len(bad)} shapes beyond tolerance {bad[:5]}."
         )
-    for name in ("engine", "engine8", "peer", "attention"):
+    for name in ("engine", "engine8", "engine4", "products", "peer", "attention"):
         if rows := parts.get(name, {}).get("rows"):
             lines += ["", f"## {name}", *table(rows)]
     notes = [f"* {name}: {part['note']}" for name, part in parts.items() if "note" in part]

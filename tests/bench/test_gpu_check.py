@@ -39,7 +39,11 @@ def test_engine_part_runs_where_nothing_but_jax_and_flax_is_installed():
 
 
 def test_parts_write_one_report_and_a_part_out_of_time_is_skipped_and_said(tmp_path):
-    parts = ["ceilings", "kernels", "attention", "engine", "engine8", "peer"] if FULL else ["ceilings", "kernels"]
+    parts = (
+        ["ceilings", "kernels", "attention", "engine", "engine8", "engine4", "products", "peer"]
+        if FULL
+        else ["ceilings", "kernels"]
+    )
     command = [sys.executable, str(SCRIPT), "--tiny", "--out", str(tmp_path), "--budget", "300", "--parts", *parts]
     done = subprocess.run(command, capture_output=True, text=True, timeout=patience(1500))
     assert done.returncode == 0, done.stdout + done.stderr
