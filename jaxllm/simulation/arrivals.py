@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -149,3 +149,9 @@ def _gaps(rate: float, process: Process, burstiness: float, burst_size: int, see
 def stretched(arrivals: Iterable[Arrival], factor: float) -> Iterator[Arrival]:
     """The same requests, `factor` times as far apart."""
     return (dataclasses.replace(arrival, at=arrival.at * factor) for arrival in arrivals)
+
+
+def for_models(arrivals: Iterable[Arrival], models: Sequence[str], *, seed: int = 0) -> Iterator[Arrival]:
+    """The same requests, each for one of the models at random."""
+    random = np.random.default_rng((seed, 2))
+    return (dataclasses.replace(arrival, model=models[int(random.integers(len(models)))]) for arrival in arrivals)

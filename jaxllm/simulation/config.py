@@ -20,7 +20,10 @@ class SimulationConfig:
 
     Attributes:
         chip (NAME): a name from the table of chips, or a profile that `jaxllm bench calibrate` wrote (a .json file).
-        replicas (N): engines side by side, each on a mesh of its own.
+        replicas (N): engines side by side, each on a mesh of its own; of a pool of models the instances.
+        models: a pool of models on these instances: NAME=PATH pairs, or one .toml file as `jaxllm serve` takes it;
+            requests ask for one of them at random.
+        host_link (LINK): what brings a pool's weights from host memory to each device: pcie4, pcie5 or GB/s.
         prefill_mesh (AXES): with decode_mesh: engines that only prefill, and hand over to others that decode.
         decode_mesh (AXES): see prefill_mesh.
         prefill_replicas (N): engines that prefill.
@@ -42,7 +45,6 @@ class SimulationConfig:
         slo (LIMITS): for example ttft:2s,tpot:50ms, of ttft, tpot, itl (a request's longest gap) and e2e.
         attainment (SHARE): of requests that must meet the SLO, for --sweep and --search.
         policy: chunked is the engine's own; the others came before it and are here to be compared with.
-        quantization: of the weights.
         price (X): of one device for an hour, in any currency.
         compute_efficiency (SHARE): of the chip's peak FLOP/s that products reach.
         memory_efficiency (SHARE): of the chip's bandwidth that is reached.
@@ -55,6 +57,8 @@ class SimulationConfig:
 
     chip: str = "h100"
     replicas: int = 1
+    models: tuple[str, ...] = ()
+    host_link: str = "pcie5"
     prefill_mesh: str | None = None
     decode_mesh: str | None = None
     prefill_replicas: int = 1
@@ -76,7 +80,6 @@ class SimulationConfig:
     slo: str | None = None
     attainment: float = 0.9
     policy: Literal["chunked", "static", "prefill-first", "unchunked", "contiguous"] = "chunked"
-    quantization: Literal["auto", "int8", "int4", "fp8"] = "auto"
     price: float | None = None
     compute_efficiency: float = 0.76
     memory_efficiency: float = 0.78
@@ -103,6 +106,8 @@ class SimulationConfig:
                 raise ValueError(f"{name}={value}; it must be a number of at least 0")
         if (self.prefill_mesh is None) != (self.decode_mesh is None):
             raise ValueError("prefill_mesh and decode_mesh belong together; set both or neither")
+        if self.models and (self.prefill_mesh is not None or self.search or self.policy != "chunked"):
+            raise ValueError("a pool of models has neither prefill_mesh, search nor policy; leave them or models out")
         if self.search and self.num_devices is None:
             raise ValueError("a search needs the number of devices; set num_devices")
         self._check_workload()

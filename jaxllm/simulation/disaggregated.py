@@ -148,6 +148,7 @@ class Disaggregated:
         self.prefill, self.decode = prefill, decode
         self.engines = [*prefill, *decode]
         self.prompt_engines = prefill
+        self.num_devices = sum(engine.num_devices for engine in self.engines)
         self.links = [Link(bytes_per_s * min(p.num_devices, decode[0].num_devices)) for p in prefill]
         self._arriving: list[tuple[float, int, Request, Outcome, int]] = []
         self._numbers = itertools.count()

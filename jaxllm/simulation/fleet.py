@@ -46,6 +46,9 @@ class Fleet(Protocol):
     def engines(self) -> Sequence[PaperEngine]: ...
 
     @property
+    def num_devices(self) -> int: ...
+
+    @property
     def prompt_engines(self) -> Sequence[PaperEngine]:
         """Those that compute prompts: whose prefix caches count."""
         ...
@@ -68,6 +71,7 @@ class Colocated:
     def __init__(self, engines: Sequence[PaperEngine], *, streamed: bool = True):
         self.engines = self.prompt_engines = engines
         self._streamed = streamed
+        self.num_devices = sum(engine.num_devices for engine in engines)
         self._slack = max(1, engines[0].runner.shapes.max_num_seqs // 4)
 
     def run_until(self, time: float) -> None:
@@ -113,7 +117,7 @@ def run_until(paper: PaperEngine, time: float) -> None:
 
 def simulate(fleet: Fleet, arrivals: Iterable[Arrival], on_sent: Callable[[int], object] = lambda _: None) -> Results:
     """Send every request at its time and run to the end of all."""
-    results = Results(num_devices=sum(engine.num_devices for engine in fleet.engines))
+    results = Results(num_devices=fleet.num_devices)
     for arrival in arrivals:
         fleet.run_until(arrival.at)
         fleet.send(arrival, results)

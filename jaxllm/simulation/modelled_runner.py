@@ -94,10 +94,11 @@ class ModelledWork:
         clock, chunks = self.runner.clock, self.plan.chunks
         end = float(self.ends[-1])
         clock.wait_until(end)
-        clock.first, clock.widest = clock.now, 0.0
+        clock.first, clock.widest, clock.ends = clock.now, 0.0, ()
         if self.skipped and len(self.ends) > 1:
             gaps = np.diff(self.ends)
             clock.first, clock.widest = float(self.ends[0]), float(gaps.max())
+            clock.ends = self.ends  # type: ignore[assignment]
             self.runner.gaps.append((gaps, len(chunks)))
         return [(chunk, sample_of(chunk.num_samples)) for chunk in chunks if chunk.num_samples]
 
@@ -133,7 +134,7 @@ class ModelledRunner:
         self.num_iterations = 0
         self.skipping = False  # the next plan's steps are iterations of their own
         self.gaps: list[tuple[np.ndarray, int]] = []  # between the tokens of skipped iterations, and of how many rows
-        self._cost, self._time = cost, time
+        self.cost, self.time = cost, time
         self._has_windows = any(window is not None for window, _ in cost.attention)
 
     @property
@@ -144,7 +145,7 @@ class ModelledRunner:
     @property
     def token_bytes(self) -> float:
         """Of one token in the cache, over all layers and devices."""
-        return self._cost.kv_bytes * self.model.cfg.num_layers
+        return self.cost.kv_bytes * self.model.cfg.num_layers
 
     def now(self) -> float:
         """See `Runner`."""
@@ -190,5 +191,5 @@ class ModelledRunner:
     def _seconds(self, chunks: Sequence[Chunk], step: int, program: str, admitted: int = 0) -> float:
         if step:
             chunks = [chunk for chunk in chunks if chunk.num_samples > step]
-        work = iteration_work(chunks, program, self._cost, step=step, admitted=admitted)
-        return self._time.seconds(work) if chunks else 0.0
+        work = iteration_work(chunks, program, self.cost, step=step, admitted=admitted)
+        return self.time.seconds(work) if chunks else 0.0

@@ -29,7 +29,7 @@ from jaxllm.simulation.steering import Gate, Steered
 from jaxllm.telemetry.accounting import Accounting, Ceilings
 
 _TEMPORARY_BYTES = 1 << 30  # of each device, for activations and logits: as the engine leaves free
-WEIGHT_BYTES = {"auto": 2.0, "int8": 1.0, "fp8": 1.0, "int4": 0.516}  # int4: groups of 128 with 16-bit scales
+WEIGHT_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.516}  # int4: groups of 128 with 16-bit scales
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +79,17 @@ class Policy:
 
 
 def paper_engine(
-    config: EngineConfig, cfg: ModelConfig, hardware: Hardware, *, quantization: str = "auto", policy: Policy = Policy()
-) -> PaperEngine:
-    """Build one. Raises ValueError in one line where it could not run."""
+    config: EngineConfig, cfg: ModelConfig, hardware: Hardware, *, policy: Policy | None = None,
+    clock: VirtualClock | None = None,
+) -> PaperEngine:  # fmt: skip
+    """Build one, by the `clock` of a host that it shares with others, if given.
+
+    Raises ValueError in one line where it could not run.
+    """
+    policy, clock = policy or Policy(), clock or VirtualClock()
     sizes = _mesh(config.mesh)
     tp, dp = sizes.get("tp", 1), sizes.get("dp", 1)
-    cost = _cost(config, cfg, sizes, quantization)
+    cost = _cost(config, cfg, sizes)
     shapes = _shapes(config, cfg, hardware, cost, tp=tp, dp=dp)
     pools = [
         PagePool(
@@ -94,11 +99,10 @@ def paper_engine(
         for _ in range(dp)
     ]  # fmt: skip
     memory = PaperMemory(pools, int(cost.kv_bytes * cfg.num_layers * shapes.page_size))
-    clock = VirtualClock()
     profile, efficiency = hardware.profile, hardware.efficiency
     time: IterationTime = profile or RooflineTime(
         cost=cost, chip=hardware.chip, num_layers=cfg.num_layers, hidden_size=cfg.hidden_size, tp=tp,
-        eight_bit=quantization in ("int8", "fp8"), efficiency=efficiency,
+        eight_bit=config.activation_dtype == "int8", efficiency=efficiency,
     )  # fmt: skip
     host_s = 0.0 if profile else efficiency.host_s  # what was measured has the host's time in it
     runner = ModelledRunner(PaperModel(cfg), shapes, memory, cost=cost, time=time, clock=clock, host_s=host_s)
@@ -123,19 +127,24 @@ def _mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def _cost(config: EngineConfig, cfg: ModelConfig, sizes: dict[str, int], quantization: str) -> ModelCost:
+def _cost(config: EngineConfig, cfg: ModelConfig, sizes: dict[str, int]) -> ModelCost:
     """Of one replica, bytes over its devices together."""
     copies = kv_copies(cfg, load_rules(config.sharding_rules), sizes)
     if not cfg.cache_row.is_cut:
         copies = sizes.get("tp", 1)
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     cost = model_cost(cfg, weight_dtype=dtype, kv_dtype=kv_name(config), kv_copies=copies)
-    if quantization == "auto":
+    if config.quantization not in WEIGHT_BYTES:
         return cost
-    share = WEIGHT_BYTES[quantization] / ITEM_BYTES[dtype]
+    share = WEIGHT_BYTES[config.quantization] / ITEM_BYTES[dtype]
     return dataclasses.replace(
         cost, block_bytes=cost.block_bytes * share, expert_bytes=cost.expert_bytes * share,
     )  # fmt: skip
+
+
+def weight_bytes(cost: ModelCost, cfg: ModelConfig) -> float:
+    """Of one replica's weights, tables included."""
+    return cost.block_bytes + cost.expert_bytes + cost.head_bytes * (1 if cfg.tie_word_embeddings else 2)
 
 
 def kv_name(config: EngineConfig) -> str:
@@ -173,7 +182,7 @@ def _num_pages(config: EngineConfig, cfg: ModelConfig, hardware: Hardware, cost:
     if hardware.profile is not None and "num_pages" in hardware.profile.engine:
         measured = hardware.profile.engine
         return math.ceil(measured["num_pages"] * measured["page_size"] / config.page_size)
-    weights = cost.block_bytes + cost.expert_bytes + cost.head_bytes * (1 if cfg.tie_word_embeddings else 2)
+    weights = weight_bytes(cost, cfg)
     memory = hardware.chip.memory
     if memory is None:
         raise ValueError(f"the memory of {hardware.chip.title} is not known; set --kv-cache-memory-bytes")

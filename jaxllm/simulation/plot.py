@@ -22,7 +22,9 @@ def save_plot(report: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
-    if "sweep" in report:
+    if "search" in report:
+        _search(figure, report)
+    elif "sweep" in report:
         _sweep(figure, report)
     else:
         _latencies(figure, report)
@@ -61,3 +63,17 @@ def _latencies(figure: Any, report: dict[str, Any]) -> None:
             axes.axhline(limit, color="tab:red", linestyle=":", label="SLO")
             axes.legend()
         axes.set(title=metric.upper(), ylabel="ms")
+
+
+def _search(figure: Any, report: dict[str, Any], limit: int = 16) -> None:
+    """The best deployments, split into pools or not."""
+    from jaxllm.simulation.search import name_of
+
+    rows = report["search"][:limit][::-1]
+    axes = figure.add_subplot()
+    colors = ["tab:blue" if "mesh" in row else "tab:orange" for row in rows]
+    axes.barh([name_of(row) for row in rows], [row["goodput_per_device"] for row in rows], color=colors)
+    slo = ", ".join(f"{name} {limit:g} ms" for name, limit in report["slo"].items())
+    axes.set(title=f"{report['model']} on {report['num_devices']} x {report['chip']}: {slo}",
+             xlabel="requests/s per device within the SLO (orange: prefill and decode apart)")  # fmt: skip
+    axes.grid(alpha=0.3, axis="x")

@@ -14,15 +14,18 @@ from typing import Any
 
 from jaxllm.config import EngineConfig, ModelConfig
 from jaxllm.families.presets import model_config
+from jaxllm.pool.config import PoolConfig, read_models
 from jaxllm.roofline.chips import Chip, find_chip
 from jaxllm.roofline.iteration_time import Efficiency
 from jaxllm.roofline.profile import Profile, load_profile
-from jaxllm.simulation.arrivals import Arrival, at_rate, random_arrivals, stretched, trace_arrivals
+from jaxllm.simulation.arrivals import Arrival, at_rate, for_models, random_arrivals, stretched, trace_arrivals
+from jaxllm.simulation.clock import VirtualClock
 from jaxllm.simulation.config import SimulationConfig, parse_sweep
 from jaxllm.simulation.disaggregated import Disaggregated, link_bandwidth
 from jaxllm.simulation.fleet import Colocated, Fleet, simulate
-from jaxllm.simulation.paper_engine import Hardware, PaperEngine, Policy, paper_engine
+from jaxllm.simulation.paper_engine import Hardware, PaperEngine, Policy, paper_engine, weight_bytes
 from jaxllm.simulation.policies import POLICIES, hand_over
+from jaxllm.simulation.pooled import Pooled
 from jaxllm.simulation.report import make_report
 
 NUM_PROMPTS = 1000
@@ -116,6 +119,8 @@ def make_arrivals(setup: Setup) -> Iterator[Arrival]:
 def make_fleet(setup: Setup) -> Fleet:
     """The engines that the configuration describes."""
     sim = setup.sim
+    if sim.models:
+        return _pool(setup)
     if sim.prefill_mesh is not None and sim.decode_mesh is not None:
         prefill = [one_engine(setup, sim.prefill_mesh) for _ in range(sim.prefill_replicas)]
         found = dataclasses.replace(setup, config=dataclasses.replace(setup.config, enable_prefix_caching=True))
@@ -124,29 +129,58 @@ def make_fleet(setup: Setup) -> Fleet:
     return Colocated([one_engine(setup, setup.config.mesh) for _ in range(sim.replicas)], streamed=sim.stream)
 
 
+def _pool(setup: Setup) -> Pooled:
+    """A pool as `jaxllm serve --models` has it, on as many instances as there are replicas."""
+    own = {field.name: getattr(setup.config, field.name) for field in dataclasses.fields(EngineConfig)}
+    settings, entries = read_models(setup.sim.models, own)
+    pool = PoolConfig(**settings)
+    setups = {}
+    for entry in entries:
+        config = entry.engine_config()
+        setups[entry.name] = dataclasses.replace(setup, config=config, model=model_config(config.model))
+
+    def make(name: str, clock: VirtualClock) -> PaperEngine:
+        one = setups[name]
+        return paper_engine(one.config, one.model, one.hardware, clock=clock)
+
+    samples = {name: make(name, VirtualClock()) for name in setups}
+    weights = {name: weight_bytes(paper.runner.cost, setups[name].model) for name, paper in samples.items()}
+    devices = max(paper.num_devices for paper in samples.values())
+    return Pooled(
+        weights, make, num_instances=setup.sim.replicas, policy=pool.policy, tbt=pool.tpot,
+        bytes_per_s=devices * link_bandwidth(setup.sim.host_link, setup.hardware.chip),
+    )  # fmt: skip
+
+
 def one_engine(setup: Setup, mesh: str, policy: Policy | None = None) -> PaperEngine:
     """One of them."""
     config, policy = dataclasses.replace(setup.config, mesh=mesh), policy or POLICIES[setup.sim.policy]
     if not policy.chunked_prefill:  # prompts are whole, so an iteration must have room for the longest
         longest = config.max_model_len or min(setup.longest, setup.model.max_position_embeddings)
         config = dataclasses.replace(config, max_num_batched_tokens=longest + config.max_num_seqs)
-    return paper_engine(config, setup.model, setup.hardware, quantization=setup.sim.quantization, policy=policy)
+    return paper_engine(config, setup.model, setup.hardware, policy=policy)
 
 
 def run_once(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
     """Simulate and report."""
     fleet = make_fleet(setup)
     setup = dataclasses.replace(setup, config=_within(setup.config, fleet))
-    results = simulate(fleet, make_arrivals(setup), on_sent)
+    arrivals = make_arrivals(setup)
+    if isinstance(fleet, Pooled):
+        arrivals = for_models(arrivals, fleet.models, seed=setup.config.seed)
+    results = simulate(fleet, arrivals, on_sent)
     if not results.outcomes:
         raise ValueError("the workload has no requests")
+    if isinstance(fleet, Pooled):
+        results.figures |= fleet.figures(setup.sim.limits)
     report = make_report(results, fleet, slo=setup.sim.limits, price_per_hour=setup.sim.price)
     return {**describe(setup), **report}
 
 
 def _within(config: EngineConfig, fleet: Fleet) -> EngineConfig:
     """With the longest request that every engine's cache holds."""
-    longest = min(engine.runner.shapes.max_model_len for engine in fleet.engines)
+    engines = fleet.samples.values() if isinstance(fleet, Pooled) else fleet.engines
+    longest = min(engine.runner.shapes.max_model_len for engine in engines)
     return dataclasses.replace(config, max_model_len=longest)
 
 
@@ -155,7 +189,7 @@ def describe(setup: Setup) -> dict[str, Any]:
     sim, config = setup.sim, setup.config
     rate = sim.request_rate
     return {
-        "model": config.model,
+        "model": f"a pool of {len(sim.models)}" if sim.models else config.model,
         "chip": setup.hardware.chip.title,
         **_layout(sim, config),
         "policy": sim.policy,
@@ -165,6 +199,8 @@ def describe(setup: Setup) -> dict[str, Any]:
 
 
 def _layout(sim: SimulationConfig, config: EngineConfig) -> dict[str, Any]:
+    if sim.models:
+        return {"models": list(sim.models), "mesh": config.mesh, "replicas": sim.replicas}
     if sim.prefill_mesh is None:
         return {"mesh": config.mesh, "replicas": sim.replicas}
     prefill, decode = (sim.prefill_mesh, sim.prefill_replicas), (sim.decode_mesh, sim.decode_replicas)
@@ -187,16 +223,17 @@ def sweep(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
         tried[rate] = run_once(dataclasses.replace(setup, sim=setup.sim.with_rate(rate)), on_sent)
         return tried[rate]["slo_attainment"] >= setup.sim.attainment
 
-    highest = _bisect(holds, *rates) if is_range else max((r for r in rates if holds(r)), default=None)
+    if is_range:
+        low, high = rates
+        highest = None if not holds(low) else high if holds(high) else bisect(holds, low, high)
+    else:
+        highest = max([rate for rate in rates if holds(rate)], default=None)
     best = tried[highest] if highest is not None else tried[min(tried)]
     return {**best, "highest_rate": highest, "sweep": [tried[rate] for rate in sorted(tried)]}
 
 
-def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float | None:
-    if not holds(low):
-        return None
-    if holds(high):
-        return high
+def bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """The highest rate found that holds, where `low` does and `high` does not."""
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)

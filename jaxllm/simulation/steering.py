@@ -48,6 +48,7 @@ class Steered:
 
     Attributes:
         horizon: when the next request arrives; infinite where none will.
+        is_paused: nothing new is planned.
         plan_with: how the inner scheduler plans one iteration; a baseline may plan otherwise.
     """
 
@@ -58,11 +59,14 @@ class Steered:
         self.inner, self.runner, self.gate = inner, runner, gate
         self.plan_with = plan_with
         self.horizon = math.inf
+        self.is_paused = False  # nothing new is planned; what is in flight ends
         self.parts: list[Scheduler] = inner.parts if isinstance(inner, Replicas) else [inner]  # type: ignore[list-item]
         self._is_stuck = False  # the last plan could admit nobody, and nothing has changed since
 
     def schedule(self, steps: int | None = None) -> IterationPlan | None:
         """See `Scheduling.schedule`; the plan may stand for many iterations."""
+        if self.is_paused:
+            return None
         if self.gate is not None and len(self.gate):
             for request in self.gate.release(self.inner):
                 self.inner.add(request)

@@ -1,0 +1,138 @@
+"""Which deployment to take: meshes, replicas, splits into prefill and decode, and budgets for a number of chips.
+
+Every candidate that can run is simulated on the same workload, and its highest rate within the SLO found; the best come
+first. Candidates that cannot hold the model are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jaxllm.simulation.config import SimulationConfig
+from jaxllm.simulation.run import OnSent, Setup, bisect, run_once, sweep
+
+BUDGETS = (512, 2048)
+_FIRST_RATE = 0.1  # per device
+_SECONDS = 30  # that arrivals last, where their number is not given
+_LEAST, _MOST = 150, 3000  # requests of one run
+
+
+def candidates(setup: Setup, budgets: Sequence[int] = BUDGETS) -> Iterator[tuple[Setup, dict[str, Any]]]:
+    """Every way to use all devices, with what the report says of it."""
+    count = setup.sim.num_devices or 1
+    for budget in sorted({max(budget, setup.config.max_num_seqs) for budget in budgets}):
+        config = dataclasses.replace(setup.config, max_num_batched_tokens=budget)
+        for tp in _divisors(count):
+            layout = {"mesh": f"tp={tp}", "replicas": count // tp, "max_num_batched_tokens": budget}
+            sim = dataclasses.replace(setup.sim, search=False, replicas=count // tp)
+            yield dataclasses.replace(setup, config=dataclasses.replace(config, mesh=f"tp={tp}"), sim=sim), layout
+        for sim in _splits(setup.sim, count):
+            layout = {name: getattr(sim, name) for name in _SPLIT} | {"max_num_batched_tokens": budget}
+            yield dataclasses.replace(setup, config=config, sim=sim), layout
+
+
+_SPLIT = ("prefill_mesh", "prefill_replicas", "decode_mesh", "decode_replicas")
+
+
+def _divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def _splits(sim: SimulationConfig, count: int) -> Iterator[SimulationConfig]:
+    """Prefill on a quarter, a half or three quarters of the devices, on engines of every size."""
+    for part in sorted({count // 4, count // 2, 3 * count // 4} - {0, count}):
+        for prefill_tp in (tp for tp in _divisors(part) if tp & (tp - 1) == 0):
+            for decode_tp in (tp for tp in _divisors(count - part) if tp & (tp - 1) == 0):
+                yield dataclasses.replace(
+                    sim, search=False, prefill_mesh=f"tp={prefill_tp}", prefill_replicas=part // prefill_tp,
+                    decode_mesh=f"tp={decode_tp}", decode_replicas=(count - part) // decode_tp,
+                )  # fmt: skip
+
+
+def search(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
+    """The report of the best, with all that ran under `search`, best first.
+
+    By the highest rate within the SLO; where `request_rate` is set, by goodput at it.
+
+    Raises ValueError where nothing can run.
+    """
+    sim = setup.sim
+    if not sim.limits:
+        raise ValueError("a search ranks by goodput within an SLO; set --slo")
+    found, problem = [], "no candidates"
+    for candidate, layout in candidates(setup):
+        try:
+            report = _measure(candidate, on_sent)
+        except ValueError as error:
+            problem = str(error)
+            continue
+        found.append((_score(report), layout, report))
+    if not found:
+        raise ValueError(f"nothing that {sim.num_devices} devices can be arranged to runs this: {problem}")
+    found.sort(key=lambda one: -one[0])
+    rows = [
+        {**layout, "goodput_per_device": score, "slo_attainment": report["slo_attainment"],
+         "ttft_ms": report["ttft_ms"], "tpot_ms": report["tpot_ms"], "itl_ms": report["itl_ms"]}
+        for score, layout, report in found
+    ]  # fmt: skip
+    best = {key: value for key, value in found[0][2].items() if key != "sweep"}
+    return {**best, "search": rows}
+
+
+def _measure(candidate: Setup, on_sent: OnSent) -> dict[str, Any]:
+    sim = candidate.sim
+    if sim.request_rate is not None:
+        return run_once(candidate, on_sent)
+    if sim.sweep is not None:
+        return sweep(candidate, on_sent)
+    return highest(candidate, on_sent)
+
+
+def highest(candidate: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
+    """The report at the highest rate within the SLO, found by doubling and bisection; as `sweep` gives it.
+
+    A run has as many requests as arrive in half a minute, unless `num_prompts` says how many.
+    """
+    sim, tried = candidate.sim, {}
+
+    def holds(rate: float) -> bool:
+        count = sim.num_prompts or min(_MOST, max(_LEAST, round(_SECONDS * rate)))
+        one = dataclasses.replace(sim.with_rate(rate), num_prompts=count)
+        tried[rate] = run_once(dataclasses.replace(candidate, sim=one), on_sent)
+        return tried[rate]["slo_attainment"] >= sim.attainment
+
+    rate = _FIRST_RATE * (sim.num_devices or 1)
+    while holds(rate) and rate < _MOST / 10:
+        rate *= 2
+    found = bisect(holds, rate / 2, rate) if rate > _FIRST_RATE * (sim.num_devices or 1) else None
+    best = tried[found] if found is not None else tried[min(tried)]
+    return {**best, "highest_rate": found, "sweep": [tried[rate] for rate in sorted(tried)]}
+
+
+def _score(report: dict[str, Any]) -> float:
+    """Requests per second and device within the SLO."""
+    if "sweep" in report:
+        return (report["highest_rate"] or 0.0) / report["num_devices"]
+    return report["goodput_per_device"]
+
+
+def format_search(report: dict[str, Any], limit: int = 12) -> str:
+    """The best for a person."""
+    lines = [f"{'requests/s per device':>21}  {'SLO met':>8} {'TTFT p99':>9} {'TPOT p99':>9}  deployment"]
+    for row in report["search"][:limit]:
+        lines.append(
+            f"{row['goodput_per_device']:>21.3f}  {row['slo_attainment']:>8.1%} {row['ttft_ms']['p99'] or 0:>9,.0f} "
+            f"{row['tpot_ms']['p99'] or 0:>9,.1f}  {name_of(row)}"
+        )
+    return "\n".join(lines)
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """A deployment in a few words."""
+    budget = f"chunks of {row['max_num_batched_tokens']}"
+    if "mesh" in row:
+        return f"{row['replicas']} x {row['mesh']}, {budget}"
+    prefill, decode = (f"{row[f'{pool}_replicas']} x {row[f'{pool}_mesh']}" for pool in ("prefill", "decode"))
+    return f"{prefill} -> {decode}, {budget}"
