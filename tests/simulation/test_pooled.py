@@ -27,11 +27,9 @@ def pool(num_models: int, policy: str = "token", **kwargs) -> Pooled:
 
 def market(num_models: int, rate: float, count: int, output_len: int = 100) -> list[Arrival]:
     random = np.random.default_rng(0)
-    times = np.cumsum(random.exponential(1 / rate, count))
-    models = random.integers(0, num_models, count)
-    return [
-        Arrival(float(t), 300, 100, number=i, model=f"m{m}") for i, (t, m) in enumerate(zip(times, models, strict=True))
-    ]
+    times = np.cumsum(random.exponential(1 / rate, count)).tolist()
+    models = random.integers(0, num_models, count).tolist()
+    return [Arrival(t, 300, output_len, number=i, model=f"m{models[i]}") for i, t in enumerate(times)]
 
 
 @pytest.mark.parametrize("policy", ["token", "request"])
