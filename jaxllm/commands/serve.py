@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -11,10 +12,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxllm.commands.flags import add_engine_flags, engine_arguments
+from jaxllm.commands.flags import add_engine_flags, add_fields, engine_arguments
 from jaxllm.commands.startup import Startup
 from jaxllm.config import EngineConfig
 from jaxllm.config.slo import parse_slo
+from jaxllm.pool.config import PoolConfig
 from jaxllm.server.listen import Listen
 
 if TYPE_CHECKING:
@@ -83,6 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="compile everything before the first request",
     )
+    pool = parser.add_argument_group("several models on one device (docs/pool.md)")
+    pool.add_argument(
+        "--models", nargs="+", metavar="FILE.toml|NAME=PATH", help="serve all of these; engine flags hold for each"
+    )
+    add_fields(pool, PoolConfig)
     add_engine_flags(parser, max_decode_steps=4)  # whoever arrives waits for the dispatches under way
 
 
@@ -105,6 +112,8 @@ def run(args: argparse.Namespace) -> int:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ValueError(f"the server needs {error.name}; install it with: pip install 'jaxllm[server]'") from None
+    if args.models:
+        return start_pool(args, engine, listen, bound)
     return start(args, engine, listen, _settings(args, engine), bound)
 
 
@@ -157,6 +166,36 @@ def start(
             return server.wait()
         finally:
             llm.shutdown()
+
+
+def start_pool(
+    args: argparse.Namespace, engine: dict[str, Any], listen: Listen, bound: socket.socket | None
+) -> int:  # fmt: skip
+    """Serve several models from the first moment; each is loaded meanwhile, or with its first request."""
+    from jaxllm.pool.face import PoolFace
+    from jaxllm.pool.pool import Pool
+    from jaxllm.server.app import make_app
+    from jaxllm.server.run import serving
+
+    if bound is None or args.served_model_name:
+        wrong = "--num-processes: a pool is one process" if bound is None else "--served-model-name: --models has names"
+        raise ValueError(f"--models does not go with {wrong}; leave it out")
+    del engine["model"]
+    shared = {field.name: getattr(args, field.name) for field in dataclasses.fields(PoolConfig)}
+    given = {name: value for name, value in shared.items() if value != getattr(PoolConfig(), name)}
+    options = {"max_num_queued_requests": args.max_num_queued_requests, "stuck_seconds": args.stuck_seconds}
+    pool = Pool(args.models, warm_up=args.warm_up, options=options, **given, **engine)
+    face = PoolFace(pool, args.stuck_seconds)
+    try:
+        names = [model.name for model in pool.models]
+        settings = _settings(args, {"model": names[0]})
+        with serving(make_app(face, settings), listen, bound) as server:
+            server.attach(face)
+            where = listen.uds or listen.url
+            Startup(lambda _: None).ready(f"serving {', '.join(names)} on {where}; a page to chat is at {where}/")
+            return server.wait()
+    finally:
+        face.shutdown()
 
 
 def _load(args: argparse.Namespace, engine: dict[str, Any], startup: Startup, hooks: dict[str, Any]) -> AsyncLLM:

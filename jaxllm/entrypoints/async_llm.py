@@ -156,6 +156,7 @@ class AsyncLLM(Frontend):
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="prepare")
         self._streams: set[Stream] = set()
         self._draining = False
+        self._paused: str | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self.thread = make_thread(self._jobs, self._publish, before_step)
@@ -264,7 +265,7 @@ class AsyncLLM(Frontend):
                 f"{num_requests} completions in one request, but at most {self._capacity} can run or queue; "
                 "send fewer prompts or lower n"
             )
-        if (reason := self.unavailable()) is not None:
+        if (reason := self.unavailable() or self._paused) is not None:
             raise Unavailable(reason, retry_after=10)
         if self.num_open + num_requests > self._capacity:
             raise Unavailable(f"the queue is full ({self._capacity} requests run or wait)")
@@ -300,6 +301,15 @@ class AsyncLLM(Frontend):
         except TimeoutError:
             return False
         return True
+
+    async def pause(self, reason: str) -> None:
+        """Refuse requests, with this reason, until `resume`; returns when those under way have ended."""
+        self._paused = reason
+        await self._idle.wait()
+
+    def resume(self) -> None:
+        """Take requests again."""
+        self._paused = None
 
     def fail_all(self, message: str) -> None:
         """End every stream with an error (at the end of a drain, say)."""

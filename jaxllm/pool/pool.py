@@ -141,13 +141,18 @@ class Pool:
         assert model.removed is not None
         return model.removed
 
-    def sleep(self, name: str) -> None:
-        """Bring a model off the device, its requests too; a turn of its own brings it back. Pinned ones as well."""
+    def sleep(self, name: str, level: int = 1) -> None:
+        """Bring a model off the device, its requests too; its next turn brings it back. Pinned ones as well.
+
+        With `level=2` its weights leave the host, too, and are read again from disk.
+        """
         model = self.model(name)
 
         def put_to_sleep() -> None:
-            if model.state is State.READY:
+            if model.state is State.READY and model.residence is not None:
                 self.residents.put_to_sleep(model)
+                if level == 2:
+                    model.residence.forget_rest()
 
         self.driver.call(put_to_sleep).result()
 

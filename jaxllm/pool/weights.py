@@ -51,6 +51,23 @@ def make_store(device: Device, limit: int) -> Store:
     return _CpuStore(limit) if device.platform == "cpu" else _AcceleratorStore()
 
 
+def make_plain_store(device: Device) -> Store:
+    """The store of an engine that is alone: on a CPU, where both memories are one, nothing is copied."""
+    return _OneMemory() if device.platform == "cpu" else _AcceleratorStore()
+
+
+@final
+class _OneMemory:
+    def rest(self, leaves: Sequence[jax.Array]) -> Any:
+        return list(leaves)
+
+    def fetch(self, at_rest: Any) -> Sequence[jax.Array]:
+        return at_rest
+
+    def drop(self, leaves: Sequence[jax.Array]) -> None:
+        pass
+
+
 @final
 class _AcceleratorStore:
     def rest(self, leaves: Sequence[jax.Array]) -> Any:

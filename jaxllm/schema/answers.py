@@ -244,8 +244,10 @@ class ModelCard(Answer):
     created: int
     owned_by: str
     root: str
-    max_model_len: Count
-    vocab_size: Count
+    max_model_len: Count | None
+    vocab_size: Count | None
+    state: Literal["absent", "loading", "ready", "draining", "failed"]
+    place: Literal["device", "host", "disk"] | None = None
 
 
 class ModelList(Answer):

@@ -140,6 +140,9 @@ STREAM_RULES = (
 )
 
 
+_KEEP_ALIVE = {"type": "null", "description": "As in ollama, for servers of several models: '10m', seconds or -1."}
+
+
 class SamplingFields(Body):
     """What every generating route takes, whatever its API."""
 
@@ -171,6 +174,7 @@ class SamplingFields(Body):
     cache_salt: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     request_id: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:-]{1,64}$")] | None = None
     user: Name | None = None
+    keep_alive: Annotated[Name | float, WithJsonSchema(_KEEP_ALIVE)] | None = None
 
 
 _TRANSFER = {"type": "object", "maxProperties": 0, "description": "For servers with --kv-transfer-config."}

@@ -8,11 +8,14 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from jaxllm.entrypoints.async_llm import AsyncLLM
+from jaxllm.pool.face import PoolFace
+from jaxllm.pool.solo import Sleeper
 from jaxllm.server import errors
 from jaxllm.server.context import Context, CrossOrigin, Settings
 from jaxllm.server.middleware import Gate
 from jaxllm.server.openapi import complete
-from jaxllm.server.prometheus import Metrics
+from jaxllm.server.pool_models import PoolModels
+from jaxllm.server.prometheus import Families
 from jaxllm.server.routes import (
     batches,
     chat,
@@ -22,20 +25,20 @@ from jaxllm.server.routes import (
     kv_transfer,
     messages,
     page,
+    pool,
     responses,
     status,
     tokens,
 )
 from jaxllm.version import __version__
 
-_ROUTERS = (completions, chat, responses, messages, embeddings, tokens, batches, kv_transfer, status, docs, page)
+_ROUTERS = (completions, chat, responses, messages, embeddings, tokens, batches, kv_transfer, pool, status, docs, page)
 
 
-def make_app(llm: AsyncLLM, settings: Settings) -> Any:
-    """The ASGI app that serves `llm`."""
+def make_app(llm: AsyncLLM | PoolFace, settings: Settings) -> Any:
+    """The ASGI app that serves `llm`, one model or a pool of them."""
     app = FastAPI(title="jaxllm", version=__version__, docs_url=None, redoc_url=None)
-    metrics = Metrics(llm, settings.served_model_names[0], settings.metrics_namespace)
-    app.state.context = Context(llm=llm, settings=settings, metrics=metrics)
+    app.state.context = _context(llm, settings)
     for module in _ROUTERS:
         app.include_router(module.router)
     errors.install(app)
@@ -43,6 +46,15 @@ def make_app(llm: AsyncLLM, settings: Settings) -> Any:
     app.openapi = lambda: complete(build(), app.state.context)
     gate = Gate(app, api_keys=settings.api_keys, max_body_bytes=settings.max_body_bytes)
     return _cross_origin(gate, settings.cross_origin)
+
+
+def _context(llm: Any, settings: Settings) -> Context:
+    families = Families(settings.metrics_namespace)
+    if not isinstance(llm, PoolFace):
+        metrics = families.of(llm, settings.served_model_names[0])
+        return Context(llm=llm, settings=settings, metrics=metrics, sleeper=Sleeper(llm))
+    models = PoolModels(llm.pool, families)
+    return Context(llm=llm, settings=settings, metrics=models.metrics, models=models, sleeper=Sleeper(llm))  # type: ignore[arg-type]
 
 
 def _cross_origin(app: Any, allowed: CrossOrigin) -> Any:

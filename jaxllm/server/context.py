@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from fastapi import Request
 
@@ -17,6 +17,9 @@ from jaxllm.version import __version__
 
 if TYPE_CHECKING:
     from jaxllm.entrypoints.async_llm import AsyncLLM
+    from jaxllm.pool.model import PooledModel
+    from jaxllm.pool.pool import Pool
+    from jaxllm.pool.solo import Sleeper
     from jaxllm.server.prometheus import Metrics
 
 
@@ -45,13 +48,26 @@ class Settings:
     cross_origin: CrossOrigin = field(default_factory=CrossOrigin)
 
 
+class Models(Protocol):
+    """The models of a pool; see `PoolModels`."""
+
+    pool: Pool
+
+    def find(self, name: str | None) -> PooledModel: ...
+    def is_ready(self, name: str | None) -> bool: ...
+    def waiting_for(self, name: str | None) -> str: ...
+    async def choose(self, base: Context, name: str | None, request: Request) -> tuple[Context, str]: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """One per app."""
+    """One per app; of a pool also one for each of its `models`, with its frontend in place of the pool's face."""
 
     llm: AsyncLLM
     settings: Settings
     metrics: Metrics
+    models: Models | None = None
+    sleeper: Sleeper
     responses: ResponseStore = field(default_factory=ResponseStore)
     files: FileStore = field(default_factory=FileStore)
     batches: dict[str, Batch] = field(default_factory=dict)
@@ -82,6 +98,17 @@ class Context:
 def context_of(request: Request) -> Context:
     """The context of the app that serves `request`."""
     return request.app.state.context
+
+
+async def model_context(request: Request, name: str | None) -> tuple[Context, str]:
+    """The context of the model that a request names, and the name to answer under; waits while it is loaded.
+
+    Raises ApiError for a model that is not served, or cannot be.
+    """
+    ctx = context_of(request)
+    if ctx.models is None:
+        return ctx, ctx.check_model(name)
+    return await ctx.models.choose(ctx, name, request)
 
 
 def request_id_of(request: Request) -> str:

@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from jaxllm.engine.errors import EngineError, NotFinite, Unavailable
+from jaxllm.pool.budget import NoRoom
 from jaxllm.schema.validation import explain
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,8 @@ def as_api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, Unavailable):
         return ApiError(503, str(error), code="unavailable", headers={"retry-after": str(error.retry_after)})
+    if isinstance(error, NoRoom):
+        return ApiError(507, str(error), code="no_room")
     if isinstance(error, ConnectionResetError):  # the client went away: nobody reads this
         return ApiError(400, str(error))
     if isinstance(error, EngineError):
@@ -104,7 +107,7 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
-    for kind in (ApiError, Unavailable, ConnectionResetError, EngineError, TimeoutError, ValueError, Exception):
+    for kind in (ApiError, Unavailable, NoRoom, ConnectionResetError, EngineError, TimeoutError, ValueError, Exception):
         app.add_exception_handler(kind, on_error)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxllm.entrypoints.async_llm import AsyncLLM
 from jaxllm.server.context import Context
 
 Schema = dict[str, Any]
@@ -40,7 +41,7 @@ def complete(document: Schema, ctx: Context) -> Schema:
     for name in ("HTTPValidationError", "ValidationError"):
         schemas.pop(name, None)
     _name_model(document, schemas, ctx)
-    _bound_tokens(document, ctx.llm.model_config.vocab_size - 1)
+    _bound_tokens(document, max((llm.model_config.vocab_size for llm in _llms(ctx)), default=1 << 20) - 1)
     schemas["Error"] = {
         "type": "object", "required": ["error"], "additionalProperties": False,
         "properties": {"error": _ERROR, "type": {"const": "error", "description": "Of Anthropic's routes."}},
@@ -51,17 +52,28 @@ def complete(document: Schema, ctx: Context) -> Schema:
     return document
 
 
+def _llms(ctx: Context) -> list[AsyncLLM]:
+    """The frontends that are ready."""
+    if ctx.models is None:
+        return [ctx.llm]
+    return [model.llm for model in ctx.models.pool.models if model.llm is not None]
+
+
 def _name_model(document: Schema, schemas: Schema, ctx: Context) -> None:
     """The names that are served, the size of embeddings, and whether a prompt may be empty."""
     names = list(ctx.settings.served_model_names)
+    if ctx.models is not None:
+        names = [name for model in ctx.models.pool.models for name in (model.name, *model.entry.aliases)]
     for schema in schemas.values():
         properties = schema.get("properties", {})
         if schema.get("title", "").endswith("Request") and "model" in properties:
             properties["model"] = {"enum": [*names, None], "default": names[0], "title": "Model"}
-        if "dimensions" in properties:
+        if "dimensions" in properties and ctx.models is None:
             properties["dimensions"] = {"enum": [ctx.llm.model_config.hidden_size, None], "title": "Dimensions"}
     for operation in document["paths"].get("/v1/models/{name}", {}).values():
         operation["parameters"][0]["schema"] = {"enum": names, "title": "Name"}
+    if ctx.models is not None:
+        return
     tokenizer = ctx.llm.get_tokenizer()
     if tokenizer is None or tokenizer.encode(""):
         return  # something is put before every text

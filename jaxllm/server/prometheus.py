@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -22,34 +22,65 @@ _LENGTHS = tuple(float(step * 10**power) for power in range(6) for step in (1, 2
 _WINDOW = 512  # samples behind the percentiles of the page
 
 
-class Metrics:
-    """Counters and histograms fed by requests, gauges read from the engine when asked."""
+class Families:
+    """The metrics of a server, with a label for each of its models."""
 
-    def __init__(self, llm: AsyncLLM, model_name: str, namespace: str = "jaxllm"):
+    def __init__(self, namespace: str = "jaxllm"):
         self.registry = CollectorRegistry()
-        name = f"{namespace}:{{}}".format
+        self.name = f"{namespace}:{{}}".format
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens accepted.")
+        self.ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT)
+        self.itl = self._histogram("inter_token_latency_seconds", "Time between tokens of a request.", _ITL)
+        self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _E2E)
+        self.prompt_lengths = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _LENGTHS)
+        text = "Tokens generated for a completion."
+        self.output_lengths = self._histogram("request_generation_tokens", text, _LENGTHS)
+        self.success = self._counter("request_success", "Requests by how they ended.", "finished_reason")
+        self._models: dict[str, Metrics] = {}
+        self._collector = _EngineFigures(self.name)
+        self.registry.register(self._collector)
 
-        def counter(what: str, text: str) -> Counter:
-            return Counter(name(what), text, ["model_name"], registry=self.registry).labels(model_name)
+    def _counter(self, what: str, text: str, *labels: str) -> Counter:
+        return Counter(self.name(what), text, ["model_name", *labels], registry=self.registry)
 
-        def histogram(what: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            made = Histogram(name(what), text, ["model_name"], buckets=buckets, registry=self.registry)
-            return made.labels(model_name)
+    def _histogram(self, what: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(self.name(what), text, ["model_name"], buckets=buckets, registry=self.registry)
 
-        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens accepted.")
-        self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", _TTFT)
-        self._itl = histogram("inter_token_latency_seconds", "Time between tokens of a request.", _ITL)
-        self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", _E2E)
-        self._prompt_lengths = histogram("request_prompt_tokens", "Prompt tokens of a request.", _LENGTHS)
-        self._output_lengths = histogram("request_generation_tokens", "Tokens generated for a completion.", _LENGTHS)
-        labels = ["model_name", "finished_reason"]
-        self._success = Counter(name("request_success"), "Requests by how they ended.", labels, registry=self.registry)
+    def of(self, llm: AsyncLLM, model_name: str) -> Metrics:
+        """The metrics of one model: counters go on where a model that comes again left off."""
+        self._collector.llms[model_name] = llm
+        if model_name not in self._models:
+            self._models[model_name] = Metrics(self, model_name)
+        return self._models[model_name]
+
+    def add(self, more: Callable[[], Iterable[Labelled]]) -> None:
+        """Figures that are read whenever somebody asks."""
+        self._collector.more.append(more)
+
+    def read(self, model_name: str) -> Iterable[Figure]:
+        """The figures of one model's engine."""
+        return self._collector.read(self._collector.llms[model_name])
+
+    def exposition(self) -> bytes:
+        """The Prometheus text format."""
+        return generate_latest(self.registry)
+
+
+class Metrics:
+    """Counters and histograms of one model, fed by requests; gauges are read from its engine when asked."""
+
+    def __init__(self, families: Families, model_name: str):
+        self.families = families
+        self.prompt_tokens = families.prompt_tokens.labels(model_name)
+        self._ttft, self._itl = families.ttft.labels(model_name), families.itl.labels(model_name)
+        self._e2e = families.e2e.labels(model_name)
+        self._prompt_lengths = families.prompt_lengths.labels(model_name)
+        self._output_lengths = families.output_lengths.labels(model_name)
+        self._success = families.success
         for reason in ("stop", "length", "abort"):
             self._success.labels(model_name, reason)
         self._model_name = model_name
         self._recent: dict[str, deque[float]] = {what: deque(maxlen=_WINDOW) for what in ("ttft", "itl")}
-        self._engine_figures = _EngineFigures(llm, name, model_name)
-        self.registry.register(self._engine_figures)
 
     def asked(self, num_tokens: int) -> None:
         """A prompt came."""
@@ -79,15 +110,10 @@ class Metrics:
         """Completions ended for `reason`."""
         self._success.labels(self._model_name, reason).inc(count)
 
-    def exposition(self) -> bytes:
-        """The Prometheus text format."""
-        return generate_latest(self.registry)
-
     def snapshot(self) -> dict[str, Any]:
         """What the page draws; rates are the reader's business, from two totals."""
-        figures: dict[str, Any] = {
-            figure.name + figure.labelled: figure.value for figure in self._engine_figures.read()
-        }
+        known = self.families.read(self._model_name)
+        figures: dict[str, Any] = {figure.name + figure.labelled: figure.value for figure in known}
         figures["generation_tokens_total"] = figures["generation_tokens"]
         figures["prompt_tokens_total"] = _value(self.prompt_tokens)
         for what, samples in self._recent.items():
@@ -101,16 +127,21 @@ def _value(counter: Counter) -> float:
     return next(sample.value for sample in next(iter(counter.collect())).samples if sample.name.endswith("_total"))
 
 
+Labelled = tuple[str, Figure]  # a model's name, or "" where none is meant
+
+
 class _EngineFigures:
-    """A Prometheus collector that looks at the engine. Plain integers: reading them needs no lock."""
+    """A Prometheus collector that looks at the engines. Plain integers: reading them needs no lock."""
 
-    def __init__(self, llm: AsyncLLM, name: Any, model_name: str):
-        self._llm, self._name, self._model_name = llm, name, model_name
+    def __init__(self, name: Callable[[str], str]):
+        self.llms: dict[str, AsyncLLM] = {}
+        self.more: list[Callable[[], Iterable[Labelled]]] = []
+        self._name = name
 
-    def read(self) -> Iterable[Figure]:
-        """The engine's figures, with what its thread adds: whom it has not looked at yet also waits."""
-        thread = self._llm.thread
-        for figure in figures(self._llm.engine):
+    def read(self, llm: AsyncLLM) -> Iterable[Figure]:
+        """An engine's figures, with what its thread adds: whom it has not looked at yet also waits."""
+        thread = llm.thread
+        for figure in figures(llm.engine):
             waits = figure.name == "num_requests_waiting"
             yield figure._replace(value=thread.num_queued) if waits else figure
         if self._llm.admission is not None:
@@ -118,12 +149,13 @@ class _EngineFigures:
         yield Figure("engine_failures", "counter", "Iterations that raised.", thread.num_failures)
 
     def collect(self) -> Iterable[Metric]:
-        """For prometheus_client."""
-        families: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
-        for what, kind, text, value, labels in self.read():
+        """For prometheus_client: each figure once, with every model's value."""
+        found: dict[str, GaugeMetricFamily | CounterMetricFamily] = {}
+        engines = [(name, figure) for name, llm in list(self.llms.items()) for figure in self.read(llm)]
+        for model, (what, kind, text, value, labels) in [*engines, *(pair for more in self.more for pair in more())]:
             family = GaugeMetricFamily if kind == "gauge" else CounterMetricFamily
-            if what not in families:
-                names = [label for label, _ in labels]
-                families[what] = family(self._name(what), text, labels=["model_name", *names])
-            families[what].add_metric([self._model_name, *(value for _, value in labels)], value)
-        yield from families.values()
+            named = [*([("model_name", model)] if model else []), *labels]
+            if what not in found:
+                found[what] = family(self._name(what), text, labels=[label for label, _ in named])
+            found[what].add_metric([one for _, one in named], value)
+        yield from found.values()

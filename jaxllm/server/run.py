@@ -25,6 +25,9 @@ from jaxllm.server.protocol import BoundedHeadProtocol
 
 if TYPE_CHECKING:
     from jaxllm.entrypoints.async_llm import AsyncLLM
+    from jaxllm.pool.face import PoolFace
+
+    Served = AsyncLLM | PoolFace
 
 log = logging.getLogger(__name__)
 _WATCH_SECONDS = 0.25
@@ -46,7 +49,7 @@ def serving(app: Any, listen: Listen, bound: socket.socket) -> Iterator[Draining
         thread.join(_LAST_WORDS_SECONDS)
 
 
-def make_server(app: Any, llm: AsyncLLM | None, listen: Listen) -> DrainingServer:
+def make_server(app: Any, llm: Served | None, listen: Listen) -> DrainingServer:
     """A server that has not started yet."""
     config = uvicorn.Config(
         app,
@@ -76,7 +79,7 @@ class DrainingServer(uvicorn.Server):
         thread: that runs it, where it is not the main one.
     """
 
-    def __init__(self, config: uvicorn.Config, llm: AsyncLLM | None, shutdown_timeout: float):
+    def __init__(self, config: uvicorn.Config, llm: Served | None, shutdown_timeout: float):
         super().__init__(config)
         self.exit_code = 1
         self.thread: threading.Thread | None = None
@@ -84,7 +87,7 @@ class DrainingServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._signals = 0
 
-    def attach(self, llm: AsyncLLM) -> None:
+    def attach(self, llm: Served) -> None:
         """Watch this engine from now on; from any thread."""
         self._llm = llm
         if self._loop is not None:
@@ -123,7 +126,7 @@ class DrainingServer(uvicorn.Server):
         assert self._llm is not None
         self._watcher = asyncio.ensure_future(self._watch(self._llm))
 
-    async def _watch(self, llm: AsyncLLM) -> None:
+    async def _watch(self, llm: Served) -> None:
         while not self._signals and llm.thread.is_alive:
             await asyncio.sleep(_WATCH_SECONDS)
         if self._signals:
@@ -141,7 +144,7 @@ class DrainingServer(uvicorn.Server):
             await asyncio.sleep(_LAST_WORDS_SECONDS)
         self.should_exit = True
 
-    async def _drained(self, llm: AsyncLLM) -> bool:
+    async def _drained(self, llm: Served) -> bool:
         drain = asyncio.ensure_future(llm.drain(self._shutdown_timeout))
         while not drain.done() and llm.thread.is_alive:
             await asyncio.wait((drain,), timeout=_WATCH_SECONDS)

@@ -23,6 +23,7 @@ BASE = {
     "tokenize": {"messages": MESSAGES},
 }
 SAMPLING = {
+    "keep_alive": "5m",
     "temperature": 0, "top_p": 0.1, "top_k": 1, "min_p": 0.9, "presence_penalty": 2, "frequency_penalty": 2,
     "repetition_penalty": 50, "seed": 2, "stop": list("abcdefghijklmnop"), "stop_token_ids": list(range(16)),
     "min_tokens": 6, "ignore_eos": True, "logit_bias": {"65": 100}, "bad_words": list("abcdefghijklmnopqrstuvwxyz"),

@@ -9,7 +9,7 @@ import pytest
 from jaxllm import LLM, SamplingParams
 from jaxllm.families.presets import model_config
 from jaxllm.roofline.cost_model import model_cost
-from jaxllm.server.prometheus import Metrics
+from jaxllm.server.prometheus import Families
 from jaxllm.telemetry.accounting import Accounting, Ceilings, IterationRecord
 
 
@@ -37,8 +37,8 @@ def test_everybody_reads_the_same_figures(tiny_llama) -> None:
     metrics = llm.get_metrics()
     assert metrics["generation_tokens_total"] == 24
     server = SimpleNamespace(engine=llm.engine, thread=SimpleNamespace(num_queued=3, num_failures=0))
-    exported = Metrics(server, "tiny")
-    stats, page = exported.snapshot(), exported.exposition().decode()
+    families = Families()
+    stats, page = families.of(server, "tiny").snapshot(), families.exposition().decode()
     for name, value in metrics.items():
         if name in ("ceilings", "num_requests_waiting") or name.endswith("_per_s"):
             continue

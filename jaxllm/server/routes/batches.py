@@ -75,7 +75,7 @@ async def create(body: BatchRequest, request: Request) -> Response:
         del ctx.batches[next(iter(ctx.batches))]
     batch = Batch(body.endpoint, ctx.files.get(body.input_file_id), body.completion_window, body.metadata)
     ctx.batches[batch.id] = batch
-    batch.start(request.app, ctx.files, most=ctx.llm.engine.runner.shapes.spare_slot)
+    batch.start(request.app, ctx.files, most=_most_at_once(ctx))
     return JSONResponse(batch.shaped())
 
 
@@ -97,6 +97,11 @@ async def cancel(batch_id: str, request: Request) -> Response:
     found = _batch(context_of(request), batch_id)
     found.cancel()
     return JSONResponse(found.shaped())
+
+
+def _most_at_once(ctx: Context) -> int:
+    llms = [ctx.llm] if ctx.models is None else [m.llm for m in ctx.models.pool.models if m.llm is not None]
+    return max((llm.engine.runner.shapes.spare_slot for llm in llms), default=8)
 
 
 def _batch(ctx: Context, batch_id: str) -> Batch:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from jaxllm.engine.scoring import Scorer
 from jaxllm.schema.answers import Embeddings, answered
 from jaxllm.schema.requests import EmbeddingRequest
-from jaxllm.server.context import Context, context_of
+from jaxllm.server.context import Context, model_context
 from jaxllm.server.errors import ApiError
 from jaxllm.server.routes.completions import as_prompts
 from jaxllm.server.streaming import unless_disconnected
@@ -23,8 +23,7 @@ router = APIRouter()
 @router.post("/v1/embeddings", responses=answered(Embeddings))
 async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
     """One vector per input."""
-    ctx = context_of(request)
-    model = ctx.check_model(body.model)
+    ctx, model = await model_context(request, body.model)
     if body.dimensions not in (None, ctx.llm.model_config.hidden_size):
         size = ctx.llm.model_config.hidden_size
         raise ApiError(

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse, Response
 from jaxllm.schema.answers import MessageAnswer, TokenCount, answered
 from jaxllm.schema.messages_request import CountTokensRequest, MessagesRequest, Prompted
 from jaxllm.schema.tools import FunctionName, NamedTool
-from jaxllm.server.context import Context, context_of
+from jaxllm.server.context import Context, model_context
 from jaxllm.server.conversation import Conversation, Turn
 from jaxllm.server.errors import ApiError, as_api_error
 from jaxllm.server.forced import Choice, ToolUse
@@ -35,8 +35,7 @@ async def messages(body: MessagesRequest, request: Request) -> Response:
 @router.post("/v1/messages/count_tokens", responses=answered(TokenCount))
 async def count_tokens(body: CountTokensRequest, request: Request) -> Response:
     """How many tokens a conversation has."""
-    ctx = context_of(request)
-    ctx.check_model(body.model)
+    ctx, _ = await model_context(request, body.model)
     turn = Turn(ctx, _conversation(body), sampling_params(ctx, body, max_tokens=None))
     prompt = await ctx.llm.in_thread(turn.prompt)
     return JSONResponse({"input_tokens": len(prompt["prompt_token_ids"])})

@@ -5,8 +5,9 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from jaxllm.pool.model import PooledModel, State
 from jaxllm.schema.answers import ModelCard, ModelList, answered
-from jaxllm.server.context import context_of
+from jaxllm.server.context import Context, context_of, model_context
 from jaxllm.server.errors import ApiError
 from jaxllm.server.prometheus import CONTENT_TYPE
 from jaxllm.server.routes.tokens import max_model_len
@@ -38,18 +39,19 @@ async def load(request: Request) -> Response:
 
 
 @router.get("/tokenizer_info")
-async def tokenizer_info(request: Request) -> Response:
+async def tokenizer_info(request: Request, model: str | None = None) -> Response:
     """What evaluation tools need to know of the tokenizer: its special tokens and chat template."""
-    tokenizer = context_of(request).llm.get_tokenizer()
+    ctx, _ = await model_context(request, model)
+    tokenizer = ctx.llm.get_tokenizer()
     known = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template}
     names = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"))
-    return JSONResponse(names | tokenizer.special_tokens | known | {"model_max_length": max_model_len(request)})
+    return JSONResponse(names | tokenizer.special_tokens | known | {"model_max_length": max_model_len(ctx)})
 
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
-    return Response(context_of(request).metrics.exposition(), media_type=CONTENT_TYPE)
+    return Response(context_of(request).metrics.families.exposition(), media_type=CONTENT_TYPE)
 
 
 @router.get("/stats")
@@ -66,25 +68,37 @@ async def version() -> Response:
 
 @router.get("/v1/models", responses=answered(ModelList))
 async def models(request: Request) -> Response:
-    """Every name this server answers to."""
-    names = context_of(request).settings.served_model_names
-    return JSONResponse({"object": "list", "data": [_card(request, name) for name in names]})
+    """Every name this server answers to, and how far each model is."""
+    ctx = context_of(request)
+    if ctx.models is not None:
+        cards = [_card_of_pool(ctx, model) for model in ctx.models.pool.models]
+    else:
+        cards = [_card(ctx, name) for name in ctx.settings.served_model_names]
+    return JSONResponse({"object": "list", "data": cards})
 
 
 @router.get("/v1/models/{name:path}", responses=answered(ModelCard))
 async def model(name: str, request: Request) -> Response:
     """One of them."""
-    return JSONResponse(_card(request, context_of(request).check_model(name)))
-
-
-def _card(request: Request, name: str) -> dict:
     ctx = context_of(request)
-    return {
-        "id": name,
-        "object": "model",
-        "created": ctx.started,
-        "owned_by": "jaxllm",
-        "root": ctx.settings.served_model_names[0],
-        "max_model_len": max_model_len(request),
-        "vocab_size": ctx.llm.model_config.vocab_size,
-    }
+    if ctx.models is not None:
+        return JSONResponse(_card_of_pool(ctx, ctx.models.find(name)))
+    return JSONResponse(_card(ctx, ctx.check_model(name)))
+
+
+def _card(ctx: Context, name: str) -> dict:
+    root, config = ctx.settings.served_model_names[0], ctx.llm.model_config
+    return _described(ctx, name, root) | {"max_model_len": max_model_len(ctx), "vocab_size": config.vocab_size}
+
+
+def _card_of_pool(ctx: Context, model: PooledModel) -> dict:
+    """Lengths are known when the model is loaded."""
+    llm = model.llm
+    known = (llm.engine.runner.shapes.max_model_len, llm.model_config.vocab_size) if llm is not None else (None, None)
+    sizes = {"max_model_len": known[0], "vocab_size": known[1]}
+    return _described(ctx, model.name, model.entry.path) | sizes | {"state": model.state, "place": model.place}
+
+
+def _described(ctx: Context, name: str, root: str) -> dict:
+    own = {"id": name, "object": "model", "created": ctx.started, "owned_by": "jaxllm", "root": root}
+    return own | {"state": State.READY}

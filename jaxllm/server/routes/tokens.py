@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 
 from jaxllm.schema.answers import Detokenized, Tokenized, answered
 from jaxllm.schema.requests import DetokenizeRequest, TokenizeRequest
-from jaxllm.server.context import context_of
+from jaxllm.server.context import Context, model_context
 from jaxllm.server.errors import ApiError
 from jaxllm.server.routes.chat import plain_messages, template_arguments
 
@@ -19,8 +19,7 @@ router = APIRouter()
 @router.post("/tokenize", responses=answered(Tokenized))
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """Token ids of a text or of a conversation."""
-    ctx = context_of(request)
-    ctx.check_model(body.model)
+    ctx, _ = await model_context(request, body.model)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt (a text) or messages (a conversation)")
     tokenizer = ctx.llm.get_tokenizer()
@@ -36,7 +35,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
         return prompt["prompt_token_ids"]
 
     ids = await ctx.llm.in_thread(work)
-    answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": max_model_len(request)}
+    answer: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": max_model_len(ctx)}
     if body.return_token_strs:
         answer["token_strs"] = [tokenizer.token_text(i) for i in ids]
     return JSONResponse(answer)
@@ -45,8 +44,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
 @router.post("/detokenize", responses=answered(Detokenized))
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """The text of token ids."""
-    ctx = context_of(request)
-    ctx.check_model(body.model)
+    ctx, _ = await model_context(request, body.model)
     vocab = ctx.llm.model_config.vocab_size
     if bad := [token for token in body.tokens if token >= vocab]:
         raise ApiError(
@@ -56,6 +54,6 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     return JSONResponse({"prompt": text})
 
 
-def max_model_len(request: Request) -> int:
+def max_model_len(ctx: Context) -> int:
     """Tokens of the longest possible request."""
-    return context_of(request).llm.engine.runner.shapes.max_model_len
+    return ctx.llm.engine.runner.shapes.max_model_len
