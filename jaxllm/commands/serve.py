@@ -183,6 +183,9 @@ def start_pool(
     del engine["model"]
     shared = {field.name: getattr(args, field.name) for field in dataclasses.fields(PoolConfig)}
     given = {name: value for name, value in shared.items() if value != getattr(PoolConfig(), name)}
+    if "ttft" in (slo := parse_slo(args.slo)):
+        raise ValueError("--slo ttft is for one model; with --models give tpot alone, which decides how long turns are")
+    given |= {"tpot": slo["tpot"]} if "tpot" in slo else {}
     options = {"max_num_queued_requests": args.max_num_queued_requests, "stuck_seconds": args.stuck_seconds}
     pool = Pool(args.models, warm_up=args.warm_up, options=options, **given, **engine)
     face = PoolFace(pool, args.stuck_seconds)

@@ -144,8 +144,8 @@ class _EngineFigures:
         for figure in figures(llm.engine):
             waits = figure.name == "num_requests_waiting"
             yield figure._replace(value=thread.num_queued) if waits else figure
-        if self._llm.admission is not None:
-            yield from self._llm.admission.figures()
+        if llm.admission is not None:
+            yield from llm.admission.figures()
         yield Figure("engine_failures", "counter", "Iterations that raised.", thread.num_failures)
 
     def collect(self) -> Iterable[Metric]:

@@ -36,7 +36,7 @@ def test_everybody_reads_the_same_figures(tiny_llama) -> None:
     llm.generate(["one prompt more"], SamplingParams(max_tokens=8), use_tqdm=False)
     metrics = llm.get_metrics()
     assert metrics["generation_tokens_total"] == 24
-    server = SimpleNamespace(engine=llm.engine, thread=SimpleNamespace(num_queued=3, num_failures=0))
+    server = SimpleNamespace(engine=llm.engine, thread=SimpleNamespace(num_queued=3, num_failures=0), admission=None)
     families = Families()
     stats, page = families.of(server, "tiny").snapshot(), families.exposition().decode()
     for name, value in metrics.items():
