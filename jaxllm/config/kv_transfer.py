@@ -26,7 +26,7 @@ class KVTransferConfig:
         kv_ip, kv_port: where others reach this engine's server; default: where it listens.
         kv_load_failure_policy: what becomes of a request whose pages do not come: it is computed here (recompute), or
             ends with an error (fail).
-        peers: `host:port` that may be fetched from; default: this machine only.
+        peers: `host:port` that may be fetched from, `*` any; default: this machine only.
         lease_seconds: how long pages are kept for whoever does not fetch them.
         timeout_seconds: that a fetch may take before it has failed.
         max_kept_bytes: of host memory for pages that wait to be fetched.
@@ -83,4 +83,6 @@ class KVTransferConfig:
 
     def may_fetch_from(self, host: str, port: int) -> bool:
         """Whether a request may name this address: it comes from a client, who shall not choose whom we call."""
-        return f"{host}:{port}" in self.peers or (not self.peers and host in ("127.0.0.1", "localhost", "::1"))
+        if not self.peers:
+            return host in ("127.0.0.1", "localhost", "::1")
+        return "*" in self.peers or f"{host}:{port}" in self.peers

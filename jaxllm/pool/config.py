@@ -27,6 +27,8 @@ _REFUSED = {
     "coordinator_address": "a pool is one process", "num_processes": "a pool is one process",
     "process_id": "a pool is one process", "distributed": "a pool is one process",
     "disk_kv_bytes": "the KV of a pool's models rests in host memory", "disk_kv_path": "see disk_kv_bytes",
+    "prefill_mesh": "a pool steps one engine for each model", "decode_mesh": "see prefill_mesh",
+    "kv_transfer_config": "its models are not handed over", "kv_events_config": "its prefix caches come and go",
 }  # fmt: skip
 
 
