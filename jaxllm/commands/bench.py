@@ -1,4 +1,4 @@
-"""`jaxllm bench throughput | latency | prefix | startup | calibrate | replay | load | serve`: flags in, report out."""
+"""`jaxllm bench throughput | latency | prefix | speculative | startup | ...`: flags in, report out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.bench import serve as bench_serve
 from jaxllm.commands.flags import add_engine_flags, engine_arguments, load_llm
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxllm.bench.workload import Planned
 
 
+_EXAMPLE = '{"method": "ngram", "num_speculative_tokens": 4}'
 HELP = "Measure throughput, latency or start-up."
 
 
@@ -48,6 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--from-disk", action="store_true", help="measure the disk, not the host (needs --disk-kv-path)"
     )
 
+    speculative = benches.add_parser(
+        "speculative", help="speculative against plain decoding, on repetitive work and chat"
+    )
+    speculative.set_defaults(run=_speculative)
+    speculative.add_argument("--output-len", type=int, default=128, help="tokens generated per prompt")
+    speculative.add_argument("--batch-size", type=int, default=1, help="prompts that run together")
+    speculative.add_argument("--num-iters", type=int, default=3, help="repeats; the median is reported")
+    speculative.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+
     startup = benches.add_parser("startup", help="seconds from a fresh process to ready and to the first token")
     startup.set_defaults(run=_startup)
     startup.add_argument("--num-iters", type=int, default=3)
@@ -57,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     calibrate.set_defaults(run=_calibrate)
     calibrate.add_argument("--out", type=Path, required=True, metavar="PROFILE.json", help="where it is written")
     calibrate.add_argument("--num-iters", type=int, default=2, help="rounds over the grid")
-    for bench_parser in (throughput, latency, prefix, startup, calibrate):
+    for bench_parser in (throughput, latency, prefix, speculative, startup, calibrate):
         add_engine_flags(bench_parser)
 
     replay = benches.add_parser("replay", help="a trace through scheduler and page pool, without any model")
@@ -150,6 +160,22 @@ def _prefix(args: argparse.Namespace) -> int:
         raise ValueError("--from-disk measures the disk tier; set --disk-kv-path and --disk-kv-bytes")
     sizes = {name: getattr(args, name) for name in ("num_prompts", "input_len", "num_iters", "from_disk")}
     report = measure_prefix(load_llm(args), **sizes)
+    print(json.dumps(report) if args.json else format_report(report))
+    return 0
+
+
+def _speculative(args: argparse.Namespace) -> int:
+    from jaxllm import LLM
+    from jaxllm.bench.speculative import format_report, measure_speculative
+
+    _check_counts(args, "output_len", "batch_size", "num_iters")
+    if args.speculative_config is None:
+        raise ValueError(f"this bench compares with --speculative-config, for example '{_EXAMPLE}'")
+    speculating = load_llm(args)
+    arguments: dict[str, Any] = engine_arguments(args) | {"speculative_config": None}
+    plain = LLM(**arguments)
+    sizes = {name: getattr(args, name) for name in ("output_len", "batch_size", "num_iters", "temperature")}
+    report = measure_speculative(plain, speculating, **sizes)
     print(json.dumps(report) if args.json else format_report(report))
     return 0
 
