@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from jaxllm.config.fields import check_types
 
-Method = Literal["ngram"]
+Method = Literal["ngram", "draft_model"]
 MAX_SPECULATIVE_TOKENS = 16
 _DEFAULT_LOOKUP = 5
 
@@ -19,7 +19,9 @@ class SpeculativeConfig:
     """Where drafts come from, and how long they are.
 
     Attributes:
-        method: ngram takes what followed the last tokens where they stood before, in prompt or output.
+        method: ngram takes what followed the last tokens where they stood before, in prompt or output; draft_model
+            asks a smaller model.
+        model: the draft model: short name, folder, .gguf file or Hugging Face id, with the same vocabulary.
         num_speculative_tokens (N): drafted per iteration at most; fewer where they are seldom right or the batch
             fills the device.
         prompt_lookup_max (N): the most last tokens that are looked up; default: prompt_lookup_min, or else 5.
@@ -27,6 +29,7 @@ class SpeculativeConfig:
     """
 
     method: Method = "ngram"
+    model: str | None = None
     num_speculative_tokens: int
     prompt_lookup_max: int | None = None
     prompt_lookup_min: int | None = None
@@ -41,6 +44,10 @@ class SpeculativeConfig:
                 f"speculative_config: num_speculative_tokens={self.num_speculative_tokens}; it must be in "
                 f"1..{MAX_SPECULATIVE_TOKENS}"
             )
+        if (self.method == "draft_model") != (self.model is not None):
+            raise ValueError("speculative_config: method 'draft_model' and model belong together; set both or neither")
+        if self.model is not None and (self.prompt_lookup_max or self.prompt_lookup_min):
+            raise ValueError("speculative_config: prompt_lookup_max and prompt_lookup_min are for method 'ngram'")
         if not 1 <= self.shortest_lookup <= self.longest_lookup <= MAX_SPECULATIVE_TOKENS:
             raise ValueError(
                 f"speculative_config: prompt_lookup_min={self.shortest_lookup} and "

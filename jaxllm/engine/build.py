@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jaxllm.runner.shapes import RunnerShapes
     from jaxllm.tokenizer import Tokenizer
     from jaxllm.weights.abstract import AbstractModel
+    from jaxllm.weights.source import ModelSource
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ def build_engine(
 
         use_compilation_cache()
         model = make_model(config, model_config, Placement(make_mesh(config.mesh, offset=config.device_offset), rules))
+        model, draft_source = _with_draft(config, model)
         shapes = runner_shapes(config, model, connection)
         compiler = on_sized(model, shapes) if on_sized is not None else None
         check_memory(model, shapes)
@@ -99,8 +101,10 @@ def build_engine(
         say(f"loading {source.path.name if source.path else config.model}")
         with out_of_memory_explained(model, shapes):
             params = source.parameters(model)
+            if draft_source is not None and model.draft is not None:
+                params = (params, draft_source.parameters(model.draft))
         hf, generation = source.hf_config, source.generation_config
-        del source  # unmaps the files before the cache is allocated
+        del source, draft_source  # unmaps the files before the cache is allocated
         with out_of_memory_explained(model, shapes):
             runner.start(params)
         connection.start(runner.obey)  # does not return on any process but the first
@@ -128,6 +132,24 @@ def read_parameters(config: EngineConfig, built: BuiltEngine) -> Any:
             "those of the same configuration"
         )
     return source.parameters(built.engine.runner.model)
+
+
+def _with_draft(config: EngineConfig, model: AbstractModel) -> tuple[AbstractModel, ModelSource | None]:
+    """The model with the one that drafts for it, where the configuration names one, and where that comes from."""
+    from jaxllm.weights.abstract import make_model
+    from jaxllm.weights.source import open_source
+
+    if config.speculative is None or config.speculative.model is None:
+        return model, None
+    own = dataclasses.replace(config, model=config.speculative.model, speculative_config=None, quantization="auto")
+    source = open_source(own, progress=False)
+    cfg = read_config(source.hf_config)
+    if cfg.vocab_size != model.cfg.vocab_size:
+        raise ValueError(
+            f"the draft model {own.model} has a vocabulary of {cfg.vocab_size} tokens and the model one of "
+            f"{model.cfg.vocab_size}; a draft model needs the same tokenizer"
+        )
+    return dataclasses.replace(model, draft=make_model(own, cfg, model.placement)), source
 
 
 def _join(config: EngineConfig) -> Connection:

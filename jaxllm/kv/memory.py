@@ -36,6 +36,9 @@ class KVMemory:
         placement: the mesh, and how it is cut.
         pools: one for each data-parallel replica: who has which page.
         pages: per layer the array (or pytree of arrays) on the devices; empty until `allocate`.
+        draft_layout, num_draft_layers, draft_pages: the same of the draft model, whose pages have the same numbers:
+            whoever has a page has it in both. They stay on the device: what a tier brings back is badly
+            drafted from.
         tiers, mover: what is kept below the devices, and who carries it there and back; None where nothing is.
     """
 
@@ -46,24 +49,28 @@ class KVMemory:
     pages: list[Any] = field(default_factory=list)
     tiers: Tiers | None = None
     mover: Mover | None = None
-    _zeros: Callable[[], Any] | None = None
+    draft_layout: PageLayout | None = None
+    num_draft_layers: int = 0
+    draft_pages: list[Any] = field(default_factory=list)
+    _zeros: tuple[Callable[[], Any], ...] = ()
 
     def allocate(self) -> None:
         """Zeroed pages; what was there is freed first."""
-        self.pages = []
-        if self._zeros is None:
-            like = self.layout.abstract(self.placement)
-            shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-
-            def zeros() -> Any:
-                return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like)
-
-            self._zeros = jax.jit(zeros, out_shardings=shardings)
-        self.pages = [self._zeros() for _ in range(self.num_layers)]
+        self.pages, self.draft_pages = [], []
+        if not self._zeros:
+            layouts = (self.layout, self.draft_layout or self.layout)
+            self._zeros = tuple(_zeros(layout.abstract(self.placement)) for layout in layouts)
+        zeros, draft_zeros = self._zeros
+        self.pages = [zeros() for _ in range(self.num_layers)]
+        self.draft_pages = [draft_zeros() for _ in range(self.num_draft_layers)]
 
     def abstract(self) -> list[Any]:
         """The pages as shapes with shardings."""
         return [self.layout.abstract(self.placement)] * self.num_layers
+
+    def abstract_draft(self) -> list[Any]:
+        """The same of the draft model's."""
+        return [(self.draft_layout or self.layout).abstract(self.placement)] * self.num_draft_layers
 
     def slab(self) -> Any:
         """Shapes and shardings of one page over all layers."""
@@ -79,6 +86,11 @@ class KVMemory:
         """Of one page in this process's host memory: what its own devices hold of it."""
         mesh = self.placement.mesh
         return self.page_bytes * len(mesh.local_devices) // mesh.size
+
+
+def _zeros(like: Any) -> Callable[[], Any]:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), like), out_shardings=shardings)
 
 
 def write_pages(pages: Any, kv_TK2H: jax.Array, slots_T: jax.Array) -> Any:

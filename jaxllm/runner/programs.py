@@ -53,6 +53,15 @@ class DeviceState:
         """See `KVMemory`."""
         return self.memory.pages
 
+    @property
+    def draft_pages(self) -> list[Any]:
+        """See `KVMemory`."""
+        return self.memory.draft_pages
+
+    @draft_pages.setter
+    def draft_pages(self, pages: list[Any]) -> None:
+        self.memory.draft_pages = pages
+
     @pages.setter
     def pages(self, pages: list[Any]) -> None:
         self.memory.pages = pages
@@ -94,6 +103,7 @@ def make_steps(model: AbstractModel, shapes: RunnerShapes) -> Steps:
         longest=shapes.max_model_len,
         backend=shapes.attention,
         speculation=shapes.speculation,
+        draft=make_steps(model.draft, shapes) if model.draft else None,
     )
 
 
@@ -106,10 +116,10 @@ def abstract_state(model: AbstractModel, shapes: RunnerShapes, bucket: int = 1) 
 
     slots = jax.eval_shape(functools.partial(zero_slots, shapes))
     memory = make_memory(model, shapes)
-    memory.pages = memory.abstract()
+    memory.pages, memory.draft_pages = memory.abstract(), memory.abstract_draft()
     return DeviceState(
         memory,
-        params=jax.tree.leaves(model.parameters),
+        params=model.leaves(),
         slots=jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), slots),
         hidden=hidden(shapes.num_replicas * shapes.row_buckets[-1]),
         scored=hidden(bucket),
@@ -276,8 +286,10 @@ def _slabs(model: AbstractModel, shapes: RunnerShapes) -> Any:
 # Functions that are not steps of a model.
 
 
-def _copy(_: Steps, pages: Pages, source_G: jax.Array, target_G: jax.Array) -> tuple[Pages]:
-    return (copy_pages(pages, source_G, target_G),)
+def _copy(
+    _: Steps, pages: Pages, draft_pages: Pages, source_G: jax.Array, target_G: jax.Array
+) -> tuple[Pages, Pages]:  # fmt: skip
+    return copy_pages(pages, source_G, target_G), copy_pages(draft_pages, source_G, target_G)
 
 
 def _take(_: Steps, pages: Pages, index_G: jax.Array) -> tuple[list[Any]]:
@@ -294,7 +306,8 @@ _ENTRIES = (
         warm_up=START,
     ),
     Program(
-        name="ragged", run=Steps.ragged_step, reads=("params", "pages", "slots"), writes=("hidden", "pages"),
+        name="ragged", run=Steps.ragged_step, reads=("params", "pages", "slots", "draft_pages"),
+        writes=("hidden", "pages", "draft_pages"),
         inputs=_ragged, buckets=_token_buckets, warm_up=START,
     ),
     Program(
@@ -314,11 +327,13 @@ _ENTRIES = (
         inputs=_decoding(_rows), buckets=_loop_buckets, output=_whole, warm_up=SAMPLING,
     ),
     Program(
-        name="speculate_greedy", run=speculating_loop, reads=("params", "pages", "slots"), writes=("pages", "slots"),
+        name="speculate_greedy", run=speculating_loop, reads=("params", "pages", "slots", "draft_pages"),
+        writes=("pages", "slots", "draft_pages"),
         inputs=_speculating(_greedy_rows), buckets=_greedy_speculating_buckets, output=_whole, warm_up=START,
     ),
     Program(
-        name="speculate", run=speculating_loop, reads=("params", "pages", "slots"), writes=("pages", "slots"),
+        name="speculate", run=speculating_loop, reads=("params", "pages", "slots", "draft_pages"),
+        writes=("pages", "slots", "draft_pages"),
         inputs=_speculating(_rows), buckets=_speculating_buckets, output=_whole, warm_up=SAMPLING,
     ),
     Program(
@@ -326,7 +341,8 @@ _ENTRIES = (
         buckets=_one(batches.MASK_BATCH),
     ),
     Program(
-        name="hidden", run=Steps.ragged_step, reads=("params", "pages", "slots"), writes=("scored", "pages"),
+        name="hidden", run=Steps.ragged_step, reads=("params", "pages", "slots", "draft_pages"),
+        writes=("scored", "pages", "draft_pages"),
         inputs=_whole_pass, buckets=_scoring_buckets, warm_up=SCORING,
     ),
     Program(
@@ -338,8 +354,8 @@ _ENTRIES = (
         buckets=_scoring_buckets, output=_whole, warm_up=SCORING,
     ),
     Program(
-        name="copy", run=_copy, reads=("pages",), writes=("pages",), inputs=_page_numbers(2),
-        buckets=_one(MOVE_BATCH),
+        name="copy", run=_copy, reads=("pages", "draft_pages"), writes=("pages", "draft_pages"),
+        inputs=_page_numbers(2), buckets=_one(MOVE_BATCH),
     ),
     Program(
         name="take", run=_take, reads=("pages",), inputs=_page_numbers(1), buckets=_one(MOVE_BATCH), output=_slabs,

@@ -124,7 +124,9 @@ def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connec
     on_cpu = jnp.dtype(jnp.float32) if platform == "cpu" else weights
     kv_dtype = _kv_dtype(config, on_cpu)
     cache_bytes = (connection or Alone()).least(_cache_bytes(config, model))
-    num_pages, max_model_len = _lengths(config, model, cache_bytes, token_bytes(model.cfg, kv_dtype, model.kv_copies))
+    models = [model, *([model.draft] if model.draft else [])]
+    bytes_per_token = sum(token_bytes(each.cfg, kv_dtype, each.kv_copies) for each in models)
+    num_pages, max_model_len = _lengths(config, model, cache_bytes, bytes_per_token)
     return RunnerShapes(
         max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=config.token_budget,
@@ -218,6 +220,13 @@ def _attention(config: EngineConfig, model: AbstractModel, kv_dtype: jnp.dtype, 
     return dataclasses.replace(backend, query_tile=_DETERMINISTIC_TILE) if config.deterministic else backend
 
 
+def _window(model: AbstractModel) -> int | None:
+    """Keys that a query of the model or its draft sees; None: all."""
+    windows = [model.cfg.cache_window, *([model.draft.cfg.cache_window] if model.draft else [])]
+    known = [window for window in windows if window is not None]
+    return max(known) if len(known) == len(windows) else None
+
+
 def make_memory(
     model: AbstractModel, shapes: RunnerShapes, *, enable_prefix_caching: bool = True, namespace: str = ""
 ) -> KVMemory:
@@ -226,8 +235,12 @@ def make_memory(
     pools = [
         PagePool(
             shapes.num_pages, shapes.page_size, enable_prefix_caching=enable_prefix_caching, namespace=namespace,
-            window=model.cfg.cache_window,
+            window=_window(model),
         )
         for _ in range(shapes.num_replicas)
     ]  # fmt: skip
-    return KVMemory(layout, model.cfg.num_layers, model.placement, pools)
+    memory = KVMemory(layout, model.cfg.num_layers, model.placement, pools)
+    if (draft := model.draft) is not None:
+        memory.draft_layout = shapes.page_layout(draft.cfg.cache_row, draft.kv_copies)
+        memory.num_draft_layers = draft.cfg.num_layers
+    return memory

@@ -21,12 +21,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.kv.layout import page_size_of
-from jaxllm.ops.attention import RaggedRows
 from jaxllm.runner import sampler as sampling
 from jaxllm.runner.batch import Drafting, RowBatch
+from jaxllm.runner.draft_model import Drafter, forward_chunks, written
 from jaxllm.runner.prompt_lookup import look_up
-from jaxllm.runner.steps import Pages, SlotState, Steps, cache_slots, empty_samples, is_active
+from jaxllm.runner.steps import Pages, SlotState, Steps, empty_samples, is_active
 
 _MEMORY = 0.8  # of the hit rate, per drafted token that was seen to be right or wrong
 
@@ -44,39 +43,49 @@ class Speculated:
 
 
 def speculating_loop(
-    steps: Steps, params: Any, pages: Pages, state: SlotState, batch: RowBatch, table_RM: jax.Array,
-    num_steps: jax.Array, drafting: Drafting,
-) -> tuple[Pages, SlotState, Speculated]:  # fmt: skip
+    steps: Steps, params: Any, pages: Pages, state: SlotState, draft_pages: Pages, batch: RowBatch,
+    table_RM: jax.Array, num_steps: jax.Array, drafting: Drafting,
+) -> tuple[Pages, SlotState, Pages, Speculated]:  # fmt: skip
     """Up to `num_steps` iterations of one or more tokens per row; as `Steps.decode_loop`."""
     speculation = steps.speculation
     assert speculation is not None
     num_rows, width = batch.slot.shape[0], speculation.num_speculative_tokens + 1
+    drafter = Drafter(steps, params, batch, table_RM)
 
     def one_step(carry):
-        i, pages, state, out, drafted = carry
+        i, pages, state, draft_pages, out, drafted = carry
         length, active = state.length[batch.slot], is_active(state, batch)
         most = jnp.where(active, jnp.minimum(drafting.most, batch.limit - length - 1), 0)
-        drafts_RG, count = look_up(state.history, batch.slot, length, most, speculation)
+        if steps.draft is None:
+            drafts_RG, count = look_up(state.history, batch.slot, length, most, speculation)
+        else:
+            draft_pages, drafts_RG = drafter.first(draft_pages, state, most)
+            count = most
         expected = _expected(state.hit_rate[batch.slot], count, width - 1)
         verify = jnp.sum(expected) > drafting.price * jnp.sum(active)
 
         def several(carry):
-            pages, state, _ = carry
-            return _verify(steps, params, pages, state, batch, table_RM, drafts_RG, count)
+            pages, state, draft_pages, _ = carry
+            drafts = drafts_RG
+            if steps.draft is not None:
+                draft_pages, drafts = drafter.others(draft_pages, state, drafts_RG, count)
+            pages, state, sampled = _verify(steps, params, pages, state, batch, table_RM, drafts, count)
+            return pages, state, draft_pages, sampled
 
         def single(carry):
-            pages, state, wide = carry
+            pages, state, draft_pages, wide = carry
             pages, state, sampled = steps.decode_step(params, pages, state, batch, table_RM)
             state = _observe(state, batch.slot, (sampled.tokens == drafts_RG[:, 0]).astype(jnp.int32), count, 1)
-            return pages, state, jax.tree.map(lambda all_J, one: all_J.at[0].set(one), wide, sampled)
+            return pages, state, draft_pages, jax.tree.map(lambda all_J, one: all_J.at[0].set(one), wide, sampled)
 
         # Loops of one round or none: unlike branches of `lax.cond`, they surely update the pages in place.
         wide = empty_samples(width, num_rows, with_logprobs=batch.sampling is not None)
-        carry = (list(pages), state, wide)
+        carry = (list(pages), state, list(draft_pages), wide)
         carry = jax.lax.fori_loop(0, verify.astype(jnp.int32), lambda _, c: several(c), carry)
-        pages, state, wide = jax.lax.fori_loop(verify.astype(jnp.int32), 1, lambda _, c: single(c), carry)
+        carry = jax.lax.fori_loop(verify.astype(jnp.int32), 1, lambda _, c: single(c), carry)
+        pages, state, draft_pages, wide = carry
         out = jax.tree.map(lambda a, new: jax.lax.dynamic_update_slice_in_dim(a, new, i * width, 0), out, wide)
-        return i + 1, pages, state, out, drafted.at[i].set(jnp.where(verify, count, 0))
+        return i + 1, pages, state, draft_pages, out, drafted.at[i].set(jnp.where(verify, count, 0))
 
     def more(carry) -> jax.Array:
         i, _, state, *_ = carry
@@ -84,9 +93,9 @@ def speculating_loop(
 
     out = empty_samples(steps.max_steps * width, num_rows, with_logprobs=batch.sampling is not None)
     drafted = jnp.zeros((steps.max_steps, num_rows), jnp.int32)
-    carry = (jnp.int32(0), list(pages), state, out, drafted)
-    _, pages, state, out, drafted = jax.lax.while_loop(more, one_step, carry)
-    return pages, state, Speculated(out, drafted)
+    carry = (jnp.int32(0), list(pages), state, list(draft_pages), out, drafted)
+    _, pages, state, draft_pages, out, drafted = jax.lax.while_loop(more, one_step, carry)
+    return pages, state, draft_pages, Speculated(out, drafted)
 
 
 def _verify(
@@ -95,30 +104,16 @@ def _verify(
 ) -> tuple[list[Any], SlotState, sampling.Sampled]:  # fmt: skip
     """One iteration over each row's last token and its drafts; samples `[J, R]`, idle after the first that differs."""
     (num_rows, num_drafts), slot = drafts_RG.shape, batch.slot
-    width, spare, sections = num_drafts + 1, state.done.shape[0] - 1, steps.placement.parts("pages")
-    length, active, j = state.length[slot], is_active(state, batch), jnp.arange(num_drafts + 1)
+    width, spare, j = num_drafts + 1, state.done.shape[0] - 1, jnp.arange(num_drafts + 1)
+    length, active = state.length[slot], is_active(state, batch)
     last = state.history[slot, length - 1]
     tokens_RJ = jnp.concatenate([last[:, None], drafts_RG], axis=1)
     position_RJ = length[:, None] - 1 + j
     is_real_RJ = active[:, None] & (j <= count[:, None])
-    state = _written(state, slot, position_RJ, tokens_RJ, is_real_RJ)
-
-    row = jnp.repeat(jnp.arange(num_rows), width)
-    valid, position = is_real_RJ.reshape(-1), position_RJ.reshape(-1)
-    targets = cache_slots(table_RM, row, position, valid, page_size_of(pages[0]))
-    rows = RaggedRows(
-        q_start=jnp.arange(num_rows) % (num_rows // sections) * width,
-        q_len=jnp.where(active, 1 + count, 0),
-        kv_len=jnp.where(active, length + count, 0),
-        num_single=jnp.zeros(sections, jnp.int32),
-        page_table=table_RM,
-    )
-    backend = dataclasses.replace(steps.backend, query_tile=min(steps.backend.query_tile, width))
-    x_TD, pages = dataclasses.replace(steps, backend=backend).forward(
-        params, pages, tokens_RJ.reshape(-1), position, targets, rows
-    )
+    state = written(state, slot, position_RJ, tokens_RJ, is_real_RJ)
+    x_TD, pages = forward_chunks(steps, params, pages, tokens_RJ, position_RJ, is_real_RJ, table_RM)
     logits_TV = steps.model(params).logits(x_TD, steps.placement.fitted(num_rows * width).shard)
-    sampled = steps.sampled(logits_TV, state, batch, position + 1)
+    sampled = steps.sampled(logits_TV, state, batch, position_RJ.reshape(-1) + 1)
 
     sampled_RJ = sampled.tokens.reshape(num_rows, width)
     is_hit = (sampled_RJ[:, :-1] == drafts_RG) & (j[:-1] < count[:, None])
@@ -128,7 +123,7 @@ def _verify(
     )
     before = jnp.cumsum(ends_RJ, axis=1) - ends_RJ
     kept_RJ = active[:, None] & (j <= hits[:, None]) & (before == 0)
-    state = _written(state, slot, position_RJ + 1, jnp.maximum(sampled_RJ, 0), kept_RJ)
+    state = written(state, slot, position_RJ + 1, jnp.maximum(sampled_RJ, 0), kept_RJ)
     at = jnp.where(active, slot, spare)
     state = dataclasses.replace(
         state,
@@ -138,13 +133,6 @@ def _verify(
     state = _observe(state, slot, hits, count, num_drafts)
     sampled = dataclasses.replace(sampled, tokens=jnp.where(kept_RJ, sampled_RJ, sampling.IDLE).reshape(-1))
     return pages, state, jax.tree.map(lambda a: jnp.swapaxes(a.reshape(num_rows, width, *a.shape[1:]), 0, 1), sampled)
-
-
-def _written(state: SlotState, slot: jax.Array, position_RJ: jax.Array, tokens_RJ: jax.Array, real_RJ) -> SlotState:
-    """Tokens into the histories; what is not real goes to the spare slot."""
-    at = jnp.where(real_RJ, slot[:, None], state.done.shape[0] - 1)
-    history = state.history.at[at, position_RJ].set(tokens_RJ, mode="drop")
-    return dataclasses.replace(state, history=history)
 
 
 def _expected(rate: jax.Array, count: jax.Array, num_drafts: int) -> jax.Array:

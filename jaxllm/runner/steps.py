@@ -77,9 +77,12 @@ class Steps:
     backend: AttentionBackend = XLA
     longest: int | None = None  # tokens of the longest sequence
     speculation: SpeculativeConfig | None = None
+    draft: Steps | None = None  # those of the model that guesses ahead; its parameters come after this one's
 
-    def ragged_step(self, params: Any, pages: Pages, state: SlotState, batch: RaggedBatch) -> tuple[jax.Array, Pages]:
-        """One forward over a flat batch: hidden states of the sampling rows `[R, D]`, and the pages."""
+    def ragged_step(
+        self, params: Any, pages: Pages, state: SlotState, draft_pages: Pages, batch: RaggedBatch
+    ) -> tuple[jax.Array, Pages, Pages]:
+        """One forward over a flat batch: hidden states of the sampling rows `[R, D]`, and the pages of both models."""
         # A row may end before where the host, which had not read all yet, took it to end at the latest.
         ahead = jnp.maximum(batch.kv_len - state.length[batch.slot], 0)
         row, kv_len = batch.token_row, batch.kv_len - ahead
@@ -96,7 +99,10 @@ class Steps:
         tokens = state.history[batch.slot[row], position]
         owners = RingBatch(rows, jnp.where(valid, row, -1), position) if is_cut else rows
         x_TD, pages = self.forward(params, pages, tokens, position, targets, owners)
-        return x_TD[sample_at], pages
+        if self.draft is not None:
+            of_draft = self.draft_params(params)
+            _, draft_pages = self.draft.forward(of_draft, draft_pages, tokens, position, targets, owners)
+        return x_TD[sample_at], pages, draft_pages
 
     def sample_step(
         self, params: Any, hidden_RD: jax.Array, state: SlotState, batch: RowBatch
@@ -206,7 +212,12 @@ class Steps:
 
     def model(self, params: Any) -> Decoder:
         """The decoder with these parameters."""
-        return nnx.merge(self.graph, jax.tree.unflatten(self.params_tree, params))
+        own = params[: self.params_tree.num_leaves]
+        return nnx.merge(self.graph, jax.tree.unflatten(self.params_tree, own))
+
+    def draft_params(self, params: Any) -> Any:
+        """Those of them that are the draft model's."""
+        return params[self.params_tree.num_leaves :]
 
     def forward(self, params: Any, pages: Pages, tokens, position, targets, rows: Rows) -> tuple[jax.Array, list[Any]]:
         """The decoder over the cache. Each layer writes its rows before it attends, so rows may share pages."""

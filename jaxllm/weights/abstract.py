@@ -27,7 +27,10 @@ from jaxllm.weights.stored import Storage, choose_storage
 
 @dataclass(frozen=True)
 class AbstractModel:
-    """The decoder without values: graph and parameter variables as shapes, both fixed by config and placement."""
+    """The decoder without values: graph and parameter variables as shapes, both fixed by config and placement.
+
+    `draft` is the model that guesses its tokens ahead, if there is one, on the same mesh.
+    """
 
     cfg: ModelConfig
     graph: Any
@@ -37,6 +40,7 @@ class AbstractModel:
     vocab_padding: int
     is_packed: bool = False
     schemes: Mapping[tuple, Scheme] = field(default_factory=dict)
+    draft: AbstractModel | None = None
 
     @functools.cached_property
     def parameters(self) -> Any:
@@ -48,6 +52,10 @@ class AbstractModel:
 
         shardings = dict(nnx.to_flat_state(self.shardings()))
         return nnx.map_state(kept, self.state)
+
+    def leaves(self) -> list[Any]:
+        """Every parameter's arrays as shapes, the draft's after the model's own."""
+        return jax.tree.leaves(self.parameters) + (self.draft.leaves() if self.draft else [])
 
     def storage(self, path: tuple, variable: Any) -> Storage:
         """How a parameter is kept."""
@@ -73,7 +81,7 @@ class AbstractModel:
 
     def parameter_bytes_per_device(self) -> int:
         """Bytes that the parameters will take on each device, as they are kept."""
-        leaves = jax.tree.leaves(self.parameters)
+        leaves = self.leaves()
         return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 

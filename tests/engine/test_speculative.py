@@ -113,36 +113,45 @@ def test_requests_come_go_and_share_prefixes_and_no_page_is_lost(plain: LLM, fol
         assert request.output_ids == (known[: len(request.output_ids)] if aborted else known)
 
 
-def test_sampled_tokens_have_exactly_the_targets_distribution(plain: LLM, speculating: LLM) -> None:
-    """Chi-square over all continuations of three tokens, against the chain rule on the model's own logits."""
-    prompt, k, temperature, count = [97, 98, 99, 100, 97, 98, 99], 3, 1.3, 600
+def shares(llm: LLM, prompt: list[int], prefix: tuple[int, ...], tokens: list[int], temperature: float) -> list[float]:
+    """The exact distribution over `tokens`, the only ones allowed, after prompt and prefix."""
+    asked = [{"prompt_token_ids": [*prompt, *prefix, token]} for token in tokens]
+    outputs = llm.generate(asked, SamplingParams(max_tokens=1, prompt_logprobs=0))
+    raw = [output.prompt_logprobs[-1][token].logprob for output, token in zip(outputs, tokens, strict=True)]
+    weights = np.exp(np.array(raw) / temperature)
+    return (weights / weights.sum()).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.8, 2.0])
+def test_sampled_tokens_have_exactly_the_targets_distribution(plain: LLM, speculating: LLM, temperature: float) -> None:
+    """Chi-square over all continuations of three tokens, by the chain rule: drafts accepted, rejected, and bonuses."""
+    prompt, tokens, count = [97, 98, 99, 97, 98, 99, 98, 97], [97, 98, 99], 500
     chain = {(): 1.0}
     for _ in range(3):
-        prefixes = list(chain)
-        asked = [{"prompt_token_ids": [*prompt, *prefix]} for prefix in prefixes]
-        outputs = plain.generate(asked, SamplingParams(temperature=0.0, max_tokens=1, logprobs=k))
-        following = {}
-        for prefix, output in zip(prefixes, outputs, strict=True):
-            best = sorted(output.outputs[0].logprobs[0].items(), key=lambda item: -item[1].logprob)[:k]
-            weights = np.exp([entry.logprob / temperature for _, entry in best])
-            for (token, _), share in zip(best, weights / weights.sum(), strict=True):
-                following[(*prefix, token)] = chain[prefix] * share
-        chain = following
-    drafts = speculating.engine.drafts
-    before = drafts.num_accepted_tokens, drafts.num_draft_tokens
-    params = [SamplingParams(temperature=temperature, top_k=k, seed=seed, max_tokens=3, ignore_eos=True)
-              for seed in range(count)]  # fmt: skip
+        chain = {
+            (*prefix, token): before * share
+            for prefix, before in chain.items()
+            for token, share in zip(tokens, shares(plain, prompt, prefix, tokens, temperature), strict=True)
+        }
+    totals = speculating.engine.drafts
+    drafted, accepted = totals.num_draft_tokens, totals.num_accepted_tokens
+    params = [
+        SamplingParams(temperature=temperature, allowed_token_ids=tokens, seed=seed, max_tokens=3, ignore_eos=True)
+        for seed in range(count)
+    ]
     outputs = speculating.generate([{"prompt_token_ids": prompt}] * count, params)
+    drafted, accepted = totals.num_draft_tokens - drafted, totals.num_accepted_tokens - accepted
+    assert count // 20 < accepted < drafted - count // 20, "too few drafts of one kind to show anything"
     seen = Counter(tuple(output.outputs[0].token_ids) for output in outputs)
     assert set(seen) <= set(chain)
-    assert drafts.num_accepted_tokens > before[0] and drafts.num_draft_tokens > before[1] + count // 2
     likely = [sequence for sequence, share in chain.items() if share * count >= 5]
-    rest = 1 - sum(chain[sequence] for sequence in likely)
-    observed = [*(seen[sequence] for sequence in likely), count - sum(seen[sequence] for sequence in likely)]
-    expected = [*(chain[sequence] * count for sequence in likely), max(rest * count, 1e-9)]
-    statistic = sum((o - e) ** 2 / e for o, e in zip(observed, expected, strict=True) if e > 1)
-    assert len(likely) > 5
-    assert statistic < len(likely) + 4 * (2 * len(likely)) ** 0.5, "four standard deviations of the chi-square"
+    cells = [(seen[sequence], chain[sequence] * count) for sequence in likely]
+    rest = count - sum(expected for _, expected in cells)
+    if rest >= 5:
+        cells.append((count - sum(observed for observed, _ in cells), rest))
+    statistic = sum((observed - expected) ** 2 / expected for observed, expected in cells)
+    freedom = len(cells) - 1
+    assert freedom > 4 and statistic < freedom + 4 * (2 * freedom) ** 0.5, "four standard deviations of the chi-square"
 
 
 @pytest.mark.parametrize("family", ["gemma2", "deepseek_v2", "gpt_oss"])
@@ -171,6 +180,22 @@ def test_on_a_mesh_and_with_a_quantised_cache(folder: Path, options: dict[str, A
     assert llm.engine.drafts.num_accepted_tokens > 10
 
 
+@pytest.mark.parametrize(("seed", "share"), [(0, (0.9, 1.0)), (1, (0.0, 0.5))], ids=["itself", "another"])
+def test_a_draft_model_changes_no_token_however_good_it_is(
+    plain: LLM, folder: Path, tmp_path: Path, seed: int, share: tuple[float, float]
+) -> None:
+    write_tiny_llama(tmp_path, seed=seed)
+    config = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 3}
+    llm = eager(folder, speculative_config=config)
+    rng = random.Random(4)
+    prompts = [some_prompt(rng) for _ in range(12)]
+    params = [some_params(rng) for _ in prompts]
+    expected, got = plain.generate(prompts, params), llm.generate(prompts, params)
+    assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in expected]
+    assert llm.engine.drafts.num_draft_tokens > 100
+    assert share[0] <= llm.engine.drafts.acceptance_rate <= share[1]
+
+
 def test_figures_say_what_was_drafted_and_accepted(speculating: LLM) -> None:
     output = speculating.generate([{"prompt_token_ids": [97, 98] * 10}], SamplingParams(temperature=0, max_tokens=40))
     figures, asked = speculating.get_metrics(), output[0].metrics
@@ -188,6 +213,7 @@ def test_figures_say_what_was_drafted_and_accepted(speculating: LLM) -> None:
         ({"method": "ngram"}, "needs num_speculative_tokens"),
         ({"method": "medusa", "num_speculative_tokens": 2}, "method='medusa' is not supported"),
         ({"num_speculative_tokens": 2, "draft": 1}, "unknown key 'draft'"),
+        ({"method": "draft_model", "num_speculative_tokens": 2}, "belong together"),
         ({"num_speculative_tokens": 0}, "must be in 1..16"),
         ({"num_speculative_tokens": 2.5}, "a whole number"),
         ({"num_speculative_tokens": 2, "prompt_lookup_min": 4, "prompt_lookup_max": 2}, "min <= max"),

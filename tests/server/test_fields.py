@@ -80,9 +80,9 @@ BESIDE = {
 }  # fmt: skip
 # Hints: scheduling, accounting and caching, whose effect an answer does not show; names of the model; templates' own.
 QUIET = {
-    "model", "user", "priority", "cache_salt", "num_speculative_tokens", "metadata", "include", "reasoning_effort", "documents",
+    "model", "user", "priority", "cache_salt", "metadata", "include", "reasoning_effort", "documents",
     "chat_template_kwargs", "include_reasoning", "reasoning", "thinking", "tools", "add_special_tokens", "truncation",
-    "parallel_tool_calls", "store", "seed",
+    "parallel_tool_calls", "store", "seed", "num_speculative_tokens",
 }  # fmt: skip
 CLASSES = {
     "completions": CompletionRequest, "chat/completions": ChatRequest, "responses": ResponsesRequest,
