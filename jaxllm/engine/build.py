@@ -121,6 +121,8 @@ def read_parameters(config: EngineConfig, built: BuiltEngine) -> Any:
     """
     from jaxllm.weights.source import open_source
 
+    if built.engine.runner.model.draft is not None:
+        raise ValueError("the weights of an engine with a draft model cannot be replaced; start it anew")
     source = open_source(config, progress=False)
     found = read_config(source.hf_config)
     if found != built.model_config:

@@ -101,6 +101,8 @@ class Loader:
             self._driver.call(lambda: self._driver.reserve(model, sizes)).result()
             return self._compiler(abstract, shapes)
 
+        if model.config.speculative is not None and model.config.speculative.model is not None:
+            raise ValueError("speculative_config: method 'draft_model' is not for models of a pool; use 'ngram'")
         say: Callable[[str], None] = lambda stage: self._stage(model, stage)
         built = build_engine(model.config, progress=False, on_stage=say, on_sized=on_sized)
         reread = BuiltEngine(built.engine, None, built.model_config, {})

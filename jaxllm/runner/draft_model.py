@@ -2,8 +2,8 @@
 
 It samples each position with the noise with which the target will, so that both agree where their distributions do (at
 least `(1 - d) / (1 + d)` of the time for a total variation `d`: Daliri et al. 2024); greedily where the target is. Its
-pages have the numbers of the target's. It may have missed the last token but one (when every draft was right), so it begins
-with two; where a prompt's step comes in between, that one stays missing. What it gets wrong changes no answer.
+pages have the numbers of the target's. It may have missed the last token but one (when every draft was right), so it
+begins with two; where a prompt's step comes in between, that one stays missing. What it gets wrong changes no answer.
 
 Dimension letters: R rows, J tokens per row, G drafts, S slots, M pages per row.
 """
@@ -65,7 +65,7 @@ class Drafter:
             return pages, state, drafts_RG.at[:, j].set(draft)
 
         pages, _, drafts_RG = jax.lax.fori_loop(1, drafts_RG.shape[1], one, (list(pages), state, drafts_RG))
-        return pages, drafts_RG
+        return list(pages), drafts_RG
 
     def _next(
         self, pages: Pages, state: SlotState, tokens_RJ: jax.Array, position_RJ: jax.Array, valid_RJ: jax.Array
