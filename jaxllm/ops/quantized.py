@@ -28,6 +28,7 @@ from jaxllm.ops import quantized_gpu
 from jaxllm.ops.gather import gather_rows
 
 _BLOCK = {"cpu": 1 << 20, "default": 1 << 24}  # elements of a device's part expanded at a time
+_MOST_SUMS = 1 << 23  # of groups, before they are scaled and added
 _INPUTS, _PARTS = "z", "p"  # letters of the merged inputs and of their parts in a contraction
 
 
@@ -133,25 +134,49 @@ def quantized_product(spec: str, x: jax.Array, matrix: QuantizedMatrix) -> jax.A
     cut_dims = x_dims.replace(inputs, _PARTS + _INPUTS)
     by_blocks = functools.partial(_summing, f"{cut_dims},{w_dims}->{_PARTS}{out}", start=start)
     kept = w_dims.removeprefix(_PARTS + _INPUTS)
-    if not (matrix.is_alone and x_dims.endswith(inputs) and out == x_dims.removesuffix(inputs) + kept):
+    if not (x_dims.endswith(inputs) and out == x_dims.removesuffix(inputs) + kept):
         return by_blocks(x, matrix)
-    return _by_kernel(by_blocks, x, matrix)
+    return _of_few_rows(by_blocks, x, matrix)
 
 
-def _by_kernel(otherwise: Callable[[jax.Array, QuantizedMatrix], jax.Array], x: jax.Array, matrix: QuantizedMatrix):
-    """The kernel of a GPU that holds the whole matrix, where it knows such a product."""
-    lead, kept = x.shape[:-1], matrix.codes.shape[1:]
-    k, n = matrix.num_inputs, math.prod(kept)
-    if jax.default_backend() != "gpu" or quantized_gpu.unsupported(math.prod(lead), k, n, matrix.scheme):
-        return otherwise(x, matrix)
+def _of_few_rows(otherwise: Callable[[jax.Array, QuantizedMatrix], jax.Array], x: jax.Array, matrix: QuantizedMatrix):
+    """Rows `[.., K]` times `[K, ..]`: what a platform does better where reading the codes is all that counts."""
+    m, k, n = math.prod(x.shape[:-1]), matrix.num_inputs, math.prod(matrix.codes.shape[1:])
+    better: dict[str, Callable[[jax.Array, QuantizedMatrix], jax.Array]] = {}
+    if matrix.scheme.bits == 4 and m * n * matrix.scales.shape[0] <= _MOST_SUMS:
+        better["tpu"] = _by_groups
+    if matrix.is_alone and jax.default_backend() == "gpu" and not quantized_gpu.unsupported(m, k, n, matrix.scheme):
+        better["cuda"] = _by_kernel
+    return jax.lax.platform_dependent(x, matrix, **better, default=otherwise) if better else otherwise(x, matrix)
 
-    def kernel(x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
-        flat = [None if a is None else a.reshape(-1, n) for a in (matrix.codes, matrix.scales, matrix.minima)]
-        assert flat[0] is not None and flat[1] is not None
-        x_MK = x.reshape(-1, k).astype(matrix.dtype)
-        return quantized_gpu.quantized_matmul(x_MK, flat[0], flat[1], flat[2], matrix.scheme).reshape(*lead, *kept)
 
-    return jax.lax.platform_dependent(x, matrix, cuda=kernel, default=otherwise)
+def _by_kernel(x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
+    """By the kernel of a GPU that holds the whole matrix."""
+    kept = matrix.codes.shape[1:]
+    codes, scales, minima = (
+        None if a is None else a.reshape(-1, math.prod(kept)) for a in (matrix.codes, matrix.scales, matrix.minima)
+    )
+    assert codes is not None and scales is not None
+    x_MK = x.reshape(-1, matrix.num_inputs).astype(matrix.dtype)
+    y_MN = quantized_gpu.quantized_matmul(x_MK, codes, scales, minima, matrix.scheme)
+    return y_MN.reshape(*x.shape[:-1], *kept)
+
+
+def _by_groups(x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
+    """One product for each group, scaled afterwards: both codes of a byte are then elementwise, and the compiler makes
+    numbers of them inside of the product. A scaled matrix, or one whose bytes come apart, it would write to memory."""
+    dtype, scales = jnp.dtype(matrix.dtype), matrix.scales.astype(jnp.float32)
+    num_groups, kept = scales.shape[0], "abcdef"[: scales.ndim - 1]
+    pairs = matrix.codes.reshape(num_groups, -1, *matrix.codes.shape[1:])
+    x_MJG2 = x.reshape(math.prod(x.shape[:-1]), num_groups, -1, 2).astype(dtype)
+    spec = f"MJG,JG{kept}->MJ{kept}"
+    y = _einsum(spec, x_MJG2[..., 0], _numbers(pairs & 15, matrix.scheme).astype(dtype))
+    y = y + _einsum(spec, x_MJG2[..., 1], _numbers(pairs >> 4, matrix.scheme).astype(dtype))
+    y = jnp.sum(y * scales, axis=1)
+    if matrix.minima is not None:
+        sums_MJ = jnp.sum(x_MJG2.astype(jnp.float32), axis=(2, 3))
+        y = y + jnp.einsum(f"MJ,J{kept}->M{kept}", sums_MJ, matrix.minima.astype(jnp.float32), precision="highest")
+    return y.reshape(*x.shape[:-1], *matrix.codes.shape[1:])
 
 
 def _summing(spec: str, x: jax.Array, matrix: QuantizedMatrix, *, start: int) -> jax.Array:

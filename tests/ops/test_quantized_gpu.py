@@ -55,7 +55,7 @@ def test_a_gpu_that_holds_the_whole_matrix_multiplies_with_the_kernel(monkeypatc
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     kernel = functools.partial(quantized_gpu.quantized_matmul, interpret=True)
     monkeypatch.setattr(quantized_gpu, "quantized_matmul", lambda *a: seen.append(1) or kernel(*a))
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, cuda=None, default, cpu=None: (cuda or default)(*a))
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, default, cuda=None, **_: (cuda or default)(*a))
     got = np.asarray(dataclasses.replace(matrix, is_alone=True).product("TD,DXF->TXF", x))
     np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max(), rtol=0)
     matrix.product("TD,DXF->TXF", x)  # held by several devices
