@@ -123,6 +123,7 @@ class LossModel:
             place.over_shards,
             jnp.dtype(jnp.float32) if on_cpu else self.dtype,  # between products a CPU is faster in float32
             functools.partial(self._block, balance),
+            longest=self.span,
             product=self.product(parameters),
         )
         tokens, positions = place.shard(batch.tokens, "tokens"), place.shard(batch.positions, "tokens")

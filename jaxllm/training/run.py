@@ -140,11 +140,13 @@ def _write(
     config: TrainConfig, output: Path, origin: Origin, material: Material, adapter: Adapter | None,
     parameters: dict[str, jax.Array],
 ) -> None:  # fmt: skip
-    if adapter:
+    if adapter and material.labels is None:
         values = on_host({name: value for name, value in parameters.items() if name.startswith("lora.")})
         if jax.process_index() == 0:
             adapter.write(output, values)
         return
     values = on_host(parameters)
+    if adapter:  # a classifier's head is no part of PEFT's files here, so its adapter goes into the weights
+        values |= adapter.merged(values)
     if jax.process_index() == 0:
         write_model(output, origin, values, config.dtype, material.labels)

@@ -97,7 +97,7 @@ class TrainStep:
     ) -> tuple[TrainState, StepReport]:
         sums, gradient = self._gradient(state.parameters, batches, frozen)
         gradient = jax.tree.map(lambda g: g / total, gradient)
-        norm = optax.global_norm(gradient)
+        norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in gradient.values()))
         if self.max_grad_norm:
             factor = self.max_grad_norm / jnp.maximum(norm, self.max_grad_norm)
             gradient = jax.tree.map(lambda g: g * factor, gradient)

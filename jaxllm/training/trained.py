@@ -9,6 +9,8 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,7 @@ from jaxllm.families.registry import family_of
 from jaxllm.models.primitives import Product, plain_product
 from jaxllm.training.config import TrainConfig
 from jaxllm.training.loss import Parameters, name_of
+from jaxllm.training.merge import product_of
 from jaxllm.weights.abstract import AbstractModel
 
 HEAD = "score"
@@ -118,7 +121,7 @@ class Adapter:
     dtype: jnp.dtype
 
     @classmethod
-    def of(cls, config: TrainConfig, model: AbstractModel, hf: Mapping) -> Adapter:
+    def of(cls, config: TrainConfig, model: AbstractModel, hf: Mapping[str, Any]) -> Adapter:
         """For a model. Raises ValueError naming a module that it has not."""
         sources = family_of(hf).weight_map(model.cfg, model.kv_copies)
         targets = targets_of(sources, {tuple(path): v for path, v in nnx.to_flat_state(model.state)})
@@ -165,7 +168,16 @@ class Adapter:
         """Zero for modules that take no part: they share a parameter with one that does."""
         return np.array(self.chosen[name], np.float32).reshape(-1, *[1] * (len(target.shapes(1)[0]) - 1))
 
-    def write(self, folder, parameters: Mapping[str, np.ndarray]) -> None:
+    def merged(self, parameters: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The weights that take the adapter, with its products added."""
+        return {
+            name: parameters[name].astype(np.float32)
+            + np.float32(self.config.scale)
+            * product_of(target, parameters[f"lora.a.{name}"] * self._mask(name, target), parameters[f"lora.b.{name}"])
+            for name, target in self.targets.items()
+        }
+
+    def write(self, folder: Path, parameters: Mapping[str, np.ndarray]) -> None:
         """PEFT's files."""
         modules = {}
         for name, target in self.targets.items():

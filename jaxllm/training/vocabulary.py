@@ -81,4 +81,5 @@ def _finished(backend, roles: tuple[str, ...] = _ROLES) -> Tokenizer:
     backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in (END, PAD, *roles)])
     special = {"eos_token": END, "bos_token": END, "pad_token": PAD}
     end = backend.token_to_id(END)
-    return Tokenizer(backend, bos_token_id=end, eos_token_ids=(end,), chat_templates={}, special_tokens=special)
+    ends = (end, *(backend.token_to_id(role) for role in roles[1:]))
+    return Tokenizer(backend, bos_token_id=end, eos_token_ids=ends, chat_templates={}, special_tokens=special)

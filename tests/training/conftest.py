@@ -1,0 +1,60 @@
+"""Small data and small runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SENTENCES = (
+    "the cat sat on the mat. ",
+    "a dog ran to the cat. ",
+    "the mat is on the floor. ",
+    "who ran? the dog ran. ",
+)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A plain text of some thousand characters."""
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("".join(SENTENCES[i * i % 7 % 4] + "\n" * (i % 5 == 0) for i in range(200)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve instructions in a JSON list."""
+    file = tmp_path_factory.mktemp("instructions") / "data.json"
+    entries = [{"instruction": f"Say {i}.", "input": "" if i % 2 else "now", "output": f"{i} " * (i % 4 + 1)} for i in
+               range(12)]  # fmt: skip
+    file.write_text(json.dumps(entries), encoding="utf-8")
+    return file
+
+
+@pytest.fixture
+def run(text: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """`run(name, **fields)`: train a two-layer model from scratch on the text; its report, and what it logged."""
+
+    def make(name: str, **fields: Any) -> dict[str, Any]:
+        from jaxllm.training.config import TrainConfig
+        from jaxllm.training.run import train
+
+        settings: dict[str, Any] = {
+            "data": str(text), "output": str(tmp_path / name), "num_layers": 2, "num_heads": 2, "hidden_size": 32,
+            "context_length": 16, "batch_size": 8, "steps": 6, "eval_every": 3, "eval_batches": 2, "warmup_steps": 2,
+            "compute_dtype": "float32", "plot": False, "sample_every": 0, "dtype": "float32",
+        }  # fmt: skip
+        report = train(TrainConfig(**settings | fields))
+        lines = (tmp_path / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        return {**report, "log": [json.loads(line) for line in lines]}
+
+    return make
+
+
+def losses(report: dict[str, Any]) -> list[float]:
+    """Of every step."""
+    return [entry["loss"] for entry in report["log"] if "loss" in entry]
