@@ -35,24 +35,25 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+def train_small(folder: Path, **fields: Any) -> dict[str, Any]:
+    """Train a two-layer model from scratch; its report, and what it logged."""
+    from jaxllm.training.config import TrainConfig
+    from jaxllm.training.run import train
+
+    settings: dict[str, Any] = {
+        "output": str(folder), "num_layers": 2, "num_heads": 2, "hidden_size": 32, "context_length": 16,
+        "batch_size": 8, "steps": 6, "eval_every": 3, "eval_batches": 2, "warmup_steps": 2,
+        "compute_dtype": "float32", "plot": False, "sample_every": 0, "dtype": "float32",
+    }  # fmt: skip
+    report = train(TrainConfig(**settings | fields))
+    lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return {**report, "log": [json.loads(line) for line in lines]}
+
+
 @pytest.fixture
 def run(text: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`run(name, **fields)`: train a two-layer model from scratch on the text; its report, and what it logged."""
-
-    def make(name: str, **fields: Any) -> dict[str, Any]:
-        from jaxllm.training.config import TrainConfig
-        from jaxllm.training.run import train
-
-        settings: dict[str, Any] = {
-            "data": str(text), "output": str(tmp_path / name), "num_layers": 2, "num_heads": 2, "hidden_size": 32,
-            "context_length": 16, "batch_size": 8, "steps": 6, "eval_every": 3, "eval_batches": 2, "warmup_steps": 2,
-            "compute_dtype": "float32", "plot": False, "sample_every": 0, "dtype": "float32",
-        }  # fmt: skip
-        report = train(TrainConfig(**settings | fields))
-        lines = (tmp_path / name / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        return {**report, "log": [json.loads(line) for line in lines]}
-
-    return make
+    """`run(name, **fields)`: `train_small` into a folder of this test."""
+    return lambda name, **fields: train_small(tmp_path / name, **{"data": str(text), **fields})
 
 
 def losses(report: dict[str, Any]) -> list[float]:

@@ -13,15 +13,15 @@ from safetensors.numpy import load_file
 
 from jaxllm.training.checkpoint import Checkpoints
 from jaxllm.training.trainer import Trainer
-from tests.training.conftest import losses
+from tests.training.conftest import losses, train_small
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 
 
-@pytest.fixture
-def alone(run):
+@pytest.fixture(scope="module")
+def alone(text, tmp_path_factory):
     """A run on one device."""
-    return run("alone")
+    return train_small(tmp_path_factory.mktemp("alone"), data=str(text))
 
 
 @pytest.mark.parametrize(
