@@ -5,10 +5,10 @@
 
 FOLDER is a Hugging Face folder that all can read; FILE the same model as GGUF, which jaxllm keeps quantised, with
 activations of 16 bits and of 8, beside llama.cpp (`pip install llama-cpp-python`) on the same file. Every engine loads
-once, in a process of its own, and waits; then each measurement goes round all engines, several times, so that a slow minute of the machine hits all of them. Every
-request has its own random prompt, greedy, nothing cached. Decode is output tokens over the whole time, prefill
-included. Start-up is from the command to the first token, once with empty compilation caches and once with warm
-ones. Nothing else may run meanwhile.
+once, in a process of its own, and waits; then each measurement goes round all engines, several times, so that a slow
+minute of the machine hits all of them. Every request has its own random prompt, greedy, nothing cached. Decode is
+output tokens over the whole time, prefill included. Start-up is from the command to the first token, once with empty
+compilation caches and once with warm ones. Nothing else may run meanwhile.
 """
 
 from __future__ import annotations
