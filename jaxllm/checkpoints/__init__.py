@@ -37,9 +37,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
+        from jaxllm.checkpoints.quantized.checkpoint import with_quantization
         from jaxllm.checkpoints.safetensors_folder import SafetensorsCheckpoint
 
-        return SafetensorsCheckpoint.open(path)
+        return with_quantization(SafetensorsCheckpoint.open(path))
     if is_gguf(path):
         from jaxllm.checkpoints.gguf.checkpoint import GGUFCheckpoint
 

@@ -21,7 +21,9 @@ MatmulBackend = Literal["auto", "xla", "llvm"]
 AttentionBackend = Literal["auto", "xla", "llvm", "pallas_gpu", "pallas_tpu"]
 LoadFormat = Literal["auto", "dummy"]
 ActivationDtype = Literal["auto", "int8"]
-Quantization = Literal["auto", "none", "int8", "int4", "fp8"]
+Quantization = Literal[
+    "auto", "none", "int8", "int4", "fp8", "compressed-tensors", "awq", "gptq", "mxfp4", "gguf"
+]  # fmt: skip
 PreemptionMode = Literal["auto", "recompute", "swap"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
 _PREFILL_SIZES = (
@@ -44,8 +46,9 @@ class EngineConfig:
         sanitize_control_tokens: control tokens that somebody writes into a message, such as <|im_end|>, stay text.
         load_format: dummy makes random weights.
         dtype: of the weights.
-        quantization: of the weights; auto keeps them as the checkpoint has them, none expands them, int8, int4 and fp8
-            round them to nearest while they are loaded.
+        quantization: of the weights; auto keeps them as the checkpoint has them where that is faster, none expands
+            them, int8, int4 and fp8 round them to nearest while they are loaded, and the name of a checkpoint's own
+            method keeps them as they are.
         activation_dtype: of what quantised matrices multiply; auto leaves 16 bits unless the checkpoint asks for less,
             int8 rounds them in the groups of the matrix, as llama.cpp does: faster on a CPU, and less exact.
         kv_dtype: of the KV cache.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Codes = Literal["uint4", "int8", "float8_e4m3fn"]
-ACTIVATION_LIMITS = {"int8": 127.0, "float8_e4m3fn": 448.0}  # the largest number of each
+ACTIVATION_LIMITS = {"int8": 127.0, "float8_e4m3fn": 448.0}  # what the largest number of a token becomes
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)  # fp4, code by code
 
 

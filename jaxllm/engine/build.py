@@ -86,7 +86,8 @@ def build_engine(
         from jaxllm.weights.abstract import make_model
 
         use_compilation_cache()
-        model = make_model(config, model_config, Placement(make_mesh(config.mesh, offset=config.device_offset), rules))
+        placement = Placement(make_mesh(config.mesh, offset=config.device_offset), rules)
+        model = make_model(config, model_config, placement, source.checkpoint)
         model, draft_source = _with_draft(config, model)
         shapes = runner_shapes(config, model, connection)
         compiler = on_sized(model, shapes) if on_sized is not None else None

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxllm.checkpoints.quantized import METHODS
 from jaxllm.config import LocalAttention, Scaling
 from jaxllm.families.architecture_fields import RULES
 from jaxllm.families.notices import say_once
@@ -50,12 +51,12 @@ class Fields:
                 self._hf[name] = value
         self._read: set[str] = set()
         self._partial = 1.0
-        if quantization := hf.get("quantization_config") or hf.get("quantization"):  # the second is MLX's
-            is_named = isinstance(quantization, Mapping) and "quant_method" in quantization
-            method = quantization["quant_method"] if is_named else quantization
+        quantization = self._hf.pop("quantization_config", None) or hf.get("quantization")  # the second is MLX's
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+        if quantization and (not isinstance(method, str) or method.lower() not in METHODS):
             raise ValueError(
-                f"config.json has quantization_config {_short(method)}, which is not supported; use the unquantised "
-                "weights, or dequantise with transformers and save again"
+                f"config.json has quantization_config {_short(method or quantization)}, which is not supported; use "
+                f"unquantised weights or those of {', '.join(METHODS)}, or dequantise with transformers and save again"
             )
 
     def get(self, key: str, default: Any = None) -> Any:

@@ -69,7 +69,7 @@ class Part:
 
     def split(self, box: Box, max_elements: int) -> Iterator[Box]:
         """Cut `box` along the dim that the tensor's rows make, so that each piece is a run of the file."""
-        end = _group_end(self.view, 0, self._tensor_rows()[0])
+        end = _group_end(self.view, 0, self._tensor_rows())
         lead = next((axis for axis in range(end) if self.view[axis] > 1), 0)
         dim = self.order.index(lead)
         start, stop = box[dim].start, box[dim].stop
@@ -81,8 +81,9 @@ class Part:
     def _read_view(self, read: Read, wanted: list[slice]) -> np.ndarray:
         """Read the smallest box of the tensor that covers `wanted` of the view, and cut it down to that."""
         index, view, cut, axis = [], [], [], 0
-        for dim, size in enumerate(self._tensor_rows()):
-            stop = _group_end(self.view, axis, size)
+        rows = self._tensor_rows()
+        for dim in range(len(rows)):
+            stop = _group_end(self.view, axis, rows[dim:])
             lead = axis
             while lead < stop - 1 and self.view[lead] == 1:
                 lead += 1
@@ -107,10 +108,11 @@ class Part:
         tensor[rows] = box.transpose(np.argsort(self.order)).reshape(self._tensor_rows())
 
 
-def _group_end(view: tuple[int, ...], axis: int, size: int) -> int:
-    """The end of the dims of the view, from `axis` on, that a tensor dim of `size` is split into."""
-    stop, product = axis + 1, view[axis]
-    while product < size or (stop < len(view) and view[stop] == 1):
+def _group_end(view: tuple[int, ...], axis: int, sizes: tuple[int, ...]) -> int:
+    """The end of the dims of the view, from `axis` on, that the first of these dims of a tensor is split into."""
+    size, stop, product = sizes[0], axis + 1, view[axis]
+    takes_ones = sizes[1:2] != (1,)  # those of the view belong to the dim before them, unless the next is one itself
+    while product < size or (takes_ones and stop < len(view) and view[stop] == 1):
         product *= view[stop]
         stop += 1
     assert product == size, (view, axis, size)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.checkpoints.base import Checkpoint, TensorInfo
+from jaxllm.checkpoints.quantized import QuantizedTensor, method_of, quantized_tensors
 from jaxllm.families.notices import say_once
 from jaxllm.families.registry import Family, family_of
 from jaxllm.families.sources import checkpoint_tensors
@@ -43,6 +44,17 @@ class NamedCheckpoint:
     @property
     def generation_config(self) -> dict[str, Any]:
         return self.inner.generation_config
+
+    @property
+    def method(self) -> str | None:
+        """How the file's tensors are quantised."""
+        return method_of(self.inner)
+
+    @property
+    def quantized(self) -> Mapping[str, QuantizedTensor]:
+        """Those that the file keeps quantised."""
+        inner = quantized_tensors(self.inner)
+        return {ours: inner[theirs] for ours, theirs in self.names.items() if theirs in inner}
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         return self.inner.read(self.names[name], index)

@@ -289,6 +289,8 @@ def round_activations(x: jax.Array, axis: int, to: Activations, scale: jax.Array
     x = x.astype(jnp.float32)
     if scale is None:
         scale = jnp.maximum(jnp.max(jnp.abs(x), axis=axis, keepdims=True), 1e-10) / limit
-    codes = jnp.clip(x / scale, -limit - (to.codes == "int8"), limit)
-    codes = jnp.round(codes) if to.codes == "int8" else codes.astype(jnp.float8_e4m3fn).astype(jnp.float32)
+    if to.codes == "int8":
+        codes = jnp.clip(jnp.round(x / scale), -128, 127)
+    else:
+        codes = jnp.clip(x / scale, -limit, limit).astype(jnp.float8_e4m3fn).astype(jnp.float32)
     return codes * scale

@@ -6,8 +6,8 @@ Configuration and placement in; enough out to compile, to plan memory and to say
 from __future__ import annotations
 
 import functools
+import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,21 +15,35 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxllm.checkpoints import Checkpoint
+from jaxllm.checkpoints.quantized import METHODS, method_of, quantized_tensors
 from jaxllm.config import EngineConfig, ModelConfig
 from jaxllm.config.quantization import Scheme
+from jaxllm.families.registry import family_of
 from jaxllm.models.decoder import Decoder
 from jaxllm.ops.cpu import ffi
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import check_divides, kv_copies, num_parts, vocab_padding
-from jaxllm.weights.schemes import asked_schemes, with_activations
+from jaxllm.weights.schemes import (
+    ROUNDED,
+    JoinedScheme,
+    Schemes,
+    asked_schemes,
+    checkpoint_schemes,
+    schemes_of,
+    with_activations,
+)
 from jaxllm.weights.stored import Storage, choose_storage
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class AbstractModel:
     """The decoder without values: graph and parameter variables as shapes, both fixed by config and placement.
 
-    `draft` is the model that guesses its tokens ahead, if there is one, on the same mesh.
+    `schemes` say which parameters are quantised; `rounds`: from a checkpoint's numbers, while they are read. `draft` is
+    the model that guesses its tokens ahead, if there is one, on the same mesh.
     """
 
     cfg: ModelConfig
@@ -39,7 +53,8 @@ class AbstractModel:
     kv_copies: int
     vocab_padding: int
     is_packed: bool = False
-    schemes: Mapping[tuple, Scheme] = field(default_factory=dict)
+    schemes: Schemes = field(default_factory=dict)
+    rounds: bool = False
     draft: AbstractModel | None = None
 
     @functools.cached_property
@@ -73,7 +88,7 @@ class AbstractModel:
             sharding = self.placement.sharding(*dims, parameter=True)
             name = ".".join(map(str, path))
             check_divides(name, shape, dims, tuple(sharding.spec), self.placement.sizes)
-            if (scheme := self.schemes.get(path)) is not None:
+            for scheme in schemes_of(self.schemes.get(path)):
                 _check_groups(name, variable, scheme, self.placement)
             return variable.replace(sharding)
 
@@ -116,13 +131,50 @@ def abstract_model(
     return AbstractModel(cfg, graph, state, placement, copies, padding, is_packed)
 
 
-def make_model(config: EngineConfig, model_config: ModelConfig, placement: Placement) -> AbstractModel:
-    """The abstract decoder in the dtype asked for (bfloat16 unless told otherwise), quantised where it should be."""
+def make_model(
+    config: EngineConfig, model_config: ModelConfig, placement: Placement, checkpoint: Checkpoint | None = None
+) -> AbstractModel:
+    """The abstract decoder in the dtype asked for (bfloat16 unless told otherwise), quantised where it should be.
+
+    `checkpoint` is what will be read, None where the parameters come from elsewhere.
+    """
     name = "bfloat16" if config.dtype == "auto" else config.dtype
     model = abstract_model(model_config, placement, jnp.dtype(name))
-    schemes = with_activations(asked_schemes(config.quantization, model.state, placement), config.activation_dtype)
+    stored = {} if checkpoint is None else stored_schemes(config.quantization, model, checkpoint)
+    schemes = with_activations(
+        stored or asked_schemes(config.quantization, model.state, placement), config.activation_dtype
+    )
     is_packed = _use_panels(config, placement, quantized=bool(schemes))
-    return replace(model, schemes=schemes, is_packed=is_packed)
+    return replace(model, schemes=schemes, rounds=not stored, is_packed=is_packed)
+
+
+def stored_schemes(quantization: str, model: AbstractModel, checkpoint: Checkpoint) -> Schemes:
+    """What is kept as the checkpoint has it. Raises ValueError where the flag names another method than its own."""
+    tensors = quantized_tensors(checkpoint)
+    method = method_of(checkpoint)
+    if quantization in METHODS and quantization != method and quantization not in ROUNDED:
+        raise ValueError(
+            f"quantization={quantization!r}, but the checkpoint's is {method or 'none'}; leave it at auto to take "
+            "the weights as they are"
+        )
+    if not tensors or quantization == "none" or (quantization in ROUNDED and quantization != method):
+        return {}
+    family = family_of(checkpoint.config)
+    schemes = checkpoint_schemes(family.weight_map(model.cfg, model.kv_copies), model.state, tensors)
+    if method == "gguf":
+        schemes = {path: scheme for path, scheme in schemes.items() if _fits(model, path, scheme)}
+    return schemes
+
+
+def _fits(model: AbstractModel, path: tuple, scheme: Scheme | JoinedScheme) -> bool:
+    """Whether the mesh cuts between groups; files that have always been expanded are expanded where it does not."""
+    try:
+        replace(model, state=nnx.from_flat_state([(path, dict(nnx.to_flat_state(model.state))[path])]),
+                schemes={path: scheme}).shardings()  # fmt: skip
+    except ValueError as error:
+        log.info("expanded while it is read: %s", error)
+        return False
+    return True
 
 
 def _use_panels(config: EngineConfig, placement: Placement, *, quantized: bool) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,14 +19,16 @@ import numpy as np
 from flax import nnx
 
 from jaxllm.checkpoints import Checkpoint
+from jaxllm.checkpoints.quantized import QuantizedTensor, quantized_tensors
+from jaxllm.config.quantization import Scheme
 from jaxllm.families.registry import Family, family_of
 from jaxllm.families.sources import Box, Source, WeightMap, checkpoint_tensors
 from jaxllm.families.tensor_names import named
 from jaxllm.weights.abstract import AbstractModel
 from jaxllm.weights.boxes import aligned_zeros
-from jaxllm.weights.quantized import Quantized
-from jaxllm.weights.quantized_panels import QuantizedInPanels
-from jaxllm.weights.rounding import Pieces, round_to_nearest
+from jaxllm.weights.pieces import read_pieces
+from jaxllm.weights.rounding import Pieces, merged_inputs, round_to_nearest
+from jaxllm.weights.schemes import JoinedScheme
 
 _THREADS = 2  # parameters read at the same time; more only adds to the peak of memory
 _PIECE_ELEMENTS = 1 << 19  # of a tensor handled at a time: what is read fits the processor's cache
@@ -41,14 +43,18 @@ def load_parameters(model: AbstractModel, checkpoint: Checkpoint) -> Any:
     family = family_of(checkpoint.config)
     sources = family.weight_map(model.cfg, model.kv_copies)
     _check_tensors(sources, checkpoint, family)
-    shardings = dict(nnx.to_flat_state(model.shardings()))
+    shardings, tensors = dict(nnx.to_flat_state(model.shardings())), quantized_tensors(checkpoint)
 
     def load(item: Any) -> Any:
         path, variable = item
-        want, storage = variable.get_value(), model.storage(path, variable)
+        want = variable.get_value()
         read: Any = functools.partial(_read_box, sources[path], dtype=want.dtype, checkpoint=checkpoint)
-        if isinstance(storage, Quantized | QuantizedInPanels):
-            read = functools.partial(_rounded, storage, read)
+        if (scheme := model.schemes.get(path)) is not None:
+            inputs = variable.get_metadata("inputs")
+            read = functools.partial(
+                _read_quantized, sources[path], scheme, inputs, None if model.rounds else tensors, read
+            )
+        storage = model.storage(path, variable)
         return path, variable.replace(storage.from_pieces(want, shardings[path].get_value(), read))
 
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -108,9 +114,17 @@ def _read_box(source: Source, box: Box, dtype: jnp.dtype, checkpoint: Checkpoint
     return out
 
 
-def _rounded(storage: Quantized | QuantizedInPanels, read: Callable[[Box], np.ndarray], box: Box) -> Pieces:
-    values = read(box)
-    return round_to_nearest(values.reshape(storage.merged(values.shape)), storage.scheme, storage.axis)
+def _read_quantized(
+    source: Source, scheme: Scheme | JoinedScheme, inputs: tuple[int, ...],
+    tensors: Mapping[str, QuantizedTensor] | None, read: Callable[[Box], np.ndarray], box: Box,
+) -> np.ndarray | Pieces:  # fmt: skip
+    """A box as it is to be kept: as the checkpoint's `tensors` have it, or (None) rounded; plain where it is plain."""
+    one = scheme.at(box[scheme.axis].start) if isinstance(scheme, JoinedScheme) else scheme
+    if one is None:
+        return read(box)
+    if tensors is not None:
+        return read_pieces(source.parts, box, one, inputs, tensors)
+    return round_to_nearest(merged_inputs(read(box), inputs), one, inputs[0])
 
 
 def _transposed(value: np.ndarray) -> np.ndarray:

@@ -40,6 +40,12 @@ class Pieces:
     input_scale: Any = None
 
 
+def merged_inputs(values: np.ndarray, inputs: tuple[int, ...]) -> np.ndarray:
+    """`values` with their input dims (neighbours) as one."""
+    first, end = inputs[0], inputs[-1] + 1
+    return values.reshape(*values.shape[:first], -1, *values.shape[end:])
+
+
 def round_to_nearest(values: Any, scheme: Scheme, axis: int) -> Pieces:
     """The pieces of `values` (inputs are dim `axis`). Raises ValueError where groups do not divide the inputs."""
     xp: Any = jnp if isinstance(values, jax.Array) else np

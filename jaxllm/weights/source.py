@@ -95,6 +95,14 @@ def model_identity(config: EngineConfig, hf: dict, path: Path | None, longest: i
     files = [] if path is None else model_files(path)
     stats = [(str(f.relative_to(path.parent)), (s := f.stat()).st_size, s.st_mtime_ns) for f in files if path]
     seed = config.seed if config.load_format == "dummy" else None
-    facts = (hf, stats, seed, config.dtype, config.kv_dtype, *([] if longest is None else [longest]))
+    facts = (
+        hf,
+        stats,
+        seed,
+        config.dtype,
+        config.kv_dtype,
+        config.quantization,
+        *([] if longest is None else [longest]),
+    )
     name = config.model if path is None else path.name
     return f"{name} {hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:32]}"

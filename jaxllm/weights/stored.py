@@ -9,9 +9,9 @@ Dimension letters: K contracted, N kept by the product, B panels, C columns of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,27 +20,12 @@ from jaxllm.config.quantization import Scheme
 from jaxllm.ops.cpu import ffi
 from jaxllm.ops.cpu.packed import PackedMatrix, abstract_panels, pack, packs
 from jaxllm.sharding.mesh import Placement
-from jaxllm.weights.boxes import Box, ReadBox, aligned_zeros, panel_boxes
+from jaxllm.weights.boxes import ReadBox, aligned_zeros, panel_boxes
+from jaxllm.weights.joined import Joined
 from jaxllm.weights.quantized import Quantized
 from jaxllm.weights.quantized_panels import QuantizedInPanels
-
-
-class Storage(Protocol):
-    """One way to keep a parameter."""
-
-    def abstract(self, want: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding) -> Any:
-        """What is kept, as shapes with shardings."""
-        ...
-
-    def from_pieces(
-        self, want: jax.ShapeDtypeStruct, sharding: jax.sharding.NamedSharding, read: Callable[[Box], Any]
-    ) -> Any:
-        """What is kept, from a function that reads boxes of the parameter: in its dtype, or `Pieces` of it."""
-        ...
-
-    def from_array(self, array: jax.Array, sharding: jax.sharding.NamedSharding) -> Any:
-        """What is kept, of a parameter that is there already."""
-        ...
+from jaxllm.weights.schemes import JoinedScheme
+from jaxllm.weights.storage import Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +101,7 @@ class Panels:
 
 def choose_storage(
     want: jax.ShapeDtypeStruct, contracted: tuple[int, ...], placement: Placement, *, use_panels: bool,
-    scheme: Scheme | None = None, inputs: tuple[int, ...] = (),
+    scheme: Scheme | JoinedScheme | None = None, inputs: tuple[int, ...] = (),
 ) -> Storage:  # fmt: skip
     """How a parameter is kept.
 
@@ -128,6 +113,15 @@ def choose_storage(
         scheme: how it is quantised; None: it is not.
         inputs: the dims of it that are inputs of its linear, along which groups lie.
     """
+    if isinstance(scheme, JoinedScheme):
+        ends = [*(start for start, _ in scheme.runs[1:]), want.shape[scheme.axis]]
+        runs = []
+        for (start, one), end in zip(scheme.runs, ends, strict=True):
+            shape = (*want.shape[: scheme.axis], end - start, *want.shape[scheme.axis + 1 :])
+            part = jax.ShapeDtypeStruct(shape, want.dtype)
+            storage = choose_storage(part, contracted, placement, use_panels=use_panels, scheme=one, inputs=inputs)
+            runs.append((start, storage))
+        return Joined(scheme.axis, tuple(runs))
     if scheme is not None:
         logical, panels = Quantized(scheme, inputs), QuantizedInPanels(Quantized(scheme, inputs))
         return panels if use_panels and placement.mesh.size == 1 and panels.fits(want, contracted) else logical

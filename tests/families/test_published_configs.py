@@ -20,11 +20,7 @@ from jaxllm.families.registry import architecture_of
 LINES = (Path(__file__).parent / "published_configs.jsonl").read_text().splitlines()
 CONFIGS = {line["name"]: line["config"] for line in map(json.loads, LINES)}
 REFUSED = {
-    "Qwen3-0.6B-FP8": "quantization_config 'fp8'",
-    "DeepSeek-V3-fp8": "quantization_config 'fp8'",
-    "quantised by AWQ": "quantization_config 'awq'",
     "quantised by mlx": "'group_size': 64",
-    "gpt-oss-120b mxfp4": "quantization_config 'mxfp4'",
     "a classifier on Qwen3": "Qwen3ForSequenceClassification",
     "Falcon": "FalconForCausalLM",
     "Mamba": "MambaForCausalLM",
