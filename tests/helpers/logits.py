@@ -18,7 +18,7 @@ def engine_logits(engine: Engine, tokens: list[int]) -> np.ndarray:
     pages = engine.pool.allocate(engine.pool.pages_for(len(tokens))) or []
     request.held = Held(slot=runner.shapes.spare_slot, pages=pages)
     assert pages, "no room"
-    head = jax.jit(lambda params, x: runner.steps._model(params).logits(x, runner.model.placement.shard))
+    head = jax.jit(lambda params, x: runner.steps.model(params).logits(x, runner.model.placement.shard))
     for start in range(0, len(tokens), most):
         chunk = Chunk(request, start, min(most, len(tokens) - start), 0)
         hidden_TD = runner.hidden_states(IterationPlan([chunk]))

@@ -41,7 +41,8 @@ def columns_of(
             need(checkpoint, layer, "g_idx")
         scheme = Scheme(
             codes="uint4" if bits == 4 else "int8", group=0 if own == shape[1] else own,
-            scale_dtype=checkpoint.tensors[f"{layer}.scales"].dtype if is_symmetric else "float32", offset=8 if is_symmetric and bits == 4 else 0,
+            scale_dtype=checkpoint.tensors[f"{layer}.scales"].dtype if is_symmetric else "float32",
+            offset=8 if is_symmetric and bits == 4 else 0,
             has_minima=not is_symmetric, is_permuted=has_order,
         )  # fmt: skip
         tensors[f"{layer}.weight"] = ColumnsOfCodes(

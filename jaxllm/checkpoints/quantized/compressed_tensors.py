@@ -149,7 +149,8 @@ def _described(
     order = _order(layer, weights, columns, strategy, checkpoint)
     codes = "uint4" if bits == 4 else "int8" if weights.get("type", "int") == "int" else "float8_e4m3fn"
     scheme = Scheme(
-        codes=codes, group=group, scale_dtype=info.dtype if is_symmetric else "float32", offset=8 if bits == 4 and is_symmetric else 0,
+        codes=codes, group=group, scale_dtype=info.dtype if is_symmetric else "float32",
+        offset=8 if bits == 4 and is_symmetric else 0,
         has_minima=not is_symmetric, is_permuted=order is not None,
         activations=_activations(layer, activations, checkpoint),
     )  # fmt: skip
