@@ -224,3 +224,7 @@ class EngineThread:
             recent["generation_tokens_per_s"], percent(recent["mfu"]), percent(recent["mbu"]),
             100 * (1 - engine.pool.num_free / engine.pool.num_usable),
         )  # fmt: skip
+        if (drafts := engine.drafts).num_drafts:
+            rate, length = drafts.acceptance_rate, drafts.mean_acceptance_length
+            log.info("%s of %d drafted tokens right, %.2f tokens per iteration with drafts",
+                     percent(rate), drafts.num_draft_tokens, length)  # fmt: skip

@@ -1,0 +1,53 @@
+"""What drafts are said to have brought, and what verifying them is said to cost."""
+
+from __future__ import annotations
+
+import random
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxllm.families.presets import model_config
+from jaxllm.roofline.cost_model import model_cost
+from jaxllm.runner import speculation
+from jaxllm.telemetry.drafts import DraftPrice, DraftTotals, verifying_ratio
+
+MODEL = model_cost(model_config("llama-2-7b"))
+
+
+def test_totals_count_requests_tokens_and_positions() -> None:
+    totals = DraftTotals(accepted_at=[0, 0, 0])
+    totals.add([3, 0, 3, 2], [2, 0, 0, 2])
+    assert (totals.num_drafts, totals.num_draft_tokens, totals.num_accepted_tokens) == (3, 8, 4)
+    assert totals.accepted_at == [2, 2, 0]
+    assert totals.acceptance_rate == 0.5 and totals.mean_acceptance_length == pytest.approx(1 + 4 / 3)
+
+
+def test_verifying_costs_little_while_weights_are_read_and_much_where_the_batch_fills_the_device() -> None:
+    ratios = [verifying_ratio(MODEL, rows, 4, ridge=300) for rows in (1, 8, 64, 512)]
+    assert ratios == sorted(ratios)
+    assert ratios[0] < 1.05 and ratios[-1] > 3.5
+    assert max(ratios) < 5, "five times the arithmetic and no more memory"
+
+
+def test_the_price_learns_from_times_and_stays_near_the_model() -> None:
+    price, rng = DraftPrice(MODEL, 4, ridge=None), random.Random(0)
+    model = price(1)
+    for _ in range(200):
+        plain, verifying = rng.randrange(5), rng.randrange(5)
+        price.observe(1, plain, verifying, (plain * 1.0 + verifying * (1 + 1.5 * model)) * rng.uniform(0.98, 1.02))
+    assert price(1) == pytest.approx(1.5 * model, rel=0.15)
+    for _ in range(200):
+        price.observe(1, 1, 0, 1.0)
+        price.observe(1, 0, 1, 100.0)
+    assert price(1) == pytest.approx(2 * model), "no disturbance makes it absurd"
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_expected_tokens_are_those_of_the_formula(rate: float) -> None:
+    drafts = 4
+    (expected,) = speculation._expected(jnp.array([rate]), jnp.array([drafts]), drafts)
+    assert 1 + float(expected) == pytest.approx((1 - rate ** (drafts + 1)) / (1 - rate), rel=1e-5)
+    draws = np.random.default_rng(0).random((20000, drafts)) < rate
+    assert 1 + float(expected) == pytest.approx(1 + np.cumprod(draws, axis=1).sum(axis=1).mean(), rel=0.03)
