@@ -78,6 +78,8 @@ def compile_programs(deployment: Deployment, num_pages: int) -> dict[str, Compil
     """
     shapes = dataclasses.replace(deployment.shapes, num_pages=num_pages)
     loop = "decode_greedy" if shapes.max_decode_steps else "ragged"
+    if shapes.speculates(shapes.row_buckets[-1]):
+        loop = "speculate_greedy"
     keys = {
         "prefill": _largest("ragged", shapes),
         "decode": _largest(loop, shapes),

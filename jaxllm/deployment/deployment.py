@@ -80,6 +80,7 @@ def deploy(
     config: EngineConfig, cfg: ModelConfig, topology: Topology, limit: int, notes: tuple[str, ...] = ()
 ) -> Deployment:
     """A configuration on the mesh of a slice that is open already. Raises ValueError where it is not legal."""
+    from jaxllm.families.presets import model_config
     from jaxllm.runner.shapes import runner_shapes
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
@@ -87,6 +88,9 @@ def deploy(
 
     placement = Placement(make_mesh(config.mesh, list(topology.devices)), load_rules(config.sharding_rules))
     model = make_model(config, cfg, placement)
+    if config.speculative is not None and config.speculative.model is not None:
+        own = dataclasses.replace(config, model=config.speculative.model, speculative_config=None)
+        model = dataclasses.replace(model, draft=make_model(own, model_config(own.model), placement))
     model.shardings()  # refuses what does not divide
     max_len = config.max_model_len or cfg.max_position_embeddings
     enough = dataclasses.replace(config, max_model_len=max_len, kv_cache_memory_bytes=1 << 60)

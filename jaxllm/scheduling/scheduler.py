@@ -414,9 +414,8 @@ class Scheduler:
     def _take(self, request: Request, count: int, num_samples: int) -> Chunk:
         """Count tokens as computed: later plans build on it before the device is done."""
         chunk = Chunk(request, request.held.num_computed, count, num_samples)
-        request.held.num_computed = min(
-            chunk.start + count + max(0, num_samples - 1), max(request.limit - 1, chunk.start + count)
-        )
+        end = chunk.start + count
+        request.held.num_computed = min(end + max(0, num_samples - 1), max(end, request.limit - 1))
         request.num_pending += num_samples
         self.page_lists.publish(request, len(request.token_ids))
         return chunk
