@@ -5,7 +5,7 @@
 
 Replicas answer at http://HOST:8000/, pools at /prefill and /decode; of pools, `vllm-router --vllm-pd-disaggregation
 --prefill http://HOST:8000/prefill --decode http://HOST:8000/decode` makes one service. What stands after `--` are flags
-of `jaxllm serve`. Joins the Ray cluster that RAY_ADDRESS names, or starts one here; ends on Ctrl-C. Needs the extra
+of `jaxllm serve`. Joins the Ray cluster that RAY_ADDRESS names, or starts one here; ends on Ctrl-C or SIGTERM. Needs the extra
 `ray`.
 
 Each replica is a Ray actor with a server of its own behind it, as a child process: where that ends, the replica reports
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -71,7 +72,7 @@ class Server:
     async def __call__(self, request: Request) -> Response:
         """Hand one request on, and its answer back as it comes."""
         path = request.url.path.removeprefix(request.scope.get("root_path", "")) or "/"
-        headers = {name: value for name, value in request.headers.items() if name not in _DROPPED}
+        headers = {name: value.strip() for name, value in request.headers.items() if name not in _DROPPED}
         asked = self._client.build_request(
             request.method, path, params=request.query_params, headers=headers, content=await request.body()
         )
@@ -124,6 +125,7 @@ def main() -> None:
     if args.prefill:
         deploy(args, "prefill", args.prefill, "kv_producer", "/prefill")
         deploy(args, "decode", args.decode, "kv_consumer", "/decode")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         while True:
             time.sleep(1)
