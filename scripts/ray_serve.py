@@ -5,8 +5,8 @@
 
 Replicas answer at http://HOST:8000/, pools at /prefill and /decode; of pools, `vllm-router --vllm-pd-disaggregation
 --prefill http://HOST:8000/prefill --decode http://HOST:8000/decode` makes one service. What stands after `--` are flags
-of `jaxllm serve`. Joins the Ray cluster that RAY_ADDRESS names, or starts one here; ends on Ctrl-C or SIGTERM. Needs the extra
-`ray`.
+of `jaxllm serve`. Joins the Ray cluster that RAY_ADDRESS names, or starts one here; ends on Ctrl-C or SIGTERM. Needs
+the extra `ray`.
 
 Each replica is a Ray actor with a server of its own behind it, as a child process: where that ends, the replica reports
 itself unhealthy and Ray starts another. Pages go straight from one server to the other, not through Ray.

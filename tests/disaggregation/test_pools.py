@@ -27,7 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "latent": {
         "family": "DeepseekV3", "num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": None,
-        "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 2,
+        "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 1,
     },
 }  # fmt: skip
 
@@ -36,7 +36,7 @@ MODELS: dict[str, dict[str, Any]] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @cache
     def make(name: str) -> Path:
-        return write_tiny_model(tmp_path_factory.mktemp(name), **MODELS[name])
+        return write_tiny_model(tmp_path_factory.mktemp(name), num_layers=1, **MODELS[name])
 
     return make
 
@@ -90,8 +90,8 @@ def test_tokens_and_logprobs_equal_those_of_one_engine(folder, model, pools, set
 
 def test_what_the_receiver_has_does_not_travel(folder) -> None:
     llm = make_llm(folder("dense"), prefill_mesh="tp=1", decode_mesh="tp=1")
-    token = row_bytes(llm.engine.memory.layout, 2)
-    assert token == 2 * 2 * 2 * 16 * 4  # layers, key and value, heads, width, float32
+    token = row_bytes(llm.engine.memory.layout, 1)
+    assert token == 2 * 2 * 16 * 4  # one layer, key and value, heads, width, float32
     first = prompts()[2]
     (output,) = llm.generate([first], GREEDY)
     assert llm.engine.transfers.bytes == len(first) * token
@@ -107,7 +107,7 @@ def test_what_the_receiver_has_does_not_travel(folder) -> None:
 def test_a_receiver_without_room_is_waited_for_and_loses_nothing(folder) -> None:
     one = make_llm(folder("dense"))
     two = make_llm(
-        folder("dense"), prefill_mesh="tp=1", decode_mesh="tp=1", kv_cache_memory_bytes=13 * 16 * 512,
+        folder("dense"), prefill_mesh="tp=1", decode_mesh="tp=1", kv_cache_memory_bytes=13 * 16 * 256,
         prefill_kv_cache_memory_bytes=2 << 20,
     )  # fmt: skip
     check_equal(two.generate(prompts() * 2, GREEDY), one.generate(prompts() * 2, GREEDY))
