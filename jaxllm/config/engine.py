@@ -176,6 +176,12 @@ class EngineConfig:
                 raise ValueError("kv_transfer_config is for one pool a process; leave prefill_mesh and decode_mesh out")
             if self.distributed or self.coordinator_address is not None:
                 raise ValueError("kv_transfer_config is for engines of one process each; leave the processes out")
+        is_handed_over = self.kv_transfer_config is not None or self.prefill_mesh is not None
+        if is_handed_over and self.speculative is not None and self.speculative.method == "draft_model":
+            raise ValueError(
+                "speculative_config: a draft model's own pages are not handed over; use method 'ngram' with "
+                "prefill_mesh, decode_mesh or kv_transfer_config"
+            )
         if (self.prefill_mesh is None) != (self.decode_mesh is None):
             raise ValueError("prefill_mesh and decode_mesh belong together; set both, or mesh alone")
         if self.prefill_mesh is None:

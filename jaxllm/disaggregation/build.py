@@ -60,5 +60,5 @@ def pool_configs(config: EngineConfig) -> tuple[EngineConfig, EngineConfig]:
     alone = dataclasses.replace(config, prefill_mesh=None, decode_mesh=None, **dict.fromkeys(names))
     offset = config.device_offset + math.prod(parse_mesh(config.prefill_mesh).values())
     below = {"host_kv_bytes": 0, "disk_kv_bytes": 0, "disk_kv_path": None, "preemption_mode": "recompute"}
-    prefill = dataclasses.replace(alone, mesh=config.prefill_mesh, **given, **below)
+    prefill = dataclasses.replace(alone, mesh=config.prefill_mesh, speculative_config=None, **given, **below)
     return prefill, dataclasses.replace(alone, mesh=config.decode_mesh, device_offset=offset)

@@ -19,6 +19,7 @@ import numpy as np
 from jaxllm.disaggregation.stats import TransferStats
 from jaxllm.disaggregation.wire import span_names
 from jaxllm.engine.engine import Engine
+from jaxllm.kv.layout import PageLayout
 from jaxllm.kv.logical import Rows, row_bytes, rows_of
 from jaxllm.kv.page_programs import MOVE_BATCH
 from jaxllm.scheduling.request import Request
@@ -116,6 +117,9 @@ class Exports:
         export.first_token = request.held.num_dropped * self._engine.memory.layout.page_size
         export.expires = time.monotonic() + self._lease
         self.stats.handed_over += 1
+        ended = time.perf_counter()
+        if (last := next(reversed(export.pages.values()), None)) is not None:
+            last.add_done_callback(lambda _: self._count_exposed(time.perf_counter() - ended))
 
     def _take(self, export: Export, num_tokens: int, *, whole: bool) -> None:
         """Take pages out: whole batches while the prompt is computed, at its end all that is left."""
@@ -138,7 +142,21 @@ class Exports:
     def _keep(self, export: Export, indices: range, slabs: Sequence[Any]) -> None:
         layout = self._engine.memory.layout
         for i, slab in zip(indices, slabs, strict=True):
-            export.pages[i] = self._threads.submit(rows_of, [slab], layout, 0, layout.page_size)
+            export.pages[i] = self._threads.submit(self._rows, slab, layout)
+
+    def _rows(self, slab: Any, layout: PageLayout) -> Rows:
+        """In a thread: one page in host memory."""
+        started = time.perf_counter()
+        rows = rows_of([slab], layout, 0, layout.page_size)
+        with self._lock:
+            self.stats.seconds += time.perf_counter() - started
+            self.stats.pages += 1
+            self.stats.bytes += layout.page_size * self._row_bytes
+        return rows
+
+    def _count_exposed(self, seconds: float) -> None:
+        with self._lock:
+            self.stats.exposed_seconds += seconds
 
     # From any thread.
 

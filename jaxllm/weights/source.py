@@ -76,7 +76,8 @@ def content_identity(config: EngineConfig, hf: dict, path: Path | None, longest:
     All of a large checkpoint would take minutes to read.
     """
     seed = config.seed if config.load_format == "dummy" else None
-    digest = hashlib.sha256(json.dumps((hf, seed, config.dtype, longest), sort_keys=True, default=str).encode())
+    facts = (hf, seed, config.dtype, config.quantization, longest)
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
     for file in sorted([] if path is None else model_files(path)):
         digest.update(f"{file.name} {(size := file.stat().st_size)}".encode())
         with file.open("rb") as content:
