@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxllm.adapters.lora_request import LoRARequest
     from jaxllm.config import EngineConfig, ModelConfig
     from jaxllm.config.sampling import SamplingParams
     from jaxllm.decoding.beam_search import BeamSearchParams
@@ -22,6 +23,7 @@ __all__ = [
     "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",
+    "LoRARequest",
     "ModelConfig",
     "Pool",
     "RequestOutput",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "LoRARequest": "jaxllm.adapters.lora_request",
     "LLM": "jaxllm.entrypoints.llm",
     "AsyncLLM": "jaxllm.entrypoints.async_llm",
     "Pool": "jaxllm.pool.pool",

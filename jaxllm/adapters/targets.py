@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxllm.families.sources import Part, Path, WeightMap
+from jaxllm.families.sources import Part, WeightMap
 from jaxllm.families.text_half import text_name
 
 Matrices = Mapping[str, tuple[np.ndarray, np.ndarray]]  # module -> A [R, I], B [O, R]
@@ -165,7 +165,7 @@ def _back(targets: Sequence[int]) -> list[int]:
     return [int(i) + 1 for i in np.argsort(np.argsort(targets))]
 
 
-def targets_of(sources: WeightMap, parameters: Mapping[Path, Any]) -> dict[str, Target]:
+def targets_of(sources: WeightMap, parameters: Mapping[Any, Any]) -> dict[str, Target]:
     """Every parameter of the blocks that products sum over, by name.
 
     Args:

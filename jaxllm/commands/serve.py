@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxllm.commands.flags import add_engine_flags, add_fields, engine_arguments
+from jaxllm.commands.lora import add_lora_modules, check_lora_modules, load_lora_modules
 from jaxllm.commands.startup import Startup
 from jaxllm.config import EngineConfig
 from jaxllm.config.slo import parse_slo
@@ -85,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="compile everything before the first request",
     )
+    add_lora_modules(group)
     pool = parser.add_argument_group("several models on one device (docs/pool.md)")
     pool.add_argument(
         "--models", nargs="+", metavar="FILE.toml|NAME=PATH", help="serve all of these; engine flags hold for each"
@@ -208,6 +210,7 @@ def _load(args: argparse.Namespace, engine: dict[str, Any], startup: Startup, ho
         slo=args.slo, max_num_queued_requests=args.max_num_queued_requests, stuck_seconds=args.stuck_seconds,
         on_stage=startup.stage, **hooks, **engine,
     )  # fmt: skip
+    load_lora_modules(args, llm.adapters)
     if args.warm_up:
         startup.stage("compiling")
         llm.engine.warm_up(scoring=True, on_compiled=startup.compiled)
@@ -272,6 +275,7 @@ def _settings(args: argparse.Namespace, engine: dict[str, Any]) -> Settings:
     model = engine.get("model") or EngineConfig().model
     AnswerFormat.chosen(None, args.tool_call_parser, args.reasoning_parser)  # refuses unknown names before loading
     names = args.served_model_name or [Path(model).name if Path(model).exists() else model]
+    check_lora_modules(args, names)
     return Settings(
         served_model_names=tuple(dict.fromkeys(names)), api_keys=tuple(keys), max_body_bytes=args.max_body_bytes,
         request_timeout=args.request_timeout, tool_call_parser=args.tool_call_parser,

@@ -76,6 +76,11 @@ class EngineConfig:
         speculative_config (JSON): guess tokens ahead and check several in one iteration (docs/speculative.md), for
             example '{"method": "ngram", "num_speculative_tokens": 4}'.
         enable_prefix_caching: reuse the pages of prompts that begin alike.
+        enable_lora: serve adapters (LoRA) beside the model; requests of different ones run together.
+        max_loras (N): adapters that can run at the same time.
+        max_lora_rank (N): the largest rank of an adapter.
+        max_cpu_loras (N): adapters kept ready in host memory; others are read again when they are asked for; default:
+            max_loras.
         attention_backend: auto chooses by the platform.
         matmul_backend: auto chooses by the processor.
         host_kv_bytes (BYTES): host memory for evicted KV pages.
@@ -124,6 +129,10 @@ class EngineConfig:
     deterministic: bool = False
     speculative_config: Mapping[str, Any] | None = None
     enable_prefix_caching: bool = True
+    enable_lora: bool = False
+    max_loras: int = 1
+    max_lora_rank: int = 16
+    max_cpu_loras: int | None = None
     attention_backend: AttentionBackend = "auto"
     matmul_backend: MatmulBackend = "auto"
     host_kv_bytes: int = 0
@@ -140,7 +149,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         check_types(self)
         at_least_one = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "page_size", "max_decode_steps")
-        for name in (*at_least_one, "kv_cache_memory_bytes", "num_processes", *_PREFILL_SIZES):
+        at_least_one += ("max_loras", "max_lora_rank", "max_cpu_loras", *_PREFILL_SIZES)
+        for name in (*at_least_one, "kv_cache_memory_bytes", "num_processes"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value!r}; it must be a whole number of at least 1")
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.max_num_seqs:
@@ -148,6 +158,8 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below max_num_seqs={self.max_num_seqs}; "
                 "every running request needs one token per iteration, so raise the first or lower the second"
             )
+        if self.max_cpu_loras is not None and self.max_cpu_loras < self.max_loras:
+            raise ValueError(f"max_cpu_loras={self.max_cpu_loras} is below max_loras={self.max_loras}; raise it")
         self._check_tiers()
         self._check_processes()
         self._check_pools()

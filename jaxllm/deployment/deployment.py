@@ -86,6 +86,8 @@ def deploy(
     from jaxllm.sharding.rules import load_rules
     from jaxllm.weights.abstract import make_model
 
+    if config.enable_lora:
+        raise ValueError("adapters are no part of a deployment on paper; leave enable_lora (--enable-lora) out")
     placement = Placement(make_mesh(config.mesh, list(topology.devices)), load_rules(config.sharding_rules))
     model = make_model(config, cfg, placement)
     if config.speculative is not None and config.speculative.model is not None:

@@ -74,7 +74,7 @@ class Exchange:
         """Let a request that is not queued yet start from others' pages, or leave its own. Raises ValueError."""
         self.check(params)
         if params.get("do_remote_prefill"):
-            request.offer = self.imports.offer(params, request.token_ids, request.cache_salt)
+            request.offer = self.imports.offer(params, request.token_ids, request.page_salt)
         if params.get("do_remote_decode"):
             export = self.exports.begin(request, request.request_id + "-" + uuid.uuid4().hex[:16])
             request.before_release = lambda: self._finish(export, output)

@@ -164,7 +164,7 @@ class Passage:
     def _stream(self, request: Request) -> None:
         pools = self.target.memory.pools
         if (stream := self._streams.get(request.request_id)) is None:
-            digests = pools[0].hashes(request.token_ids[: request.num_prompt], request.cache_salt)
+            digests = pools[0].hashes(request.token_ids[: request.num_prompt], request.page_salt)
             replica = max(range(len(pools)), key=lambda z: (pools[z].num_cached(digests), pools[z].num_free))
             first = pools[replica].first_visible(len(digests) * pools[replica].page_size)
             stream = self._streams[request.request_id] = _Stream(request, replica, digests, first)

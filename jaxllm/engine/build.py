@@ -10,7 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from jaxllm.config import EngineConfig, ModelConfig
 from jaxllm.families import read_config
 
 if TYPE_CHECKING:
+    from jaxllm.adapters.store import AdapterStore
     from jaxllm.engine.engine import Engine
     from jaxllm.runner.compiler import Compiler
     from jaxllm.runner.connections import Connection
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def _no_adapters() -> AdapterStore:
+    from jaxllm.adapters.store import AdapterStore
+
+    return AdapterStore({}, 1, 1)
+
+
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
     """An engine and what its faces need beside it; `weights` names these on every machine, where that is needed."""
@@ -38,6 +45,7 @@ class BuiltEngine:
     model_config: ModelConfig
     generation_config: dict
     weights: str = ""
+    adapters: AdapterStore = field(default_factory=_no_adapters)
 
 
 def build_engine(
@@ -76,6 +84,7 @@ def build_engine(
     with ThreadPoolExecutor(1) as pool:  # the tokenizer is built while the weights are read
         tokenizer: Future[Tokenizer | None] = pool.submit(_tokenizer, config, source.path)
 
+        from jaxllm.adapters.store import AdapterStore
         from jaxllm.engine.engine import Engine
         from jaxllm.kv.offload import add_tiers, check_tiers
         from jaxllm.runner.compiler import use_compilation_cache
@@ -83,11 +92,12 @@ def build_engine(
         from jaxllm.runner.runner import ModelRunner
         from jaxllm.runner.shapes import make_memory, runner_shapes
         from jaxllm.sharding.mesh import Placement, make_mesh
-        from jaxllm.weights.abstract import make_model
+        from jaxllm.weights.abstract import make_model, taking_adapters
 
         use_compilation_cache()
         placement = Placement(make_mesh(config.mesh, offset=config.device_offset), rules)
         model = make_model(config, model_config, placement, source.checkpoint)
+        model = taking_adapters(model, source.hf_config) if config.enable_lora else model
         model, draft_source = _with_draft(config, model)
         shapes = runner_shapes(config, model, connection)
         compiler = on_sized(model, shapes) if on_sized is not None else None
@@ -112,7 +122,8 @@ def build_engine(
         text = tokenizer.result()
     add_tiers(memory, config, runner.host_pages(), identity, receives=receives)
     engine = Engine(runner, memory=memory, eos_token_ids=_eos_token_ids(hf, generation, text), seed=config.seed)
-    return BuiltEngine(engine, text, model_config, generation, weights)
+    adapters = AdapterStore(model.targets, config.max_lora_rank, config.max_cpu_loras or config.max_loras)
+    return BuiltEngine(engine, text, model_config, generation, weights, adapters)
 
 
 def read_parameters(config: EngineConfig, built: BuiltEngine) -> Any:

@@ -18,6 +18,7 @@ from jaxllm.engine.engine import Engine, as_token_ids
 from jaxllm.engine.outputs import CompletionBuilder, CompletionDelta, RequestOutput, logprob_entry
 from jaxllm.engine.prompts import Asked, read_prompt
 from jaxllm.engine.scoring import Scorer, ScoringPass
+from jaxllm.scheduling.adapter_slots import Adapter
 from jaxllm.scheduling.request import Ending, Request
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Job:
     asked: Asked | None = None
     constraint: CopiedConstraint | None = None
     streamed: bool = False
+    adapter: Adapter | None = None
     request_id: str | None = None
     requests: list[Request] = field(default_factory=list)
     scores: ScoringPass | None = None
@@ -64,7 +66,7 @@ class Job:
         if self.params.prompt_logprobs is None:
             self.owner.queue(self)
             return
-        self.scores = ScoringPass(self.owner.scorer, self.output.prompt_token_ids)
+        self.scores = ScoringPass(self.owner.scorer, self.output.prompt_token_ids, adapter=self.adapter)
         self.scores.notify = self._scored
         self.scores.start()
 
@@ -194,7 +196,9 @@ class Jobs:
         self.scorer.restart()
         self.engine.recover()
 
-    def prepare(self, prompt: Any, params: SamplingParams, *, streamed: bool = False) -> Job:
+    def prepare(
+        self, prompt: Any, params: SamplingParams, *, streamed: bool = False, adapter: Adapter | None = None
+    ) -> Job:
         """Check, tokenize and compile, without touching the engine. Raises ValueError.
 
         A `streamed` job, and whatever runs beside it, gets its tokens one by one.
@@ -213,7 +217,7 @@ class Jobs:
             self.scorer.check(ids)
         warnings = constraint.warnings if constraint is not None else ()
         output = RequestOutput("", asked.text, ids, warnings=warnings)
-        return Job(self, output, params, limit, asked, constraint, streamed)
+        return Job(self, output, params, limit, asked, constraint, streamed, adapter)
 
     def _truncated(self, ids: Any, params: SamplingParams) -> Any:
         """The prompt's end, as much as `truncate_prompt_tokens` leaves of it."""
@@ -305,6 +309,7 @@ class Jobs:
             cache_salt=asked.cache_salt,
             constraint=job.constraint.copy() if job.constraint is not None else None,
             streamed=job.streamed,
+            adapter=job.adapter,
             listener=_Completion(job, builder),
         )
 

@@ -21,6 +21,7 @@ from jaxllm.engine.errors import EngineError, NotFinite
 from jaxllm.runner.interface import Memory, Runner, Work
 from jaxllm.runner.sampler import NOT_FINITE, Sampled
 from jaxllm.runner.shapes import RunnerShapes
+from jaxllm.scheduling.adapter_slots import AdapterSlots
 from jaxllm.scheduling.replicas import Scheduling, side_by_side
 from jaxllm.scheduling.request import Ending, Held, Listener, Request, Status, next_arrival
 from jaxllm.scheduling.scheduler import Chunk, Scheduler
@@ -435,7 +436,8 @@ class Engine:
 
 
 def schedulers_for(memory: Memory, shapes: RunnerShapes, *, chunked_prefill: bool = True) -> list[Scheduler]:
-    """A scheduler for each of the memory's page pools."""
+    """A scheduler for each of the memory's page pools; they share the slots of adapters."""
+    adapter_slots = AdapterSlots(shapes.max_loras)
     return [
         Scheduler(
             pool,
@@ -447,6 +449,7 @@ def schedulers_for(memory: Memory, shapes: RunnerShapes, *, chunked_prefill: boo
             tiers=memory.tiers,
             chunked_prefill=chunked_prefill,
             num_drafts=shapes.num_drafts,
+            adapter_slots=adapter_slots,
         )
         for replica, pool in enumerate(memory.pools)
     ]

@@ -72,6 +72,8 @@ def text_of(prompt: Any) -> str | None:
 def _salt(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"cache_salt={value!r}; it must be text")
+    if "\0" in value:
+        raise ValueError("cache_salt has a NUL character; use others")
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -20,6 +20,7 @@ from jaxllm.engine.engine import Engine
 from jaxllm.engine.errors import NotFinite
 from jaxllm.engine.outputs import CompletionDelta
 from jaxllm.runner.sampler import Sampled
+from jaxllm.scheduling.adapter_slots import Adapter
 from jaxllm.scheduling.request import Held, Request
 from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 
@@ -38,6 +39,8 @@ class ScoringPass:
     scorer: Scorer
     token_ids: list[int]
     pooling: str | None = None
+    adapter: Adapter | None = None
+    adapter_slot: int = 0
     position: int = 0
     pages: list[int] = field(default_factory=list)
     vector: np.ndarray | None = None
@@ -62,6 +65,7 @@ class ScoringPass:
     def restart(self) -> None:
         """Begin again: the device has lost what was computed."""
         self.position, self.pages, self.vector, self.scored = 0, [], None, []
+        self.adapter_slot = 0
 
 
 class Scorer:
@@ -122,13 +126,18 @@ class Scorer:
         work.finished = True
 
     def _has_pages(self, work: ScoringPass) -> bool:
-        if not work.pages:
+        slots = self._engine.scheduler.adapter_slots
+        if not work.pages and slots.has_room(work.adapter):
             pages = self._engine.pool.allocate(self._engine.pool.pages_for(len(work.token_ids)))
             work.pages = pages or []
+            if work.pages:
+                work.adapter_slot = slots.hold(work.adapter)
             self._engine.start_moves()
         return bool(work.pages)
 
     def _remove(self, work: ScoringPass) -> None:
+        if work.pages:
+            self._engine.scheduler.adapter_slots.release(work.adapter)
         self._engine.pool.free(work.pages)
         work.pages = []
         self._queue.remove(work)
@@ -143,8 +152,9 @@ class Scorer:
         runner = self._engine.runner
         count = min(runner.shapes.scoring_buckets[-1], len(work.token_ids) - work.position)
         request = Request("scoring", work.token_ids, SamplingParams(), limit=len(work.token_ids))
-        request.held = Held(slot=runner.shapes.spare_slot, pages=work.pages)
-        hidden_TD = runner.hidden_states(IterationPlan([Chunk(request, work.position, count, 0)]))
+        request.held = Held(slot=runner.shapes.spare_slot, adapter_slot=work.adapter_slot, pages=work.pages)
+        loads = self._engine.scheduler.adapter_slots.take_loads()
+        hidden_TD = runner.hidden_states(IterationPlan([Chunk(request, work.position, count, 0)], loads=loads))
         if work.pooling is None:
             work.scored.append(self._score(work, hidden_TD.shape[0], count))
         else:

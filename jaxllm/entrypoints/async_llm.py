@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from jaxllm.adapters.lora_request import LoRARequest
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.config.slo import parse_slo
 from jaxllm.engine.completions import Job
@@ -27,6 +28,7 @@ from jaxllm.entrypoints.admission import admission_of
 from jaxllm.entrypoints.engine_thread import EngineThread
 from jaxllm.entrypoints.frontend import Frontend
 from jaxllm.entrypoints.tasks import Update
+from jaxllm.scheduling.adapter_slots import Adapter
 
 if TYPE_CHECKING:
     from jaxllm.decoding.beam_search import BeamSearchOutput, BeamSearchParams
@@ -163,9 +165,12 @@ class AsyncLLM(Frontend):
         self.at_exit(self.shutdown)
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None
-    ) -> AsyncIterator[RequestOutput]:
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *,
+        lora_request: LoRARequest | str | None = None,
+    ) -> AsyncIterator[RequestOutput]:  # fmt: skip
         """Yield the request's output as it grows, each time whole. Leaving the loop or cancelling aborts it.
+
+        `lora_request` is an adapter to answer with, or the name of one that is served.
 
         Raises:
             ValueError: a bad prompt or bad parameters.
@@ -173,7 +178,7 @@ class AsyncLLM(Frontend):
             EngineError: the engine failed.
         """
         params = sampling_params or self.get_default_sampling_params()
-        stream = await self.open([prompt], params, request_id)
+        stream = await self.open([prompt], params, request_id, lora_request=lora_request)
         output = stream.outputs[0]
         try:
             parts = [CompletionOutput(index) for index in range(params.n)]
@@ -186,8 +191,9 @@ class AsyncLLM(Frontend):
             stream.cancel()
 
     async def open(
-        self, prompts: Sequence[Prompt], params: SamplingParams, request_id: str | None = None, *, streamed: bool = True
-    ) -> Stream:
+        self, prompts: Sequence[Prompt], params: SamplingParams, request_id: str | None = None, *,
+        streamed: bool = True, lora_request: LoRARequest | str | None = None,
+    ) -> Stream:  # fmt: skip
         """Start several prompts as one stream; either all are accepted or none. See `generate` for errors.
 
         With `streamed=False` nobody minds when tokens come several at a time, which spares the host work.
@@ -197,7 +203,8 @@ class AsyncLLM(Frontend):
         if not isinstance(request_id, str | None):
             raise ValueError(f"request_id={request_id!r}; it must be text")
         self._check_room(len(prompts) * params.n)
-        jobs = [await self._prepare(prompt, params, streamed) for prompt in prompts]
+        adapter = None if lora_request is None else await self.in_thread(self.adapter_of, lora_request)
+        jobs = [await self._prepare(prompt, params, streamed, adapter) for prompt in prompts]
         for index, job in enumerate(jobs):
             job.request_id = request_id if request_id is None or len(jobs) == 1 else f"{request_id}-{index}"
         if self.admission is not None:
@@ -224,10 +231,13 @@ class AsyncLLM(Frontend):
         await self._finish([search], params.beam_width)
         return search.result()
 
-    async def embed(self, prompts: Sequence[Sequence[int]], pooling: str = "mean") -> list[np.ndarray]:
+    async def embed(
+        self, prompts: Sequence[Sequence[int]], pooling: str = "mean", *, lora_request: LoRARequest | str | None = None
+    ) -> list[np.ndarray]:
         """One vector of unit length per prompt of token ids, from the final norm's output."""
+        adapter = None if lora_request is None else await self.in_thread(self.adapter_of, lora_request)
         scorer = self._jobs.scorer
-        passes = [ScoringPass(scorer, scorer.check(ids), pooling) for ids in prompts]
+        passes = [ScoringPass(scorer, scorer.check(ids), pooling, adapter) for ids in prompts]
         for start in range(0, len(passes), _EMBEDDING_WINDOW):
             window = passes[start : start + _EMBEDDING_WINDOW]
             await self._finish(window, len(window))
@@ -250,11 +260,13 @@ class AsyncLLM(Frontend):
         except TimeoutError:
             raise ValueError(f"preparing the prompt took more than {_PREPARE_SECONDS:g} s; simplify it") from None
 
-    async def _prepare(self, prompt: Prompt, params: SamplingParams, streamed: bool) -> Job:
+    async def _prepare(
+        self, prompt: Prompt, params: SamplingParams, streamed: bool, adapter: Adapter | None
+    ) -> Job:  # fmt: skip
         text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
         ready = isinstance(prompt, Mapping) and prompt.get("prompt_token_ids") is not None
         short = ready or not isinstance(text, str) or len(text) < _INLINE_CHARS
-        prepare = functools.partial(self._jobs.prepare, prompt, params, streamed=streamed)
+        prepare = functools.partial(self._jobs.prepare, prompt, params, streamed=streamed, adapter=adapter)
         if short and params.structured_outputs is None:
             return prepare()
         return await self.in_thread(prepare)

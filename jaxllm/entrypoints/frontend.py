@@ -8,11 +8,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jaxllm.adapters.lora_request import LoRARequest
 from jaxllm.config import EngineConfig
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.disaggregation.build import build_alone, build_pools, events_of, exchange_of
 from jaxllm.engine.build import BuiltEngine
 from jaxllm.engine.completions import Jobs, sampling_defaults
+from jaxllm.scheduling.adapter_slots import Adapter
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,18 @@ class Frontend:
         if self.events is not None:
             self._jobs.after_step.append(self.events.flush)
         self._generation_config = built.generation_config
+        self.adapters = built.adapters
+
+    def adapter_of(self, lora_request: LoRARequest | str | None) -> Adapter | None:
+        """What a call names: a `LoRARequest`, or the name of an adapter that is served. Raises ValueError."""
+        if lora_request is None:
+            return None
+        if isinstance(lora_request, str):
+            return self.adapters.get(lora_request)
+        if not isinstance(lora_request, LoRARequest):
+            raise ValueError(f"lora_request is a {type(lora_request).__name__}; give a LoRARequest(name, id, path)")
+        r = lora_request
+        return self.adapters.of(r.lora_name, r.lora_int_id, r.lora_path, replace=r.load_inplace)
 
     @property
     def jobs(self) -> Jobs:

@@ -10,8 +10,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
+from jaxllm.adapters.lora_request import LoRARequest
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.completions import Job
 from jaxllm.engine.errors import EngineError
@@ -20,12 +21,14 @@ from jaxllm.engine.prompts import Prompt, as_prompts, text_of
 from jaxllm.engine.work import Work
 from jaxllm.entrypoints.exclusive import Call, Exclusive
 from jaxllm.entrypoints.frontend import Frontend
+from jaxllm.scheduling.adapter_slots import Adapter
 from jaxllm.telemetry import figures
 from jaxllm.telemetry.device_peaks import measured_ceilings
 
 if TYPE_CHECKING:
     from jaxllm.decoding.beam_search import BeamSearchOutput, BeamSearchParams
 
+Adapters = LoRARequest | str | None | Sequence[LoRARequest | str | None]
 _BUSY_SECONDS = 10.0  # for a step of another thread
 _TURN_SECONDS = 0.0001  # between steps while other calls are open: their thread may want the lock
 
@@ -80,6 +83,7 @@ class LLM(Frontend):
         *,
         use_tqdm: bool = True,
         return_errors: bool = False,
+        lora_request: Adapters = None,
     ) -> list[RequestOutput]:
         """Complete every prompt.
 
@@ -90,13 +94,15 @@ class LLM(Frontend):
             use_tqdm: a progress bar when standard error is a terminal.
             return_errors: report a bad prompt in its output's `error` and run the others, instead of raising
                 before anything runs.
+            lora_request: an adapter for all prompts, or for each one or None: a `LoRARequest`, or a served name.
 
         Returns:
             One `RequestOutput` per prompt, in input order. `error` says why one has no answer, or only half of it.
         """
         given = as_prompts(prompts)
         params = self._params_for(given, sampling_params)
-        jobs = [self._prepare(prompt, p, return_errors) for prompt, p in zip(given, params, strict=True)]
+        adapters = self._adapters_for(given, lora_request)
+        jobs = [self._prepare(*one, return_errors) for one in zip(given, params, adapters, strict=True)]
         for text in dict.fromkeys(text for job in jobs for text in job.output.warnings):
             warnings.warn(text, stacklevel=2)
         call = self._exclusive.open()
@@ -117,6 +123,7 @@ class LLM(Frontend):
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        lora_request: Adapters = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's chat template.
 
@@ -128,14 +135,18 @@ class LLM(Frontend):
             add_generation_prompt: end the prompt where an answer begins; None: unless the last message continues.
             continue_final_message: go on with the last message's text.
             chat_template_kwargs: variables of the template, over the engine's own defaults.
+            lora_request: as for `generate`.
         """
         conversations = [messages] if not messages or isinstance(messages[0], Mapping) else messages
         given: dict[str, Any] = {"tools": tools, "add_generation_prompt": add_generation_prompt}
         given |= {"continue_final_message": continue_final_message, "chat_template_kwargs": chat_template_kwargs}
         prompts = [self.chat_prompt(conversation, **given) for conversation in conversations]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
-    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *,
+        lora_request: LoRARequest | str | None = None,
+    ) -> Iterator[str]:  # fmt: skip
         """Yield the first completion's text as it grows. Leaving the loop aborts the request.
 
         Other calls may run between two pieces; they carry this request on.
@@ -146,7 +157,7 @@ class LLM(Frontend):
         (params,) = self._params_for([prompt], sampling_params)
         call = self._exclusive.open()
         try:
-            job = self._jobs.prepare(prompt, params, streamed=True)
+            job = self._jobs.prepare(prompt, params, streamed=True, adapter=self.adapter_of(lora_request))
             for text in job.output.warnings:
                 warnings.warn(text, stacklevel=2)
             call.works.append(job)
@@ -195,9 +206,16 @@ class LLM(Frontend):
             raise ValueError(f"{len(params)} sampling_params for {len(prompts)} prompts; give one, or one for each")
         return list(params)
 
-    def _prepare(self, prompt: Any, params: SamplingParams, return_errors: bool) -> Job:
+    def _adapters_for(self, prompts: Sequence[Any], asked: Adapters) -> list[Adapter | None]:
+        if not isinstance(asked, list | tuple):
+            return [self.adapter_of(cast("LoRARequest | str | None", asked))] * len(prompts)
+        if len(asked) != len(prompts):
+            raise ValueError(f"{len(asked)} lora_requests for {len(prompts)} prompts; give one, or one for each")
+        return [self.adapter_of(one) for one in asked]
+
+    def _prepare(self, prompt: Any, params: SamplingParams, adapter: Adapter | None, return_errors: bool) -> Job:
         try:
-            return self._jobs.prepare(prompt, params)
+            return self._jobs.prepare(prompt, params, adapter=adapter)
         except ValueError as error:
             if not return_errors:
                 raise

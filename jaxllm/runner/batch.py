@@ -113,7 +113,7 @@ def lay_out(plan: IterationPlan, shapes: RunnerShapes, price: Callable[[int], fl
     bucket = bucket_for(max(map(len, sections)), shapes.row_buckets)
     at = _row_numbers(sections, bucket)
     rows = [at[id(chunk)] for chunk in sampling]
-    dispatches = [*_copies(plan.copies), *(admission(request, shapes) for request in plan.admitted)]
+    dispatches = [*_loads(plan), *_copies(plan.copies), *(admission(request, shapes) for request in plan.admitted)]
     dispatches += _masks(sampling, shapes)
     if not plan.is_decode_loop:
         dispatches.append(_ragged(plan.chunks, shapes))
@@ -135,19 +135,26 @@ def lay_out(plan: IterationPlan, shapes: RunnerShapes, price: Callable[[int], fl
     return Layout(dispatches, sampling, rows)
 
 
-def lay_out_pass(chunk: Chunk, shapes: RunnerShapes) -> list[Dispatch]:
+def _loads(plan: IterationPlan) -> list[Dispatch]:
+    return [Dispatch("load_adapter", 1, (np.int32(slot), adapter.arrays)) for slot, adapter in plan.loads]
+
+
+def lay_out_pass(plan: IterationPlan, shapes: RunnerShapes) -> list[Dispatch]:
     """A forward pass over one chunk of a request that samples nothing, and keeps every token's hidden state."""
+    (chunk,) = plan.chunks
     bucket = bucket_for(chunk.count, shapes.scoring_buckets)
     batch = ragged_batch(by_replica([chunk], shapes), bucket, shapes)
     every_token = np.arange(bucket, dtype=np.int32)
-    return [admission(chunk.request, shapes), Dispatch("hidden", bucket, (replace(batch, sample_at=every_token),))]
+    step = Dispatch("hidden", bucket, (replace(batch, sample_at=every_token),))
+    return [*_loads(plan), admission(chunk.request, shapes), step]
 
 
 def admission(request: Request, shapes: RunnerShapes) -> Dispatch:
-    """The tokens of a request that is new to its slot."""
+    """The tokens of a request that is new to its slot, and where its adapter lies."""
     tokens_L = np.zeros(shapes.max_model_len, np.int32)
     tokens_L[: len(request.token_ids)] = request.token_ids
-    return Dispatch("admit", 1, (np.int32(request.slot), tokens_L, np.int32(len(request.token_ids))))
+    length = np.int32(len(request.token_ids))
+    return Dispatch("admit", 1, (np.int32(request.slot), tokens_L, length, np.int32(request.held.adapter_slot)))
 
 
 def by_replica(chunks: Iterable[Chunk], shapes: RunnerShapes) -> list[list[Chunk]]:

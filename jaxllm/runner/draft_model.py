@@ -86,7 +86,7 @@ class Drafter:
 
 def forward_chunks(
     steps: Steps, params: Any, pages: Pages, tokens_RJ: jax.Array, position_RJ: jax.Array, valid_RJ: jax.Array,
-    table_RM: jax.Array,
+    table_RM: jax.Array, adapter_R: jax.Array | None = None,
 ) -> tuple[jax.Array, list[Any]]:  # fmt: skip
     """One forward over the first valid tokens of each row: hidden states `[R * J, D]`, and the pages."""
     (num_rows, width), sections = tokens_RJ.shape, steps.placement.parts("pages")
@@ -102,7 +102,8 @@ def forward_chunks(
     )
     backend = dataclasses.replace(steps.backend, query_tile=min(steps.backend.query_tile, width))
     steps = dataclasses.replace(steps, backend=backend)
-    return steps.forward(params, pages, tokens_RJ.reshape(-1), position, targets, rows)
+    adapter_T = None if adapter_R is None else jnp.repeat(adapter_R, width)
+    return steps.forward(params, pages, tokens_RJ.reshape(-1), position, targets, rows, adapter_T)
 
 
 def written(state: SlotState, slot: jax.Array, position_RJ: jax.Array, tokens_RJ: jax.Array, real_RJ) -> SlotState:

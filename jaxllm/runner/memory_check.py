@@ -14,6 +14,7 @@ from pathlib import Path
 
 import jax
 
+from jaxllm.adapters.slots import slot_bytes
 from jaxllm.kv.page_programs import device_bytes
 from jaxllm.runner.programs import abstract_state
 from jaxllm.runner.shapes import RunnerShapes
@@ -28,7 +29,8 @@ class Needed:
     """Bytes that an engine takes of one memory: a device's, or the host's where its CPU devices share that.
 
     Attributes:
-        weights, pages, slots, logits: parameters, KV cache, tokens of the requests' slots, the sampler's rows.
+        weights, pages, slots, logits: parameters and adapters, KV cache, tokens of the requests' slots, the sampler's
+            rows.
         cache_setting: `kv_cache_memory_bytes` that leads to `pages`.
         least_pages: of `pages`, what one request of `max_model_len` takes.
         max_num_seqs: that leads to `slots`.
@@ -78,7 +80,7 @@ def needed(model: AbstractModel, shapes: RunnerShapes, devices: int = 1) -> Need
     cut = model.placement.parts("heads") if model.cfg.cache_row.is_cut else 1
     rows = shapes.row_buckets[-1]
     return Needed(
-        weights=devices * model.parameter_bytes_per_device(),
+        weights=devices * (model.parameter_bytes_per_device() + _adapter_bytes(model, shapes)),
         pages=devices * all_pages // size,
         slots=devices * device_bytes(state.slots) // size,
         logits=devices * rows * model.cfg.vocab_size * _LOGITS_BYTES,
@@ -86,6 +88,10 @@ def needed(model: AbstractModel, shapes: RunnerShapes, devices: int = 1) -> Need
         least_pages=devices * (shapes.pages_per_row + 1) * shapes.page_size * copies // size,
         max_num_seqs=shapes.max_num_seqs,
     )
+
+
+def _adapter_bytes(model: AbstractModel, shapes: RunnerShapes) -> int:
+    return slot_bytes(model.targets, model.placement, shapes.max_loras, shapes.max_lora_rank)
 
 
 def check_memory(model: AbstractModel, shapes: RunnerShapes) -> None:

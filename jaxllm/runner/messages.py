@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from jaxllm.runner.batch import Dispatch
@@ -21,7 +22,7 @@ from jaxllm.runner.programs import PROGRAMS, SAMPLING, SCORING, TIERS
 
 Structure = Callable[[str], Any]  # the `PyTreeDef` of a program's inputs
 _NAMES = tuple(PROGRAMS)
-_DTYPES = tuple(np.dtype(name) for name in ("int32", "uint32", "float32", "bool"))
+_DTYPES = tuple(np.dtype(name) for name in ("int32", "uint32", "float32", "bool", "float16", ml_dtypes.bfloat16))
 _DISPATCH = struct.Struct("<BBIB")  # kind, program, bucket, number of arrays
 _ARRAY = struct.Struct("<BB")
 _COUNT = struct.Struct("<I")

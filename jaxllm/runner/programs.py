@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.adapters.product import LowRank
+from jaxllm.adapters.slots import no_adapter, stacked_slots
 from jaxllm.kv.memory import KVMemory
 from jaxllm.kv.page_programs import MOVE_BATCH, copy_pages, put_pages, take_pages
 from jaxllm.runner import batch as batches
 from jaxllm.runner.shapes import RunnerShapes, make_memory
 from jaxllm.runner.speculation import speculating_loop
-from jaxllm.runner.steps import Pages, SlotState, Steps
+from jaxllm.runner.steps import Pages, SlotState, Steps, Weights
 from jaxllm.weights.abstract import AbstractModel
 
 Key = tuple[str, int]  # program, bucket
@@ -37,6 +39,7 @@ class DeviceState:
     Attributes:
         memory: has the pages, per layer an array or a pytree of page-major arrays.
         params: leaves of the parameters. Flattening the module at every dispatch would cost more than the dispatch.
+        adapters: matrices of the adapters in their slots, by product; none where adapters are off.
         slots: what is remembered of each running request.
         hidden: `[Z * R, D]`, hidden states of the sampling rows of the last ragged step.
         scored: `[T, D]`, hidden states of every token of the last scoring pass.
@@ -44,9 +47,15 @@ class DeviceState:
 
     memory: KVMemory
     params: Any = None
+    adapters: Any = None
     slots: Any = None
     hidden: Any = None
     scored: Any = None
+
+    @property
+    def weights(self) -> Weights:
+        """All that a forward pass multiplies with."""
+        return Weights(self.params, self.adapters)
 
     @property
     def pages(self) -> list[Any]:
@@ -120,9 +129,24 @@ def abstract_state(model: AbstractModel, shapes: RunnerShapes, bucket: int = 1) 
     return DeviceState(
         memory,
         params=model.leaves(),
+        adapters=abstract_adapters(model, shapes),
         slots=jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole), slots),
         hidden=hidden(shapes.num_replicas * shapes.row_buckets[-1]),
         scored=hidden(bucket),
+    )
+
+
+def abstract_adapters(model: AbstractModel, shapes: RunnerShapes) -> dict[str, LowRank]:
+    """The matrices of every slot of adapters, as shapes: cut as the activations that they multiply."""
+    if not shapes.max_loras:
+        return {}
+    return stacked_slots(model.targets, model.placement, shapes.max_loras, shapes.max_lora_rank)
+
+
+def empty_adapters(model: AbstractModel, shapes: RunnerShapes) -> dict[str, LowRank]:
+    """No slot of adapters taken."""
+    return jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract_adapters(model, shapes)
     )
 
 
@@ -133,6 +157,7 @@ def zero_slots(shapes: RunnerShapes) -> SlotState:
         history=jnp.zeros((slots, shapes.max_model_len), jnp.int32),
         length=jnp.zeros(slots, jnp.int32),
         done=jnp.zeros(slots, jnp.bool),
+        adapter=jnp.zeros(slots, jnp.int32),
         allowed=jnp.zeros((slots, shapes.mask_words), jnp.int32),
         hit_rate=jnp.zeros(slots, jnp.float32),
     )
@@ -176,7 +201,11 @@ def first_keys(shapes: RunnerShapes) -> list[Key]:
 
 
 def _admission(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
-    return np.int32(0), np.zeros(shapes.max_model_len, np.int32), np.int32(0)
+    return np.int32(0), np.zeros(shapes.max_model_len, np.int32), np.int32(0), np.int32(0)
+
+
+def _adapter(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
+    return np.int32(1), no_adapter(model.targets, shapes.max_lora_rank)
 
 
 def _masks(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
@@ -239,6 +268,10 @@ def _one(size: int) -> Callable[[RunnerShapes], Sequence[int]]:
     return lambda shapes: (size,)
 
 
+def _adapter_buckets(shapes: RunnerShapes) -> Sequence[int]:
+    return (1,) if shapes.max_loras else ()
+
+
 def _token_buckets(shapes: RunnerShapes) -> Sequence[int]:
     return shapes.token_buckets
 
@@ -296,6 +329,10 @@ def _take(_: Steps, pages: Pages, index_G: jax.Array) -> tuple[list[Any]]:
     return (take_pages(pages, index_G),)
 
 
+def _load_adapter(_: Steps, adapters: Any, slot: jax.Array, matrices: Any) -> tuple[Any]:
+    return (jax.tree.map(lambda all_slots, one: all_slots.at[slot - 1].set(one), adapters, matrices),)
+
+
 def _put(_: Steps, pages: Pages, index_G: jax.Array, slabs: Sequence[Any]) -> tuple[Pages]:
     return (put_pages(pages, index_G, slabs),)
 
@@ -306,7 +343,11 @@ _ENTRIES = (
         warm_up=START,
     ),
     Program(
-        name="ragged", run=Steps.ragged_step, reads=("params", "pages", "slots", "draft_pages"),
+        name="load_adapter", run=_load_adapter, reads=("adapters",), writes=("adapters",), inputs=_adapter,
+        buckets=_adapter_buckets,
+    ),
+    Program(
+        name="ragged", run=Steps.ragged_step, reads=("weights", "pages", "slots", "draft_pages"),
         writes=("hidden", "pages", "draft_pages"),
         inputs=_ragged, buckets=_token_buckets, warm_up=START,
     ),
@@ -315,24 +356,25 @@ _ENTRIES = (
         inputs=_greedy_rows, buckets=_greedy_buckets, output=_whole, warm_up=START,
     ),
     Program(
-        name="decode_greedy", run=Steps.decode_loop, reads=("params", "pages", "slots"), writes=("pages", "slots"),
-        inputs=_decoding(_greedy_rows), buckets=_greedy_loop_buckets, output=_whole, warm_up=START,
+        name="decode_greedy", run=Steps.decode_loop, reads=("weights", "pages", "slots"),
+        writes=("pages", "slots"), inputs=_decoding(_greedy_rows), buckets=_greedy_loop_buckets, output=_whole,
+        warm_up=START,
     ),
     Program(
         name="sample", run=Steps.sample_step, reads=("params", "hidden", "slots"), writes=("slots",),
         inputs=_rows, buckets=_row_buckets, output=_whole, warm_up=SAMPLING,
     ),
     Program(
-        name="decode", run=Steps.decode_loop, reads=("params", "pages", "slots"), writes=("pages", "slots"),
+        name="decode", run=Steps.decode_loop, reads=("weights", "pages", "slots"), writes=("pages", "slots"),
         inputs=_decoding(_rows), buckets=_loop_buckets, output=_whole, warm_up=SAMPLING,
     ),
     Program(
-        name="speculate_greedy", run=speculating_loop, reads=("params", "pages", "slots", "draft_pages"),
+        name="speculate_greedy", run=speculating_loop, reads=("weights", "pages", "slots", "draft_pages"),
         writes=("pages", "slots", "draft_pages"),
         inputs=_speculating(_greedy_rows), buckets=_greedy_speculating_buckets, output=_whole, warm_up=START,
     ),
     Program(
-        name="speculate", run=speculating_loop, reads=("params", "pages", "slots", "draft_pages"),
+        name="speculate", run=speculating_loop, reads=("weights", "pages", "slots", "draft_pages"),
         writes=("pages", "slots", "draft_pages"),
         inputs=_speculating(_rows), buckets=_speculating_buckets, output=_whole, warm_up=SAMPLING,
     ),
@@ -341,7 +383,7 @@ _ENTRIES = (
         buckets=_one(batches.MASK_BATCH),
     ),
     Program(
-        name="hidden", run=Steps.ragged_step, reads=("params", "pages", "slots", "draft_pages"),
+        name="hidden", run=Steps.ragged_step, reads=("weights", "pages", "slots", "draft_pages"),
         writes=("scored", "pages", "draft_pages"),
         inputs=_whole_pass, buckets=_scoring_buckets, warm_up=SCORING,
     ),

@@ -28,6 +28,7 @@ from jaxllm.runner.programs import (
     SCORING,
     TIERS,
     DeviceState,
+    empty_adapters,
     make_steps,
     zero_slots,
 )
@@ -60,12 +61,12 @@ class ModelRunner:
         self.draft_price: Callable[[int], float] = lambda _: 0.0  # see `Drafting`; for a number of rows
 
     def start(self, params: Any) -> None:
-        """Take the parameters and allocate pages and slots."""
+        """Take the parameters and allocate pages, slots and the adapters' slots."""
         self.state.params = jax.tree.leaves(params)
         self._allocate()
 
     def reset(self) -> None:
-        """Empty pages and slots, after a failed iteration took the donated ones with it."""
+        """Empty pages and all slots, after a failed iteration took the donated ones with it."""
         self._tell(Reset())
         self._allocate()
 
@@ -74,6 +75,7 @@ class ModelRunner:
         self.memory.allocate()
         empty = functools.partial(zero_slots, self.shapes)
         self.state.slots = jax.jit(empty, out_shardings=self.model.placement.replicated)()
+        self.state.adapters = empty_adapters(self.model, self.shapes)
 
     def now(self) -> float:
         """See `Runner`."""
@@ -95,8 +97,7 @@ class ModelRunner:
         For scoring passes, which sample nothing: T is the token bucket, rows past the chunk mean nothing. `score` and
         `pool` say more of the last such pass.
         """
-        (chunk,) = plan.chunks
-        self._execute_all(lay_out_pass(chunk, self.shapes))
+        self._execute_all(lay_out_pass(plan, self.shapes))
         return self.state.scored
 
     def score(self, targets_T: np.ndarray) -> Sampled:

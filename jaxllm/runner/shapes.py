@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from jaxllm.adapters.slots import slot_bytes
 from jaxllm.config import CacheRow, EngineConfig, SpeculativeConfig
 from jaxllm.kv.layout import PageLayout, token_bytes
 from jaxllm.kv.memory import KVMemory
@@ -36,6 +37,7 @@ class RunnerShapes:
         token_buckets: sizes of the ragged step.
         row_buckets: sizes of the sampling step and the decode loop.
         max_decode_steps: iterations of one decode loop; 0: there is none, every iteration is a ragged step.
+        max_loras, max_lora_rank: slots for adapters and their rank; no slots: adapters are off.
         separate_greedy: whether rows that are all plainly greedy have programs of their own.
         speculation: how tokens are drafted in decode loops, or None.
         speculating_rows: rows up to which that can pay.
@@ -57,6 +59,8 @@ class RunnerShapes:
     num_replicas: int = 1
     speculation: SpeculativeConfig | None = None
     speculating_rows: int = 0
+    max_loras: int = 0
+    max_lora_rank: int = 16
     separate_greedy: bool = True
     singles_first: bool = True
 
@@ -143,6 +147,8 @@ def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connec
         num_replicas=model.placement.parts("pages"),
         speculation=config.speculative,
         speculating_rows=_speculating_rows(config, model, kv_dtype),
+        max_loras=config.max_loras if config.enable_lora else 0,
+        max_lora_rank=config.max_lora_rank,
         separate_greedy=not config.deterministic,
         # Deterministic: a token must not know whether it came as a decode or in a chunk, so its row is attended alike.
         singles_first=not config.deterministic,
@@ -165,6 +171,7 @@ def _cache_bytes(config: EngineConfig, model: AbstractModel) -> int:
     if not known:
         return _CPU_CACHE_BYTES // model.placement.parts("pages")
     taken = model.parameter_bytes_per_device() + _TEMPORARY_BYTES
+    taken += slot_bytes(model.targets, model.placement, config.max_loras, config.max_lora_rank)
     left = (int(stats["bytes_limit"] * config.gpu_memory_utilization) - stats["bytes_in_use"] for stats in known)
     return max(min(left) - taken, 0) * (model.placement.parts("heads") if model.cfg.cache_row.is_cut else 1)
 

@@ -111,7 +111,9 @@ def _verify(
     position_RJ = length[:, None] - 1 + j
     is_real_RJ = active[:, None] & (j <= count[:, None])
     state = written(state, slot, position_RJ, tokens_RJ, is_real_RJ)
-    x_TD, pages = forward_chunks(steps, params, pages, tokens_RJ, position_RJ, is_real_RJ, table_RM)
+    x_TD, pages = forward_chunks(
+        steps, params, pages, tokens_RJ, position_RJ, is_real_RJ, table_RM, state.adapter[slot]
+    )
     logits_TV = steps.model(params).logits(x_TD, steps.placement.fitted(num_rows * width).shard)
     sampled = steps.sampled(logits_TV, state, batch, position_RJ.reshape(-1) + 1)
 

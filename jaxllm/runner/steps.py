@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +25,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
+from jaxllm.adapters.product import LowRank, slotted_product
 from jaxllm.config import ModelConfig, SpeculativeConfig
 from jaxllm.kv.layout import page_size_of, page_specs, query_dims
 from jaxllm.kv.memory import write_pages
 from jaxllm.models.decoder import Context, Decoder
+from jaxllm.models.primitives import plain_product
 from jaxllm.ops.attention import XLA, AttentionBackend, AttentionSpec, RaggedRows, SingleRows, attention
 from jaxllm.ops.attention.ring import RingBatch, ring_attention, zigzag
 from jaxllm.runner import sampler as sampling
@@ -49,6 +51,7 @@ class SlotState:
         history: int32 `[S + 1, L]`, the tokens of the sequence: prompt, then samples as they come.
         length: int32 `[S + 1]`, how many there are. The host knows it only once it has read what was sampled.
         done: bool `[S + 1]`, a stop token was sampled: iterations already in flight must leave it alone.
+        adapter: int32 `[S + 1]`, the slot of each request's adapter; 0: none.
         allowed: int32 `[S + 1, W]`, the bit mask of the next token, for requests that have a constraint.
         hit_rate: float32 `[S + 1]`, share of recent drafted tokens that were right (see `speculation`).
     """
@@ -56,8 +59,21 @@ class SlotState:
     history: jax.Array
     length: jax.Array
     done: jax.Array
+    adapter: jax.Array
     allowed: jax.Array
     hit_rate: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Leaves of the parameters, whose list it stands for, with the adapters in their slots beside them."""
+
+    leaves: Any
+    adapters: Mapping[str, LowRank]
+
+    def __getitem__(self, part: slice) -> Any:
+        return self.leaves[part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +114,8 @@ class Steps:
         targets = cache_slots(batch.page_table, row, position, valid, page_size_of(pages[0]))
         tokens = state.history[batch.slot[row], position]
         owners = RingBatch(rows, jnp.where(valid, row, -1), position) if is_cut else rows
-        x_TD, pages = self.forward(params, pages, tokens, position, targets, owners)
+        adapter_T = state.adapter[batch.slot[row]]
+        x_TD, pages = self.forward(params, pages, tokens, position, targets, owners, adapter_T)
         if self.draft is not None:
             of_draft = self.draft_params(params)
             _, draft_pages = self.draft.forward(of_draft, draft_pages, tokens, position, targets, owners)
@@ -146,7 +163,7 @@ class Steps:
         targets = cache_slots(table_RM, jnp.arange(num_rows), position, active, page_size_of(pages[0]))
         rows = SingleRows(jnp.where(active, length, 0), table_RM)
         tokens = state.history[batch.slot, position]
-        x_RD, pages = self.forward(params, pages, tokens, position, targets, rows)
+        x_RD, pages = self.forward(params, pages, tokens, position, targets, rows, state.adapter[batch.slot])
         logits_RV = self.model(params).logits(x_RD, self.placement.fitted(num_rows).shard)
         state, sampled = self._sample_and_store(logits_RV, state, batch, active)
         return pages, state, sampled
@@ -167,13 +184,16 @@ class Steps:
         normed_TD = self.model(params).normed(hidden_TD).astype(jnp.float32)
         return (jnp.sum(jnp.where(weights_T[:, None] != 0, normed_TD * weights_T[:, None], 0.0), axis=0),)
 
-    def admit(self, state: SlotState, slot: jax.Array, tokens_L: jax.Array, length: jax.Array) -> tuple[SlotState]:
+    def admit(
+        self, state: SlotState, slot: jax.Array, tokens_L: jax.Array, length: jax.Array, adapter: jax.Array
+    ) -> tuple[SlotState]:
         """Give a slot to a new request: its known tokens become the slot's history."""
         state = dataclasses.replace(
             state,
             history=state.history.at[slot].set(tokens_L),
             length=state.length.at[slot].set(length),
             done=state.done.at[slot].set(False),
+            adapter=state.adapter.at[slot].set(adapter),
             hit_rate=state.hit_rate.at[slot].set(FIRST_HIT_RATE),
         )
         return (state,)
@@ -219,8 +239,15 @@ class Steps:
         """Those of them that are the draft model's."""
         return params[self.params_tree.num_leaves :]
 
-    def forward(self, params: Any, pages: Pages, tokens, position, targets, rows: Rows) -> tuple[jax.Array, list[Any]]:
-        """The decoder over the cache. Each layer writes its rows before it attends, so rows may share pages."""
+    def forward(
+        self, params: Any, pages: Pages, tokens, position, targets, rows: Rows, adapter_T: jax.Array | None = None
+    ) -> tuple[jax.Array, list[Any]]:
+        """The decoder over the cache. Each layer writes its rows before it attends, so rows may share pages.
+
+        `adapter_T` are the slots of the tokens' adapters; None: this model has no adapters.
+        """
+        adapters = params.adapters if isinstance(params, Weights) else {}
+        product = slotted_product(adapters, adapter_T) if adapters and adapter_T is not None else plain_product
         placement = self.placement if isinstance(rows, RingBatch) else self.placement.unringed()
         updated, placement = list(pages), placement.fitted(tokens.shape[0])
         tokens, position = placement.shard(tokens, "tokens"), placement.shard(position, "tokens")
@@ -235,8 +262,9 @@ class Steps:
             return out
 
         context = Context(
-            attend_layer, placement.shard, placement.over_shards, self.residual_dtype, placement.gathered, self.longest
-        )
+            attend_layer, placement.shard, placement.over_shards, self.residual_dtype, placement.gathered, self.longest,
+            product,
+        )  # fmt: skip
         return self.model(params)(tokens, position, context), updated
 
     def _over_heads(self, rows: Rows, pages: Any, spec: AttentionSpec) -> Callable:

@@ -113,7 +113,7 @@ class PageLists:
         """Whether the first page that a request lacks is on its way up for another."""
         if self.tiers is None or request.held.swapped is not None or not self.pool.enable_prefix_caching:
             return False
-        digests = request.page_hashes = self.pool.hashes(request.token_ids, request.cache_salt, request.page_hashes)
+        digests = request.page_hashes = self.pool.hashes(request.token_ids, request.page_salt, request.page_hashes)
         missing = next((digest for digest in digests if not self.pool.has(digest)), None)
         return missing is not None and self.tiers.loading(missing, request.replica) is not None
 
@@ -180,7 +180,7 @@ class PageLists:
             return
         if full > len(request.page_hashes):
             known = request.token_ids[: full * self.pool.page_size]
-            request.page_hashes = self.pool.hashes(known, request.cache_salt, request.page_hashes)
+            request.page_hashes = self.pool.hashes(known, request.page_salt, request.page_hashes)
         for i in range(held.num_published, full):
             self._publish(request, i, held.pages[i])
         held.num_published = full

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from jaxllm.scheduling.adapter_slots import AdapterSlots
 from jaxllm.scheduling.page_lists import utilization
 from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.scheduling.request import Request
@@ -34,6 +35,8 @@ class Scheduling(Protocol):
     def slot_utilization(self) -> float: ...
     @property
     def has_work(self) -> bool: ...
+    @property
+    def adapter_slots(self) -> AdapterSlots: ...
     def check_fits(self, limit: int) -> None: ...
     def add(self, request: Request) -> None: ...
     def schedule(self, steps: int | None = None) -> IterationPlan | None: ...
@@ -87,6 +90,11 @@ class Replicas:
         return sum(part.num_copies for part in self.parts)
 
     @property
+    def adapter_slots(self) -> AdapterSlots:
+        """Those of all replicas."""
+        return self.parts[0].adapter_slots
+
+    @property
     def slot_utilization(self) -> float:
         """See `utilization`."""
         return utilization(self.running, self.pool.page_size)
@@ -119,12 +127,13 @@ class Replicas:
         busy = [part for part in self.parts if part.num_waiting or not all(r.exhausted for r in part.running)]
         if steps is None:
             steps = min((part.loop_steps() for part in busy), default=0)
-        plans, drafting, copies = [], [], []
+        plans, drafting, copies, loads = [], [], [], []
         for part in busy:
             if (plan := part.plan(steps)) is not None:
                 plans.append(plan)
                 drafting.append(part)
                 first = self.parts.index(part) * part.pool.num_pages
+                loads += plan.loads
                 copies += [(first + source, first + target) for source, target in plan.copies]
         if not plans:
             return None
@@ -134,6 +143,7 @@ class Replicas:
             is_decode_loop=all(plan.is_decode_loop for plan in plans),
             num_steps=max(plan.num_steps for plan in plans),
             copies=copies,
+            loads=loads,
         )
         if not merged.is_decode_loop:
             return merged
@@ -181,7 +191,7 @@ def choose_part(request: Request, loads: Sequence[int], pools: Sequence[PagePool
     least = min(range(len(loads)), key=loads.__getitem__)
     if not pools[0].enable_prefix_caching:
         return least
-    request.page_hashes = pools[0].hashes(request.token_ids, request.cache_salt)  # the same in every pool
+    request.page_hashes = pools[0].hashes(request.token_ids, request.page_salt)  # the same in every pool
     hits = [pool.num_cached(request.page_hashes) for pool in pools]
     best = max(range(len(hits)), key=lambda z: (hits[z], -loads[z]))
     return best if hits[best] and loads[best] < loads[least] + slack else least

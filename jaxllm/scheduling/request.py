@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from jaxllm.config.sampling import SamplingParams
+from jaxllm.scheduling.adapter_slots import Adapter
 from jaxllm.scheduling.tiers import Load, Offer, Swapped
 
 _arrivals = itertools.count()
@@ -93,6 +94,7 @@ class Held:
 
     Attributes:
         slot: row of the device's per-request state while running, else -1.
+        adapter_slot: where its adapter lies on the device; 0: it has none.
         pages: where its keys and values are; 0 stands for a page that nothing to come can see.
         num_planned: what `num_computed` was before the plan that is being made.
         num_published, num_dropped: how many of its first pages were made findable; were found to be out of sight.
@@ -101,6 +103,7 @@ class Held:
     """
 
     slot: int = -1
+    adapter_slot: int = 0
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_planned: int = 0
@@ -123,6 +126,7 @@ class Request:
         limit: length at which generation ends: prompt + max_tokens, capped by the engine's max_model_len.
         priority: smaller runs first; equal ones run in order of arrival.
         streamed: somebody reads its tokens one by one as they come.
+        adapter: what is added to the model for it; part of what its pages are found by.
         constraint: limits the next token by those before it, so none may be sampled ahead of reading them.
         listener: who hears of its tokens and its end.
         stepwise: after every token it samples it is `on_hold` until its caller extends it (`Engine.extend`).
@@ -145,6 +149,7 @@ class Request:
     seed: int = 0
     priority: int = 0
     cache_salt: str = ""
+    adapter: Adapter | None = None
     streamed: bool = False
     constraint: Constraint | None = None
     listener: Listener | None = None
@@ -186,6 +191,11 @@ class Request:
     def pages(self) -> list[int]:
         """See `Held`."""
         return self.held.pages
+
+    @property
+    def page_salt(self) -> str:
+        """What besides its tokens decides its keys and values; no `cache_salt` of a user begins so."""
+        return self.cache_salt if self.adapter is None else f"\0{self.adapter.identity} {self.cache_salt}"
 
     @property
     def num_tokens(self) -> int:

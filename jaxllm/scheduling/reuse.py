@@ -46,7 +46,7 @@ def find_reusable(request: Request, pool: PagePool, tiers: Tiers | None) -> Foun
         return Found(list(shared), request.num_tokens - 1)
     if not pool.enable_prefix_caching:
         return _with_offer(request, pool, Found())
-    digests = request.page_hashes = pool.hashes(request.token_ids, request.cache_salt, request.page_hashes)
+    digests = request.page_hashes = pool.hashes(request.token_ids, request.page_salt, request.page_hashes)
     hits = pool.match(digests, request.num_tokens, tiers.has if tiers is not None else lambda _: False)
     keys = {i: digests[i] for i, page in enumerate(hits) if page is None}
     return _with_offer(request, pool, Found(hits, len(hits) * pool.page_size, keys))

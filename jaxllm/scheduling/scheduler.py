@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jaxllm.scheduling.adapter_slots import AdapterSlots
 from jaxllm.scheduling.page_lists import PageLists, utilization
 from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.scheduling.request import Held, Request, Status
@@ -46,7 +47,7 @@ class IterationPlan:
 
     Chunks of one token come first; `admitted` lists requests that are new to their slot, or whose tokens there
     changed. `copies` are (from, to) pages to copy before anything is written,
-    numbered over all replicas.
+    numbered over all replicas; `loads` are (slot, adapter) to write into the adapters' slots.
     """
 
     chunks: list[Chunk]
@@ -54,6 +55,7 @@ class IterationPlan:
     is_decode_loop: bool = False
     num_steps: int = 1
     copies: list[tuple[int, int]] = field(default_factory=list)
+    loads: list[tuple[int, Any]] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -72,10 +74,11 @@ class Scheduler:
     def __init__(
         self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, max_decode_steps: int = 1,
         first_slot: int = 0, first_page: int = 0, tiers: Tiers | None = None, chunked_prefill: bool = True,
-        num_drafts: int = 0,
+        num_drafts: int = 0, adapter_slots: AdapterSlots | None = None,
     ):  # fmt: skip
         self.pool = pool
         self.tiers = tiers
+        self.adapter_slots = adapter_slots or AdapterSlots(0)
         self.page_lists = PageLists(pool, tiers, first_page)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -168,7 +171,8 @@ class Scheduler:
 
     def _plan(self, chunks: list[Chunk], admitted: list[Request], **kwargs: Any) -> IterationPlan:
         changed, self._unsent = [r for r in self._unsent if r.status is Status.RUNNING], []
-        return IterationPlan(chunks, changed + admitted, copies=self.page_lists.take_copies(), **kwargs)
+        copies, loads = self.page_lists.take_copies(), self.adapter_slots.take_loads()
+        return IterationPlan(chunks, changed + admitted, copies=copies, loads=loads, **kwargs)
 
     def _make_way(self) -> None:
         """Nothing can run: requests on hold may stand in the way of those that their caller is waiting for."""
@@ -179,6 +183,7 @@ class Scheduler:
     # Rule 0: what no query to come can see is given up, and whoever no longer waits for somebody else is queued.
 
     def _begin_plan(self) -> None:
+        self.adapter_slots.begin_plan()
         for request in self.running:
             self.page_lists.begin_plan(request)
         blocked, self._blocked = self._blocked, []
@@ -290,7 +295,7 @@ class Scheduler:
         admitted: list[Request] = []
         while budget > 0 and self._free_slots and (queue := self._next_queue(long)):
             request = queue[0][1]
-            if self._is_blocked(request):
+            if self._is_blocked(request) or not self.adapter_slots.has_room(request.adapter):
                 self._blocked.append(heapq.heappop(queue)[1])
                 continue
             is_whole = self.chunked_prefill or request.num_tokens <= budget
@@ -327,6 +332,7 @@ class Scheduler:
 
     def _run(self, request: Request) -> None:
         request.held.slot = self._free_slots.pop()
+        request.held.adapter_slot = self.adapter_slots.hold(request.adapter)
         request.status = Status.RUNNING
         self.running.append(request)
         self.running.sort(key=lambda r: r.rank)
@@ -398,6 +404,7 @@ class Scheduler:
         self.num_waiting = 0
         self._free_slots = list(self._slots)
         self.page_lists.reset()
+        self.adapter_slots.reset()
         self.pool.reset()
         for request in sorted(requests, key=lambda request: request.rank):
             self.page_lists.decline(request)
@@ -447,6 +454,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> None:
         self._free_slots.append(request.held.slot)
+        self.adapter_slots.release(request.adapter)
         self.page_lists.release(request)
         self.running.remove(request)
 

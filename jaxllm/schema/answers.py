@@ -244,6 +244,7 @@ class ModelCard(Answer):
     created: int
     owned_by: str
     root: str
+    parent: str | None = None
     max_model_len: Count | None
     vocab_size: Count | None
     state: Literal["absent", "loading", "ready", "draining", "failed"]

@@ -124,6 +124,24 @@ class EmbeddingRequest(Body):
     user: Name | None = None
 
 
+AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=256)]
+
+
+class LoadAdapterRequest(Body):
+    """`POST /v1/load_lora_adapter`; `load_inplace` replaces what has the name."""
+
+    lora_name: AdapterName
+    lora_path: Annotated[str, StringConstraints(min_length=1, max_length=4096)]
+    load_inplace: bool | None = None
+
+
+class UnloadAdapterRequest(Body):
+    """`POST /v1/unload_lora_adapter`; the name alone counts."""
+
+    lora_name: AdapterName
+    lora_int_id: Lenient[int] | None = None
+
+
 class TokenizeRequest(Body):
     """`POST /tokenize`: a text, or a conversation through the chat template."""
 

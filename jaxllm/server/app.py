@@ -23,6 +23,7 @@ from jaxllm.server.routes import (
     docs,
     embeddings,
     kv_transfer,
+    lora,
     messages,
     page,
     pool,
@@ -32,7 +33,9 @@ from jaxllm.server.routes import (
 )
 from jaxllm.version import __version__
 
-_ROUTERS = (completions, chat, responses, messages, embeddings, tokens, batches, kv_transfer, pool, status, docs, page)
+_ROUTERS = (
+    completions, chat, responses, messages, embeddings, lora, tokens, batches, kv_transfer, pool, status, docs, page,
+)  # fmt: skip
 
 
 def make_app(llm: AsyncLLM | PoolFace, settings: Settings) -> Any:

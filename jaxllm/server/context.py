@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import time
 from dataclasses import dataclass, field
@@ -61,7 +62,10 @@ class Models(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """One per app; of a pool also one for each of its `models`, with its frontend in place of the pool's face."""
+    """One per app; of a pool also one for each of its `models`, with its frontend in place of the pool's face.
+
+    A request to an adapter has one with its name, which shares all the rest.
+    """
 
     llm: AsyncLLM
     settings: Settings
@@ -72,6 +76,7 @@ class Context:
     files: FileStore = field(default_factory=FileStore)
     batches: dict[str, Batch] = field(default_factory=dict)
     started: int = field(default_factory=lambda: int(time.time()))
+    adapter: str | None = None
 
     @property
     def answer_format(self) -> AnswerFormat:
@@ -87,12 +92,18 @@ class Context:
     def check_model(self, name: str | None) -> str:
         """The name to answer under; no name is the first. Raises 404 for a model that is not served."""
         names = self.settings.served_model_names
-        if name and name not in names:
+        if name and name not in (*names, *(entry.name for entry in self.llm.adapters.served)):
             raise ApiError(
                 404, f"the model {name[:100]!r} is not served here; use {names[0]!r}",
                 param="model", code="model_not_found",
             )  # fmt: skip
         return name or names[0]
+
+    def answering_as(self, name: str) -> Context:
+        """The context of a request to this name, which is served."""
+        if name in self.settings.served_model_names:
+            return self
+        return dataclasses.replace(self, adapter=name)
 
 
 def context_of(request: Request) -> Context:
@@ -107,7 +118,8 @@ async def model_context(request: Request, name: str | None) -> tuple[Context, st
     """
     ctx = context_of(request)
     if ctx.models is None:
-        return ctx, ctx.check_model(name)
+        model = ctx.check_model(name)
+        return ctx.answering_as(model), model
     return await ctx.models.choose(ctx, name, request)
 
 

@@ -7,10 +7,12 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from jaxllm.adapters.store import UnknownAdapter
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.outputs import CompletionDelta, CompletionOutput, RequestOutput
 from jaxllm.entrypoints.async_llm import Stream
 from jaxllm.server.context import Context
+from jaxllm.server.errors import ApiError
 
 News = list[tuple[int, CompletionDelta]]
 
@@ -35,7 +37,10 @@ class Generation:
         cls, ctx: Context, prompts: Sequence[Any], params: SamplingParams, request_id: str, *, streamed: bool
     ) -> Generation:
         """Start; see `AsyncLLM.open` for what is raised."""
-        stream = await ctx.llm.open(prompts, params, request_id, streamed=streamed)
+        try:
+            stream = await ctx.llm.open(prompts, params, request_id, streamed=streamed, lora_request=ctx.adapter)
+        except UnknownAdapter as error:  # it has gone in the meantime
+            raise ApiError(404, str(error), param="model", code="model_not_found") from None
         generation = cls(ctx, stream, params.n)
         for output in generation.outputs:
             ctx.metrics.asked(len(output.prompt_token_ids))

@@ -32,7 +32,7 @@ _ERRORS = {
     "503": "Full, draining or stuck; see retry-after",
     "default": "Any other error",
 }
-_NOT_JSON = {"metrics": "text/plain", "page": "text/html"}
+_NOT_JSON = {"load_lora": "text/plain", "unload_lora": "text/plain", "metrics": "text/plain", "page": "text/html"}
 
 
 def complete(document: Schema, ctx: Context) -> Schema:

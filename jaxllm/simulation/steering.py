@@ -133,6 +133,10 @@ class Steered:
     # What is the scheduler's own.
 
     @property
+    def adapter_slots(self):
+        return self.inner.adapter_slots
+
+    @property
     def pool(self):
         return self.inner.pool
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxllm.adapters.targets import Target, targets_of
 from jaxllm.checkpoints import Checkpoint
 from jaxllm.checkpoints.quantized import METHODS, method_of, quantized_tensors
 from jaxllm.config import EngineConfig, ModelConfig
@@ -43,7 +45,8 @@ class AbstractModel:
     """The decoder without values: graph and parameter variables as shapes, both fixed by config and placement.
 
     `schemes` say which parameters are quantised; `rounds`: from a checkpoint's numbers, while they are read. `draft` is
-    the model that guesses its tokens ahead, if there is one, on the same mesh.
+    the model that guesses its tokens ahead, if there is one, on the same mesh. `targets` are the parameters that take
+    adapters, by the names of their products; none where adapters are off.
     """
 
     cfg: ModelConfig
@@ -56,6 +59,7 @@ class AbstractModel:
     schemes: Schemes = field(default_factory=dict)
     rounds: bool = False
     draft: AbstractModel | None = None
+    targets: Mapping[str, Target] = field(default_factory=dict)
 
     @functools.cached_property
     def parameters(self) -> Any:
@@ -146,6 +150,12 @@ def make_model(
     )
     is_packed = _use_panels(config, placement, quantized=bool(schemes))
     return replace(model, schemes=schemes, rounds=not stored, is_packed=is_packed)
+
+
+def taking_adapters(model: AbstractModel, hf: Mapping[str, Any]) -> AbstractModel:
+    """The model with its `targets`; `hf`, its configuration in Hugging Face's spelling, says how modules are called."""
+    sources = family_of(hf).weight_map(model.cfg, model.kv_copies)
+    return replace(model, targets=targets_of(sources, dict(nnx.to_flat_state(model.state))))
 
 
 def stored_schemes(quantization: str, model: AbstractModel, checkpoint: Checkpoint) -> Schemes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ def add_adapter(model: Any, folder: Path, *, rank: int = 4, seed: int = 0, sprea
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     targets = config.pop("target_modules", sorted(names & set(LINEAR)))
     settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **config)
-    wrapped = peft.get_peft_model(model, settings).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PEFT and transformers about each other
+        wrapped = peft.get_peft_model(model, settings).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in wrapped.named_parameters():
             if "lora_" in name:
                 value.copy_(torch.randn(value.shape, generator=generator) * spread)
-    wrapped.save_pretrained(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wrapped.save_pretrained(folder)
     return wrapped

@@ -30,7 +30,7 @@ async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
             400, f"dimensions is {body.dimensions}, but this model has {size}; leave it out", param="dimensions"
         )
     prompts = await ctx.llm.in_thread(_token_ids, ctx, body)
-    vectors = await unless_disconnected(request, ctx.llm.embed(prompts, ctx.settings.pooling))
+    vectors = await unless_disconnected(request, ctx.llm.embed(prompts, ctx.settings.pooling, lora_request=ctx.adapter))
     data = [
         {"object": "embedding", "index": i, "embedding": _encoded(vector, body.encoding_format)}
         for i, vector in enumerate(vectors)

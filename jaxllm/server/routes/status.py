@@ -68,12 +68,13 @@ async def version() -> Response:
 
 @router.get("/v1/models", responses=answered(ModelList))
 async def models(request: Request) -> Response:
-    """Every name this server answers to, and how far each model is."""
+    """Every name this server answers to, adapters' too, and how far each model is."""
     ctx = context_of(request)
     if ctx.models is not None:
         cards = [_card_of_pool(ctx, model) for model in ctx.models.pool.models]
     else:
-        cards = [_card(ctx, name) for name in ctx.settings.served_model_names]
+        names = [*ctx.settings.served_model_names, *(entry.name for entry in ctx.llm.adapters.served)]
+        cards = [_card(ctx, name) for name in names]
     return JSONResponse({"object": "list", "data": cards})
 
 
@@ -87,8 +88,11 @@ async def model(name: str, request: Request) -> Response:
 
 
 def _card(ctx: Context, name: str) -> dict:
-    root, config = ctx.settings.served_model_names[0], ctx.llm.model_config
-    return _described(ctx, name, root) | {"max_model_len": max_model_len(ctx), "vocab_size": config.vocab_size}
+    base, config = ctx.settings.served_model_names[0], ctx.llm.model_config
+    adapter = next((entry for entry in ctx.llm.adapters.served if entry.name == name), None)
+    root, parent = (base, None) if adapter is None else (adapter.path or name, base)
+    own = {"parent": parent, "max_model_len": max_model_len(ctx), "vocab_size": config.vocab_size}
+    return _described(ctx, name, root) | own
 
 
 def _card_of_pool(ctx: Context, model: PooledModel) -> dict:
@@ -101,4 +105,4 @@ def _card_of_pool(ctx: Context, model: PooledModel) -> dict:
 
 def _described(ctx: Context, name: str, root: str) -> dict:
     own = {"id": name, "object": "model", "created": ctx.started, "owned_by": "jaxllm", "root": root}
-    return own | {"state": State.READY}
+    return own | {"parent": None, "state": State.READY}
