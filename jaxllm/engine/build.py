@@ -163,7 +163,7 @@ def _with_draft(config: EngineConfig, model: AbstractModel) -> tuple[AbstractMod
             f"the draft model {own.model} has a vocabulary of {cfg.vocab_size} tokens and the model one of "
             f"{model.cfg.vocab_size}; a draft model needs the same tokenizer"
         )
-    return dataclasses.replace(model, draft=make_model(own, cfg, model.placement)), source
+    return dataclasses.replace(model, draft=make_model(own, cfg, model.placement, source.checkpoint)), source
 
 
 def _join(config: EngineConfig) -> Connection:

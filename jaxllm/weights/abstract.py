@@ -26,6 +26,8 @@ from jaxllm.models.decoder import Decoder
 from jaxllm.ops.cpu import ffi
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import check_divides, kv_copies, num_parts, vocab_padding
+from jaxllm.weights.joined import Joined
+from jaxllm.weights.quantized import Quantized
 from jaxllm.weights.schemes import (
     ROUNDED,
     JoinedScheme,
@@ -149,7 +151,22 @@ def make_model(
         stored or asked_schemes(config.quantization, model.state, placement), config.activation_dtype
     )
     is_packed = _use_panels(config, placement, quantized=bool(schemes))
-    return replace(model, schemes=schemes, rounds=not stored, is_packed=is_packed)
+    model = replace(model, schemes=schemes, rounds=not stored, is_packed=is_packed)
+    return _without_slow(model) if stored and is_packed and config.quantization == "auto" else model
+
+
+def _without_slow(model: AbstractModel) -> AbstractModel:
+    """What the processor's kernels do not multiply quantised is expanded into panels, which they do."""
+    variables = dict(nnx.to_flat_state(model.state))
+
+    def is_slow(path: tuple, scheme: Scheme | JoinedScheme) -> bool:
+        variable = variables[path]
+        storage = model.storage(path, variable)
+        parts = [part for _, part in storage.runs] if isinstance(storage, Joined) else [storage]
+        asks = any(one.activations for one in schemes_of(scheme))
+        return bool(variable.get_metadata("contracted")) and not asks and any(isinstance(p, Quantized) for p in parts)
+
+    return replace(model, schemes={path: s for path, s in model.schemes.items() if not is_slow(path, s)})
 
 
 def taking_adapters(model: AbstractModel, hf: Mapping[str, Any]) -> AbstractModel:

@@ -21,6 +21,7 @@ from jaxllm.checkpoints.gguf.families import FAMILIES, WITH_CORRECTION, WITH_EXP
 from jaxllm.checkpoints.gguf.family import Family
 from jaxllm.checkpoints.gguf.ggml_types import UNREADABLE
 from jaxllm.checkpoints.gguf.parts import GGUFParts, open_parts
+from jaxllm.checkpoints.gguf.quantized import GGUFQuantized, quantized_sources
 from jaxllm.checkpoints.gguf.rope import llama3_scaling, longrope_scaling
 from jaxllm.checkpoints.gguf.rules import one_expert
 from jaxllm.checkpoints.gguf.sources import Shifted, Source, Stored, Zeros
@@ -44,6 +45,7 @@ class GGUFCheckpoint:
     config: dict[str, Any]
     generation_config: dict[str, Any]
     tensors: Mapping[str, TensorInfo]
+    quantized: Mapping[str, GGUFQuantized]
     _sources: Mapping[str, Source]
 
     @classmethod
@@ -64,7 +66,13 @@ class GGUFCheckpoint:
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
         tensors = {name: TensorInfo(source.shape, source.dtype.name) for name, source in sources.items()}
-        return cls(path, parts.metadata, config, generation_config, tensors, sources)
+        quantized = quantized_sources(sources)
+        return cls(path, parts.metadata, config, generation_config, tensors, quantized, sources)
+
+    @property
+    def method(self) -> str | None:
+        """How its tensors are quantised."""
+        return "gguf" if self.quantized else None
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         return self._sources[name].read(index or ())
