@@ -3,8 +3,8 @@
 
 1. `python scripts/make_draft.py cut MODEL_FOLDER DRAFT_FOLDER --layers 4` keeps that many layers, the first and the
    last among them, with embedding, norm and head as they are.
-2. `python scripts/make_draft.py text MODEL_FOLDER TEXT_FOLDER --num-samples 2000` lets the model write the text it is to
-   be imitated on: prompts of a few random words, answers at temperature 1.
+2. `python scripts/make_draft.py text MODEL_FOLDER TEXT_FOLDER --num-samples 2000` lets the model write the text that it
+   is to be imitated on: prompts of a few random words, answers at temperature 1.
 3. `jaxllm train pretrain --model DRAFT_FOLDER --data TEXT_FOLDER/train.txt --output DISTILLED --steps 600
    --batch-size 8 --context-length 256 --learning-rate 3e-4` trains the cut model on it.
 4. `jaxllm bench speculative --model MODEL_FOLDER --speculative-config '{"method": "draft_model", "model": "DISTILLED",
