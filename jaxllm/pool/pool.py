@@ -79,10 +79,13 @@ class Pool:
         from jaxllm.pool.loading import Loader
         from jaxllm.pool.residents import Residents
         from jaxllm.pool.weights import make_store
+        from jaxllm.runner.memory_check import free_host_bytes
 
         config, device = self.config, jax.local_devices()[0]
-        self._limit = config.device_memory_bytes or _device_limit(device)
         self._is_cpu = device.platform == "cpu"
+        self._limit = config.device_memory_bytes or _device_limit(device)
+        if self._is_cpu and (free := free_host_bytes()) is not None and self._limit > free:
+            raise ValueError(f"device_memory_bytes={self._limit}, but this machine has {free} bytes free; lower it")
         store = make_store(device, self._limit)
         self.host_kv = HostKV(config.sleeping_kv_bytes, config.slab_bytes)
         self.residents = Residents(self._models, Budget(self._limit), config.host_memory_bytes)

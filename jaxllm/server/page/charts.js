@@ -1,5 +1,7 @@
 // Live charts of the engine's figures, one point a second, and the state of the server.
 
+import { showModels } from "./models.js";
+
 const POINTS = 120;
 const percent = (x) => trim(100 * x) + " %", ms = (x) => trim(1000 * x) + " ms", count = (x) => trim(x);
 const perSecond = (x) => trim(x) + " tok/s";
@@ -84,6 +86,7 @@ async function update(place) {
   const answer = await fetch("stats");
   if (!answer.ok) throw new Error(answer.status);
   const now = await answer.json();
+  if (now.pool) showModels(place, now.pool);
   for (const chart of CHARTS) {
     const value = chart.read(now, before);
     if (value === null || value === undefined) continue;

@@ -20,7 +20,7 @@ _HEADERS = {"content-security-policy": _POLICY, "cache-control": "no-cache", "re
 _TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript"}
 _FILES = frozenset(
     [
-        *("style.css", "main.js", "api.js", "charts.js", "log.js", "markdown.js", "store.js"),
+        *("style.css", "main.js", "api.js", "charts.js", "log.js", "markdown.js", "models.js", "store.js"),
         *("vendor/marked.js", "vendor/purify.js"),
     ]
 )
