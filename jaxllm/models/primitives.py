@@ -71,12 +71,21 @@ def _forward(spec: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[ja
 
 
 def _backward(spec: str, kept: tuple[jax.Array, jax.Array], change: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Left to JAX, the change would stay float32 beside narrow weights, and both products run at float32's speed."""
+    """Left to JAX, the change would stay float32 beside narrow weights, and both products run at float32's speed.
+
+    XLA's CPU backend has no narrow product that sums over the rows of both sides: there it is done in float32.
+    """
     x, w = kept
     left, right, out = spec.replace("->", ",").split(",")
-    change = change.astype(w.dtype)
-    change_x, change_w = _einsum(f"{out},{right}->{left}", change, w), _einsum(f"{left},{out}->{right}", x, change)
-    return change_x.astype(x.dtype), change_w.astype(w.dtype)
+    narrow, over_rows = change.astype(w.dtype), functools.partial(_einsum, f"{left},{out}->{right}")
+    change_x = _einsum(f"{out},{right}->{left}", narrow, w).astype(x.dtype)
+    if w.dtype == jnp.float32:
+        return change_x, over_rows(x, change)
+    change_w = jax.lax.platform_dependent(
+        x, change, cpu=lambda x, change: over_rows(x.astype(jnp.float32), change.astype(jnp.float32)),
+        default=lambda x, change: over_rows(x, change.astype(w.dtype)),
+    )  # fmt: skip
+    return change_x, change_w.astype(w.dtype)
 
 
 _product.defvjp(_forward, _backward)

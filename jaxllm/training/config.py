@@ -65,7 +65,8 @@ class TrainConfig:
         max_grad_norm (X): to which derivatives are clipped; 0: not at all.
         z_loss (X): weight of the squared log-denominator of the softmax.
         router_balance (X): weight of the load-balancing loss of routed experts.
-        compute_dtype: of products; weights are kept in float32. auto: float32 on CPUs, else bfloat16.
+        compute_dtype: of products; weights are kept in float32. auto: bfloat16 where the devices multiply
+            it.
         remat: keep only the inputs of blocks for the derivative and compute the rest again: less memory, more work.
         lora_rank (R): train a low-rank adapter and leave the weights alone; 0: train the weights.
         lora_alpha (A): the adapter's product is scaled by alpha / rank; default: twice the rank.

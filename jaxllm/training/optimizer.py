@@ -67,6 +67,8 @@ def make_optimizer(
 
 def _as_matrix(name: str, value: jax.Array) -> Any:
     """Which dims of a block's matrix are its rows and its columns; None for what AdamW takes."""
+    if isinstance(value, optax.MaskedNode):  # what the other half of the parameters leaves of itself
+        return None
     kind = name.rpartition(".")[2]
     dims = tuple(range(value.ndim))
     inputs = {"out": dims[:-1], "down": dims[-2:-1]}.get(kind, dims[:1])

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxllm.families import read_config
+from jaxllm.ops.cpu import ffi
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
 from jaxllm.training.checkpoint import Checkpoints
@@ -24,7 +26,7 @@ from jaxllm.training.material import Material, load_material
 from jaxllm.training.optimizer import learning_rate, make_optimizer
 from jaxllm.training.origin import Origin, find_origin
 from jaxllm.training.output import on_host, write_model
-from jaxllm.training.step import TrainStep
+from jaxllm.training.step import TrainState, TrainStep
 from jaxllm.training.trained import HEAD, Adapter, choose_trained
 from jaxllm.training.trainer import Trainer
 from jaxllm.weights.abstract import abstract_model
@@ -36,8 +38,14 @@ _FREE = (
 ).split()
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
-    """Train, and write what came out. Raises ValueError with one line that says what to do."""
+Write = Callable[[Path], None]  # what is trained, as it is now, into a folder
+
+
+def train(config: TrainConfig, on_step: Callable[[int, Write], None] | None = None) -> dict[str, Any]:
+    """Train, and write what came out. Raises ValueError with one line that says what to do.
+
+    `on_step(step, write)` is called after every step; `write(folder)` writes the model or adapter of that step.
+    """
     _join(config)
     output = Path(config.output)
     files = find_files(config.data, config.eval_data)
@@ -49,7 +57,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     work = output / f"tokens{number}"
     try:
         material = load_material(config, files, origin.tokenizer, limit, work)
-        return _train(config, output, placement, origin, material)
+        return _train(config, output, placement, origin, material, on_step)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -74,8 +82,9 @@ def _check_output(config: TrainConfig, output: Path) -> None:
 
 
 def _train(
-    config: TrainConfig, output: Path, placement: Placement, origin: Origin, material: Material
-) -> dict[str, Any]:
+    config: TrainConfig, output: Path, placement: Placement, origin: Origin, material: Material,
+    on_step: Callable[[int, Write], None] | None,
+) -> dict[str, Any]:  # fmt: skip
     parts = placement.parts("tokens")
     if config.spans % parts:
         raise ValueError(f"batch_size={config.spans} does not divide by the {parts} devices that share tokens; use a "
@@ -105,13 +114,19 @@ def _train(
     for note in material.notes:
         journal.say(note)
     trainer = Trainer(config, step, trained.frozen, material, origin.tokenizer, checkpoints, journal, schedule, steps)
+
+    def write(folder: Path, state: TrainState) -> None:
+        _write(config, folder, origin, material, adapter, {**trained.frozen, **state.parameters})
+
+    if on_step:
+        trainer.on_step = lambda step, state: on_step(step, lambda folder: write(folder, state))
     try:
         state, report = trainer.run(state, lambda step: checkpoints.save(step.step, step.state, facts))
     finally:
         checkpoints.close()
         journal.close(plot=config.plot)
     if report.pop("ended"):
-        _write(config, output, origin, material, adapter, {**trained.frozen, **state.parameters})
+        write(output, state)
     return {"task": config.task, **report, "output": str(output)}
 
 
@@ -129,11 +144,11 @@ def _steps(config: TrainConfig, material: Material) -> int:
 
 
 def _compute_dtype(config: TrainConfig, placement: Placement) -> jnp.dtype:
-    """Of products: bfloat16 where the devices have it for all of a step's products."""
+    """Of products: bfloat16 where the devices have products of it."""
     if config.compute_dtype != "auto":
         return jnp.dtype(config.compute_dtype)
     is_cpu = placement.mesh.devices.flat[0].platform == "cpu"
-    return jnp.dtype(jnp.float32 if is_cpu else jnp.bfloat16)
+    return jnp.dtype(jnp.float32 if is_cpu and ffi.unavailable() else jnp.bfloat16)
 
 
 def _write(

@@ -57,6 +57,7 @@ class Trainer:
     journal: Journal
     schedule: optax.Schedule
     steps: int
+    on_step: Callable[[int, TrainState], None] | None = None
     _last: dict[str, Any] = field(default_factory=dict)
     _busy: float = 0.0  # seconds of steps, without evaluations and the first of each program
     _tokens: int = 0  # of those steps
@@ -108,7 +109,9 @@ class Trainer:
                     save(Saved(done, state))
             if self.config.sample_every and not done % self.config.sample_every and done < self.steps:
                 self._sample(state, done)
-            if before is None:
+            if self.on_step is not None:
+                self.on_step(done, state)
+            if before is None or self.on_step is not None:
                 clock = time.perf_counter()
             if stop:
                 self.journal.say(f"{_SIGTERM_EXIT} after step {done}; go on with --resume")

@@ -75,7 +75,7 @@ def _block(q, keys, values, documents, start: int, first: int, *, spec: Attentio
     if sinks_KG is not None:
         sinks = jnp.broadcast_to(sinks_KG[None, :, :, None, None], (*scores.shape[:4], 1))
         scores = jnp.concatenate([scores, sinks.astype(scores.dtype)], axis=-1)
-    shares = jax.nn.softmax(scores, axis=-1)[..., : keys.shape[1]].astype(values.dtype)
+    shares = _softmax(scores)[..., : keys.shape[1]].astype(values.dtype)
     return jnp.einsum("BKGQS,BSKH->BQKGH", shares, values, preferred_element_type=jnp.float32, precision=precision)
 
 
@@ -84,3 +84,22 @@ def _seen(queries: int, keys: int, start: int, first: int, window: int | None) -
     i, j = start + jnp.arange(queries)[:, None], first + jnp.arange(keys)
     seen = j <= i
     return seen if window is None else seen & (j > i - window)
+
+
+@jax.custom_vjp
+def _softmax(scores: jax.Array) -> jax.Array:
+    return jax.nn.softmax(scores, axis=-1)
+
+
+def _forward(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    shares = _softmax(scores)
+    return shares, shares
+
+
+def _backward(shares: jax.Array, change: jax.Array) -> tuple[jax.Array]:
+    """`p (dp - sum(p dp))`, the sum being a product: XLA's CPU backend adds up rows one element at a time."""
+    ones = jnp.ones((shares.shape[-1], 1), jnp.float32)
+    return (shares * (change - jnp.matmul(shares * change, ones, precision="highest")),)
+
+
+_softmax.defvjp(_forward, _backward)
