@@ -12,9 +12,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from jaxllm.adapters.lora_request import LoRARequest
-
 from jaxllm import LLM, SamplingParams
+from jaxllm.adapters.lora_request import LoRARequest
 from jaxllm.training.config import TrainConfig
 from jaxllm.training.run import train
 
