@@ -20,19 +20,23 @@ from jaxllm.weights.tensor_files import taken_apart, write_tensors
 if TYPE_CHECKING:
     import numpy as np
 
+    from jaxllm.weights.quantize import Plan
+
 FORMATS = ("orbax", "safetensors")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def convert(
-    source: str, target: Path, *, to: str, dtype: str = "auto", mesh: str = "tp=1", sharding_rules: str = "megatron"
-) -> Path:
+    source: str, target: Path, *, to: str, dtype: str = "auto", mesh: str = "tp=1", sharding_rules: str = "megatron",
+    quantize: str | None = None,
+) -> Path:  # fmt: skip
     """Write the model `source` (anything `--model` names) to the new folder `target`.
 
     Args:
         to: "orbax" or "safetensors".
         dtype: of the matrices; "auto" keeps bfloat16 and float16, and makes bfloat16 of anything else.
         mesh, sharding_rules: where the parameters lie while they are written (Orbax only).
+        quantize: "int8", "int4", "int4:GROUP" or "fp8": round the blocks' linears to nearest (safetensors only).
 
     Raises:
         ValueError: the target exists or cannot be written, or the source cannot be read.
@@ -44,10 +48,17 @@ def convert(
         raise ValueError(f"cannot convert to {to!r}; use one of {', '.join(FORMATS)}")
     if dtype not in DTYPES:
         raise ValueError(f"cannot convert to dtype {dtype!r}; use one of {', '.join(DTYPES)}")
+    if quantize is not None and to != "safetensors":
+        raise ValueError("quantize writes compressed-tensors, which are safetensors; use --to safetensors")
     target = target.absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} exists and is not empty; name a new folder")
     checkpoint = named(open_checkpoint(resolve_model(source)))
+    plan = None
+    if quantize is not None:
+        from jaxllm.weights.quantize import plan_rounding
+
+        plan = plan_rounding(quantize, checkpoint)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with work_folder(target.parent, f".{target.name}.convert-") as parent:
@@ -57,7 +68,7 @@ def convert(
             if to == "orbax":
                 _to_orbax(checkpoint, partial, dtype, mesh, sharding_rules)
             else:
-                _to_safetensors(checkpoint, partial, dtype)
+                _to_safetensors(checkpoint, partial, dtype, plan)
             if target.exists():
                 target.rmdir()
             os.replace(partial, target)
@@ -87,10 +98,15 @@ def _to_orbax(checkpoint: Checkpoint, folder: Path, dtype: str, mesh: str, shard
     save_parameters(model, params, folder)
 
 
-def _to_safetensors(checkpoint: Checkpoint, folder: Path, dtype: str) -> None:
+def _to_safetensors(checkpoint: Checkpoint, folder: Path, dtype: str, plan: Plan | None) -> None:
     from jaxllm.weights.orbax import is_orbax
 
     tensors = _from_orbax(checkpoint, dtype) if is_orbax(checkpoint.path) else _from_tensors(checkpoint, dtype)
+    if plan is not None:
+        from jaxllm.weights.quantize import rounded, write_config
+
+        tensors = rounded(tensors, plan)
+        write_config(plan, folder)
     write_tensors(tensors, folder)
 
 
