@@ -34,7 +34,11 @@ from jaxllm.simulation.run import bisect
 Holds = Callable[[Results], bool]
 Workload = Callable[[int], Iterator[Arrival]]
 Make = Callable[[], Fleet]
-Sizes = dict[str, Any]
+
+
+def settings(**given: Any) -> dict[str, Any]:
+    """Engine settings."""
+    return given
 
 
 def decoder(hidden: int, layers: int, heads: int, positions: int = 2048) -> ModelConfig:
@@ -46,23 +50,23 @@ def decoder(hidden: int, layers: int, heads: int, positions: int = 2048) -> Mode
 
 
 def engine(
-    cfg: ModelConfig, chip: str, policy: Policy | None = None, clock: VirtualClock | None = None, **settings: Any
+    cfg: ModelConfig, chip: str, policy: Policy | None = None, clock: VirtualClock | None = None, **sizes: Any
 ) -> PaperEngine:
     """One engine on paper."""
-    config = EngineConfig(**{"max_num_seqs": 64, "max_num_batched_tokens": 512} | settings)
+    config = EngineConfig(**{"max_num_seqs": 64, "max_num_batched_tokens": 512} | sizes)
     return paper_engine(config, cfg, Hardware(chip=CHIPS[chip]), policy=policy, clock=clock)
 
 
-def together(cfg: ModelConfig, chip: str, policy: Policy | None = None, count: int = 1, **settings: Any) -> Make:
+def together(cfg: ModelConfig, chip: str, policy: Policy | None = None, count: int = 1, **sizes: Any) -> Make:
     """So many engines that do all of a request."""
-    return lambda: Colocated([engine(cfg, chip, policy, **settings) for _ in range(count)])
+    return lambda: Colocated([engine(cfg, chip, policy, **sizes) for _ in range(count)])
 
 
-def apart(cfg: ModelConfig, chip: str, prefill: int, decode: int, link: str, **settings: Any) -> Make:
+def apart(cfg: ModelConfig, chip: str, prefill: int, decode: int, link: str, **sizes: Any) -> Make:
     """So many engines that prefill, and that decode."""
     return lambda: Disaggregated(
-        [engine(cfg, chip, **settings) for _ in range(prefill)],
-        [engine(cfg, chip, hand_over, **settings) for _ in range(decode)],
+        [engine(cfg, chip, **sizes) for _ in range(prefill)],
+        [engine(cfg, chip, hand_over, **sizes) for _ in range(decode)],
         bytes_per_s=link_bandwidth(link, CHIPS[chip]),
     )
 
@@ -126,12 +130,12 @@ def share_within(slo: Mapping[str, float], share: float = 0.9) -> Holds:
 
 
 def orca() -> dict[str, float]:
-    """Batches per iteration against batches per request: GPT-3 175B on 16 A100, at 1.9 times the latency of an idle one.
+    """Batches per iteration against batches per request, of any size: GPT-3 175B on 16 A100.
 
-    That is where the paper's 190 ms per token stand in its figure. Batches per request may be of any size.
+    At 1.9 times the latency of an idle one, where the paper's 190 ms per token stand in its figure.
     """
     cfg, load = decoder(12288, 96, 96), lengths((32, 513), (1, 129))
-    sizes: Sizes = {"mesh": "tp=16", "max_num_batched_tokens": 20000}
+    sizes = settings(mesh="tp=16", max_num_batched_tokens=20000)
 
     def make(policy: str, most: int) -> Make:
         return together(cfg, "a100", POLICIES[policy], max_num_seqs=most, **sizes)
@@ -154,8 +158,8 @@ def sarathi() -> dict[str, float]:
 
     found = {}
     for name, budget in (("prefill-first", 8192 + 128), ("chunked", 512)):
-        sizes: Sizes = {"max_num_seqs": 128, "max_num_batched_tokens": budget, "max_model_len": 8192}
-        found[name] = capacity(together(cfg, "a100", POLICIES[name], **sizes), load, holds, first=0.5, seconds=200)
+        sizes = settings(max_num_seqs=128, max_num_batched_tokens=budget, max_model_len=8192)
+        found[name] = capacity(together(cfg, "a100", POLICIES[name], **sizes), load, holds, first=0.5, seconds=60, most=400)
     return found | {"ratio": found["chunked"] / max(found["prefill-first"], 1e-9)}
 
 
@@ -168,7 +172,7 @@ def paged_attention() -> dict[str, float]:
 
     policies = {"paged": None, "max": POLICIES["contiguous"], "pow2": reserving(power_of_two),
                 "oracle": reserving(lambda request: request.limit)}  # fmt: skip
-    sizes: Sizes = {"max_num_seqs": 256, "max_num_batched_tokens": 2048, "kv_cache_memory_bytes": 12 * 10**9}
+    sizes = settings(max_num_seqs=256, max_num_batched_tokens=2048, kv_cache_memory_bytes=12 * 10**9)
     found = {
         name: capacity(together(cfg, "a100", policy, **sizes), load, mean_latency(0.2), seconds=150)
         for name, policy in policies.items()
@@ -179,7 +183,7 @@ def paged_attention() -> dict[str, float]:
 def distserve() -> dict[str, float]:
     """Prefill and decode apart against together, per device: OPT-13B on A100, ShareGPT's lengths and its SLO."""
     cfg, load = decoder(5120, 40, 40), chat(500, 130, 2048)
-    whole: Sizes = {"max_num_seqs": 128, "max_model_len": 2048, "max_num_batched_tokens": 2048 + 128}
+    whole = settings(max_num_seqs=128, max_model_len=2048, max_num_batched_tokens=2048 + 128)
     makers = {
         "prefill-first": (together(cfg, "a100", POLICIES["prefill-first"], **whole), 1),
         "chunked": (together(cfg, "a100", **whole | {"max_num_batched_tokens": 512}), 1),
@@ -199,8 +203,8 @@ def mooncake(traces: Path | None) -> dict[str, float]:
     if traces is None:
         raise ValueError("mooncake needs --traces: a folder with mooncake_conversation.jsonl")
     cfg, first = preset("llama-3.1-70b"), POLICIES["prefill-first"]
-    sizes: Sizes = {"mesh": "tp=8", "max_num_seqs": 64, "max_num_batched_tokens": 8192}
-    whole: Sizes = sizes | {"max_num_batched_tokens": 131072 + 64}
+    sizes = settings(mesh="tp=8", max_num_seqs=64, max_num_batched_tokens=8192)
+    whole = sizes | {"max_num_batched_tokens": 131072 + 64}
     makers = {
         "prefill-first, no prefixes": together(cfg, "a100", first, 4, **whole, enable_prefix_caching=False),
         "prefill-first": together(cfg, "a100", first, 4, **whole),
@@ -218,9 +222,9 @@ def mooncake(traces: Path | None) -> dict[str, float]:
 
 def aegaeon() -> dict[str, float]:
     """Switching between tokens against between requests: 24 models of 7B on 4 H100, TTFT 10 s, 100 ms per token."""
-    cfg, load = preset("llama-2-7b"), chat(300, 200, 4096)
+    cfg, load = preset("llama-2-7b"), chat(300, 600, 4096)
     weights = dict.fromkeys([f"m{i}" for i in range(24)], 2.0 * cfg.num_parameters)
-    sizes: Sizes = {"max_num_seqs": 32, "max_num_batched_tokens": 2048, "kv_cache_memory_bytes": 16 << 30}
+    sizes = settings(max_num_seqs=32, max_num_batched_tokens=2048, kv_cache_memory_bytes=16 << 30)
     holds, found = share_within({"ttft": 10.0, "tpot": 0.1}), dict[str, float]()
 
     def pool(policy: str) -> Make:
@@ -230,7 +234,7 @@ def aegaeon() -> dict[str, float]:
         return lambda: Pooled(weights, make_engine, num_instances=4, policy=policy, bytes_per_s=0.8 * PCIE_GEN5)
 
     for policy in ("token", "request"):
-        found[policy] = capacity(pool(policy), lambda count: for_models(load(count), list(weights)), holds, seconds=120)
+        found[policy] = capacity(pool(policy), lambda count: for_models(load(count), list(weights)), holds, seconds=60)
     return found | {"ratio": found["token"] / found["request"]}
 
 
