@@ -159,7 +159,8 @@ def sarathi() -> dict[str, float]:
     found = {}
     for name, budget in (("prefill-first", 8192 + 128), ("chunked", 512)):
         sizes = settings(max_num_seqs=128, max_num_batched_tokens=budget, max_model_len=8192)
-        found[name] = capacity(together(cfg, "a100", POLICIES[name], **sizes), load, holds, first=0.5, seconds=60, most=400)
+        make = together(cfg, "a100", POLICIES[name], **sizes)
+        found[name] = capacity(make, load, holds, first=0.5, seconds=60, most=400)
     return found | {"ratio": found["chunked"] / max(found["prefill-first"], 1e-9)}
 
 
