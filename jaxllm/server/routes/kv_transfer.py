@@ -6,7 +6,7 @@ import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from jaxllm.disaggregation.exchange import Exchange
@@ -52,8 +52,7 @@ async def fetch(body: FetchRequest, request: Request) -> Response:
         parts = await asyncio.to_thread(exchange.answer, body.transfer_id, body.cache_salt, spans, body.names)
     except Unknown as error:
         raise ApiError(404, str(error), code="transfer_not_found") from None
-    length = str(sum(map(len, parts)))
-    return StreamingResponse(iter(parts), media_type="application/octet-stream", headers={"content-length": length})
+    return Response(b"".join(parts), media_type="application/octet-stream")
 
 
 @router.post(RELEASE, include_in_schema=False)
