@@ -46,6 +46,7 @@ class _Stream:
     next: int
     under_way: int = 0
     stopped: bool = False
+    waits_since: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,12 @@ class Passage:
         stream = self._streams.get(request.request_id)
         return stream is not None and stream.under_way > 0
 
+    def is_waiting(self, request: Request) -> None:
+        """The request has its first token: from now on somebody waits for its pages."""
+        stream = self._streams.get(request.request_id)
+        if stream is not None and stream.waits_since is None:
+            stream.waits_since = time.perf_counter()
+
     def pump(self) -> None:
         """Put what has arrived into pages, and send off what may go."""
         self._land()
@@ -160,6 +167,8 @@ class Passage:
         """The request has ended, or is handed over: nothing more of it streams."""
         if (stream := self._streams.pop(request.request_id, None)) is not None:
             stream.stopped = True
+            if stream.waits_since is not None:
+                self.stats.exposed_seconds += time.perf_counter() - stream.waits_since
 
     def _stream(self, request: Request) -> None:
         pools = self.target.memory.pools

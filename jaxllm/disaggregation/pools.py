@@ -180,6 +180,7 @@ class PrefillDecode:
         for request in self.prefill.unfinished:
             if not request.on_hold:
                 continue
+            self.passage.is_waiting(request)
             if request.status is not Status.RUNNING:
                 self.prefill.extend(request, [])  # its pages are gone: it is computed again
             elif not self.passage.is_streaming(request):
