@@ -29,6 +29,7 @@ _REFUSED = {
     "disk_kv_bytes": "the KV of a pool's models rests in host memory", "disk_kv_path": "see disk_kv_bytes",
     "prefill_mesh": "a pool steps one engine for each model", "decode_mesh": "see prefill_mesh",
     "kv_transfer_config": "its models are not handed over", "kv_events_config": "its prefix caches come and go",
+    "enable_lora": "adapters have no place in the budget yet",
 }  # fmt: skip
 
 
@@ -111,6 +112,10 @@ class ModelEntry:
         for name, reason in _REFUSED.items():
             if self.engine.get(name):
                 raise ValueError(f"model {self.name!r}: {name} is not for pools: {reason}; leave it out")
+        if (self.engine.get("speculative_config") or {}).get("model"):
+            raise ValueError(
+                f"model {self.name!r}: a draft model has no place in the budget; use method ngram, or none"
+            )
         try:
             return EngineConfig.from_kwargs({**self.engine, "model": self.path})
         except ValueError as error:

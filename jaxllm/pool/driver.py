@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 _IDLE_SECONDS = 0.25
 _CROWDED_SECONDS = 0.005
+_LEAST_STEPS = 4  # of a turn: where switches cost next to nothing quotas do, too, and every turn ends with a wait
 _INSTANCE = 0
 
 
@@ -207,7 +208,7 @@ class Driver:
                 self._all_prefilled(model)
             if model.prefilling:
                 continue
-            ends = ends if ends is not None else now + seconds
+            ends = ends if ends is not None else now + max(seconds, _LEAST_STEPS * model.measured.step)
             if now >= ends or self._between_turns:
                 return
             self._prefetch()

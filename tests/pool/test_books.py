@@ -108,6 +108,8 @@ def test_a_file_names_models_with_the_engines_own_fields(tmp_path):
         ({"a": {"pinned": True}}, "give its path"),
         ({"a": {"path": "x", "max_model": 3}}, "model 'a': unknown engine argument 'max_model'"),
         ({"a": {"path": "x", "num_processes": 2}}, "a pool is one process"),
+        ({"a": {"path": "x", "enable_lora": True}}, "adapters have no place"),
+        ({"a": {"path": "x", "speculative_config": {"model": "y"}}}, "draft model has no place"),
         ({"a": {"path": "x", "aliases": ["b"]}, "b": "y"}, "'b' belongs to 'a' already"),
         ({"a b": "x"}, "is no name for a model"),
         ({"a": {"path": "x", "keep_alive": "soon"}}, "keep_alive='soon'"),
