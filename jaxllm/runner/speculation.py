@@ -27,7 +27,7 @@ from jaxllm.runner.draft_model import Drafter, forward_chunks, written
 from jaxllm.runner.prompt_lookup import look_up
 from jaxllm.runner.steps import Pages, SlotState, Steps, empty_samples, is_active
 
-_MEMORY = 0.8  # of the hit rate, per drafted token that was seen to be right or wrong
+_MEMORY = 0.9  # of the hit rate, per drafted token that was seen to be right or wrong
 
 
 @jax.tree_util.register_dataclass

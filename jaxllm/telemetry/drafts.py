@@ -14,7 +14,7 @@ from jaxllm.scheduling.scheduler import Chunk
 
 _USUAL_RIDGE = 10.0  # FLOPs per byte at which a processor without a data sheet is taken to be as slow by either
 _REACHED = 0.5  # share of a data sheet's ridge that matrix products of few rows reach
-_FREEDOM = 2.0  # how far measured times may move a price from the model's
+_LEAST, _MOST = 0.85, 2.0  # of the model's price, between which measured times may move it
 _LEARNING = 0.3
 
 
@@ -102,8 +102,7 @@ class DraftPrice:
         if rows not in self._seconds:
             return model - 1
         plain, verifying = self._seconds[rows]
-        low, high = 1 + (model - 1) / _FREEDOM, 1 + (model - 1) * _FREEDOM
-        return min(max(verifying / plain, low), high) - 1
+        return min(max(verifying / plain - 1, _LEAST * (model - 1)), _MOST * (model - 1))
 
     def observe(self, rows: int, num_plain: int, num_verifying: int, seconds: float) -> None:
         """A loop of these iterations took so long: move both times towards what explains it (normalised LMS)."""
