@@ -393,7 +393,9 @@ def decode_seconds(runner: Any, rows: int, context: int, plan: Plan) -> float:
     best = math.inf
     for i in range(6):
         for row in range(rows):
-            runner.execute(Dispatch("admit", 1, (np.int32(row), tokens, np.int32(context + i * plan.steps))))
+            runner.execute(
+                Dispatch("admit", 1, (np.int32(row), tokens, np.int32(context + i * plan.steps), np.int32(0)))
+            )
         limit[:rows] = shapes.max_model_len
         batch = dataclasses.replace(empty, slot=slot.copy(), limit=limit)
         started = time.perf_counter()
@@ -418,7 +420,7 @@ def prefill_seconds(runner: Any, tokens: int) -> float:
     request.held = Held(slot=0, pages=list(range(1, 1 + -(-tokens // runner.shapes.page_size))))
     batch = ragged_batch(by_replica([Chunk(request, 0, tokens, 0)], runner.shapes), tokens, runner.shapes)
     ids = np.random.default_rng(0).integers(0, runner.model.cfg.vocab_size, runner.shapes.max_model_len)
-    runner.execute(Dispatch("admit", 1, (np.int32(0), ids.astype(np.int32), np.int32(tokens))))
+    runner.execute(Dispatch("admit", 1, (np.int32(0), ids.astype(np.int32), np.int32(tokens), np.int32(0))))
     best = math.inf
     for _ in range(4):
         started = time.perf_counter()
