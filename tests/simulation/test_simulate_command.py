@@ -113,3 +113,30 @@ def test_limits_and_sweeps_are_read():
     assert parse_sweep("request-rate=1..20") == ([1.0, 20.0], True)
     assert parse_sweep("request_rate=1,2,4") == ([1.0, 2.0, 4.0], False)
     assert SimulationConfig(slo="itl:80ms").limits == {"itl": 0.08}
+
+
+def test_a_search_ranks_deployments_that_use_every_device(capsys, tmp_path):
+    flags = "--search --num-devices 2 --num-prompts 12 --request-rate 20 --slo ttft:1s,tpot:30ms".split()
+    report = simulate(capsys, *flags, "--plot", str(tmp_path / "search.png"))
+    rows = report["search"]
+    assert [row["goodput_per_device"] for row in rows] == sorted((r["goodput_per_device"] for r in rows), reverse=True)
+    layouts = {(row.get("mesh"), row.get("prefill_mesh")) for row in rows}
+    assert layouts == {("tp=1", None), ("tp=2", None), (None, "tp=1")} and len(rows) == 6
+    assert report["goodput_per_device"] == rows[0]["goodput_per_device"] and report["num_devices"] == 2
+    assert (tmp_path / "search.png").stat().st_size > 10_000
+
+
+def test_a_pool_takes_what_serve_takes(capsys, tmp_path):
+    (tmp_path / "pool.toml").write_text('[models]\na = "llama-3.1-8b"\nb = "qwen3-8b"\n')
+    flags = "--num-prompts 10 --request-rate 2 --output-len 20 --max-model-len 4000 --slo ttft:5s,tpot:100ms".split()
+    report = simulate(capsys, "--models", str(tmp_path / "pool.toml"), *flags)
+    assert report["completed"] == 10 and report["switches"] >= 1 and report["token_attainment"] == 1.0
+    assert main([*FLAGS, "--models", "a"]) == 1
+    assert "give NAME=PATH pairs" in capsys.readouterr().err
+
+
+def test_pools_hand_over_and_report_both_meshes(capsys):
+    flags = "--prefill-mesh tp=2 --decode-mesh tp=1 --decode-replicas 2 --num-prompts 8 --request-rate 4".split()
+    report = simulate(capsys, *flags)
+    assert report["num_devices"] == 4 and report["completed"] == 8 and report["prefix_cache_hit_rate"] == 0.0
+    assert (report["prefill_mesh"], report["decode_mesh"]) == ("tp=2", "tp=1")
