@@ -218,21 +218,24 @@ async def kills(args: argparse.Namespace) -> dict[str, Any]:
     return {"kills": args.kills, "answered": right, "failed_retryably": failed, "slowest_s": round(slow, 2)}
 
 
-async def gaps(url: Sequence[Server], args: argparse.Namespace, prompts: bool) -> dict[str, float]:
+async def gaps(servers: Sequence[Server], args: argparse.Namespace, prompts: bool) -> dict[str, float]:
     """Times between tokens of 8 streams, in milliseconds, while long prompts arrive all the time or not."""
-    rng, seen = random.Random(1), []
+    rng, seen, begun = random.Random(1), [], asyncio.Semaphore(0)
+    begin = float("inf")
     async with httpx.AsyncClient(timeout=600) as client:
 
         async def listen() -> None:
             body = {"model": "model", "prompt": [rng.randrange(3, 250) for _ in range(64)], "stream": True,
-                    "max_tokens": 100_000, "ignore_eos": True, "temperature": 0}  # fmt: skip
-            body["max_tokens"] = args.max_model_len - 80
+                    "max_tokens": args.max_model_len - 80, "ignore_eos": True, "temperature": 0}  # fmt: skip
             last = None
-            async with client.stream("POST", f"{url[-1].url}/v1/completions", json=body) as reply:
+            async with client.stream("POST", f"{servers[-1].url}/v1/completions", json=body) as reply:
+                reply.raise_for_status()
                 async for line in reply.aiter_lines():
                     if line.startswith("data: {"):
                         now = time.perf_counter()
-                        if last is not None and now > begin:
+                        if last is None:
+                            begun.release()
+                        elif now > begin:
                             seen.append(now - last)
                         last = now
 
@@ -240,15 +243,21 @@ async def gaps(url: Sequence[Server], args: argparse.Namespace, prompts: bool) -
             while True:
                 prompt = [rng.randrange(3, 250) for _ in range(args.prompt_len)]
                 body = {"model": "model", "prompt": prompt, "max_tokens": 2, "temperature": 0}
-                await (through_both(client, url, body) if len(url) > 1 else answer(client, url[0].url, body))
+                await (
+                    through_both(client, servers, body) if len(servers) > 1 else answer(client, servers[0].url, body)
+                )
 
-        begin = time.perf_counter() + 3.0  # all streams have begun
         tasks = [asyncio.create_task(listen()) for _ in range(8)]
+        for _ in tasks:
+            await begun.acquire()
         tasks += [asyncio.create_task(ask()) for _ in range(2)] if prompts else []
-        await asyncio.sleep(3.0 + args.seconds)
+        begin = time.perf_counter() + 2.0
+        await asyncio.sleep(2.0 + args.seconds)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        for end in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(end, Exception):
+                raise end
     ordered = sorted(seen)
     return {f"p{p}_ms": round(1e3 * ordered[min(len(ordered) - 1, int(p / 100 * len(ordered)))], 2) for p in (50, 99)}
 
