@@ -82,18 +82,24 @@ class QuantizedPanels:
 
     def rows(self, index_T: jax.Array) -> jax.Array:
         """Rows `[T, K]` of a table whose inputs are its last dim."""
-        panel, column = index_T // PANEL, index_T % PANEL
-        codes, scales = self.codes[panel, :, column], self.scales[panel, :, column].astype(jnp.float32)
-        numbers = _numbers(codes, self.meaning).reshape(*scales.shape, -1)
+        scales = _columns(self.scales, index_T).astype(jnp.float32)
+        numbers = _numbers(_columns(self.codes, index_T), self.meaning).reshape(*scales.shape, -1)
         values = numbers * scales[..., None]
         if self.minima is not None:
-            values = values + self.minima[panel, :, column].astype(jnp.float32)[..., None]
+            values = values + _columns(self.minima, index_T).astype(jnp.float32)[..., None]
         return values.reshape(index_T.shape[0], -1).astype(self.dtype)
 
     def expert(self, number: jax.Array) -> QuantizedPanels:
         """One of the matrices: its panels are read where they lie."""
         order = None if self.order is None else self.order[number]
         return dataclasses.replace(self, number=number, order=order)
+
+
+def _columns(panels: jax.Array, index_T: jax.Array) -> jax.Array:
+    """`[T, ..]` of some columns, as integers and where they lie (see `jaxllm.ops.gather`)."""
+    panels, index_T = jax.lax.optimization_barrier((panels, index_T))
+    bits = jax.lax.bitcast_convert_type(panels, jnp.dtype(f"uint{8 * panels.dtype.itemsize}"))
+    return jax.lax.bitcast_convert_type(bits[index_T // PANEL, :, index_T % PANEL], panels.dtype)
 
 
 def _numbers(words: jax.Array, meaning: Codes) -> jax.Array:
