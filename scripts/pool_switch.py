@@ -28,7 +28,7 @@ def table(path: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model's settings."""
     dummy = {"load_format": "dummy", "skip_tokenizer_init": True} if path in PRESETS else {}
     sizes = {"max_model_len": args.max_model_len, "kv_cache_memory_bytes": args.kv_cache_memory_bytes}
-    return {"path": path, "max_num_seqs": 4, **sizes, **dummy}
+    return {"path": path, "max_num_seqs": 4, "quantization": args.quantization, **sizes, **dummy}
 
 
 def start_seconds(settings: dict[str, Any], warm_up: bool) -> float:
@@ -92,6 +92,7 @@ def main() -> None:
     parser.add_argument("models", nargs=2, metavar="NAME=MODEL")
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--kv-cache-memory-bytes", type=int, default=64 << 20)
+    parser.add_argument("--quantization", default="auto")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=400)
     args = parser.parse_args()
