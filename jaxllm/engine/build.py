@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jaxllm.runner.shapes import RunnerShapes
     from jaxllm.tokenizer import Tokenizer
     from jaxllm.weights.abstract import AbstractModel
+    from jaxllm.weights.classifier import ClassifierHead
     from jaxllm.weights.source import ModelSource
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class BuiltEngine:
     generation_config: dict
     weights: str = ""
     adapters: AdapterStore = field(default_factory=_no_adapters)
+    classifier: ClassifierHead | None = None
 
 
 def build_engine(
@@ -93,6 +95,7 @@ def build_engine(
         from jaxllm.runner.shapes import make_memory, runner_shapes
         from jaxllm.sharding.mesh import Placement, make_mesh
         from jaxllm.weights.abstract import make_model, taking_adapters
+        from jaxllm.weights.classifier import read_classifier
 
         use_compilation_cache()
         placement = Placement(make_mesh(config.mesh, offset=config.device_offset), rules)
@@ -115,6 +118,7 @@ def build_engine(
             if draft_source is not None and model.draft is not None:
                 params = (params, draft_source.parameters(model.draft))
         hf, generation = source.hf_config, source.generation_config
+        classifier = read_classifier(source.checkpoint)
         del source, draft_source  # unmaps the files before the cache is allocated
         with out_of_memory_explained(model, shapes):
             runner.start(params)
@@ -123,7 +127,7 @@ def build_engine(
     add_tiers(memory, config, runner.host_pages(), identity, receives=receives)
     engine = Engine(runner, memory=memory, eos_token_ids=_eos_token_ids(hf, generation, text), seed=config.seed)
     adapters = AdapterStore(model.targets, config.max_lora_rank, config.max_cpu_loras or config.max_loras)
-    return BuiltEngine(engine, text, model_config, generation, weights, adapters)
+    return BuiltEngine(engine, text, model_config, generation, weights, adapters, classifier)
 
 
 def read_parameters(config: EngineConfig, built: BuiltEngine) -> Any:

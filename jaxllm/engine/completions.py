@@ -23,6 +23,7 @@ from jaxllm.scheduling.request import Ending, Request
 
 if TYPE_CHECKING:
     from jaxllm.tokenizer import Tokenizer
+    from jaxllm.weights.classifier import ClassifierHead
 
 
 @dataclass(slots=True, eq=False)
@@ -158,7 +159,11 @@ class Jobs:
     `prepare` may run on any thread; everything else belongs to whoever steps the engine.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, exchange: Exchange | None = None):
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer | None, exchange: Exchange | None = None,
+        classifier: ClassifierHead | None = None,
+    ):  # fmt: skip
+        self.classifier = classifier
         self.exchange = exchange
         self.after_step: list[Callable[[], None]] = [] if exchange is None else [exchange.pump]
         self.engine, self.scorer = engine, Scorer(engine.scoring_engine)
@@ -205,6 +210,8 @@ class Jobs:
         """
         if not isinstance(params, SamplingParams):
             raise ValueError(f"sampling_params is a {type(params).__name__}; it must be SamplingParams")
+        if self.classifier is not None:
+            raise ValueError("the model is a classifier, which continues no text; use classify (POST /classify)")
         asked = read_prompt(prompt)
         given = self._truncated(self._token_ids(asked), params)
         ids, limit = self.engine.check_request(given, params)

@@ -33,7 +33,9 @@ class ScoringPass:
 
     Attributes:
         vector: float32 `[D]`, unnormalised, when finished.
+        choices: tokens one of which may come next; the pass finds their logprobs and nothing else.
         scored: per chunk, the logprobs of tokens 1, 2, ... given those before.
+        chosen: the logprobs of the choices, when finished.
     """
 
     scorer: Scorer
@@ -41,10 +43,12 @@ class ScoringPass:
     pooling: str | None = None
     adapter: Adapter | None = None
     adapter_slot: int = 0
+    choices: tuple[int, ...] = ()
     position: int = 0
     pages: list[int] = field(default_factory=list)
     vector: np.ndarray | None = None
     scored: list[Sampled] = field(default_factory=list)
+    chosen: list[float] = field(default_factory=list)
     notify: Callable[[Any, CompletionDelta | None], None] | None = None
     error: Exception | None = None
     finished: bool = False
@@ -65,7 +69,7 @@ class ScoringPass:
     def restart(self) -> None:
         """Begin again: the device has lost what was computed."""
         self.position, self.pages, self.vector, self.scored = 0, [], None, []
-        self.adapter_slot = 0
+        self.adapter_slot, self.chosen = 0, []
 
 
 class Scorer:
@@ -143,6 +147,8 @@ class Scorer:
         self._queue.remove(work)
 
     def _is_finite(self, work: ScoringPass) -> bool:
+        if work.choices:
+            return bool(np.isfinite(work.chosen).all())
         if work.pooling is None:
             scored = work.scored[-1].logprobs
             return scored is None or bool(np.isfinite(scored).all())
@@ -155,13 +161,21 @@ class Scorer:
         request.held = Held(slot=runner.shapes.spare_slot, adapter_slot=work.adapter_slot, pages=work.pages)
         loads = self._engine.scheduler.adapter_slots.take_loads()
         hidden_TD = runner.hidden_states(IterationPlan([Chunk(request, work.position, count, 0)], loads=loads))
-        if work.pooling is None:
+        if work.choices:
+            if work.position + count == len(work.token_ids):
+                work.chosen = self._choose(work, hidden_TD.shape[0], count - 1)
+        elif work.pooling is None:
             work.scored.append(self._score(work, hidden_TD.shape[0], count))
         else:
             weights_T = _weights(work, count, hidden_TD.shape[0])
             vector = np.asarray(runner.pool(weights_T))
             work.vector = vector if work.vector is None else work.vector + vector
         work.position += count
+
+    def _choose(self, work: ScoringPass, size: int, last: int) -> list[float]:
+        """The logprob of each choice after the last token."""
+        scored = [self._engine.runner.score(np.full(size, token, np.int32)).logprobs for token in work.choices]
+        return [float(np.asarray(logprobs)[last]) for logprobs in scored]
 
     def _score(self, work: ScoringPass, size: int, count: int) -> Sampled:
         targets_T = np.zeros(size, np.int32)

@@ -22,6 +22,7 @@ from jaxllm.engine.completions import Job
 from jaxllm.engine.errors import EngineError, Unavailable
 from jaxllm.engine.outputs import CompletionDelta, CompletionOutput, RequestOutput, as_of
 from jaxllm.engine.prompts import Prompt
+from jaxllm.engine.relevance import ClassificationRequestOutput, Judge, ScoringRequestOutput, text_pairs
 from jaxllm.engine.scoring import ScoringPass
 from jaxllm.engine.work import Work
 from jaxllm.entrypoints.admission import admission_of
@@ -230,6 +231,32 @@ class AsyncLLM(Frontend):
         search = await self.in_thread(BeamSearch.of, self._jobs, prompt, params)
         await self._finish([search], params.beam_width)
         return search.result()
+
+    async def classify(
+        self, prompts: Sequence[Prompt], *, use_activation: bool = True, lora_request: LoRARequest | str | None = None
+    ) -> list[ClassificationRequestOutput]:
+        """The classes of every text; see `LLM.classify`."""
+        judge = Judge(self._jobs)
+        adapter = None if lora_request is None else await self.in_thread(self.adapter_of, lora_request)
+        works = await self.in_thread(lambda: [judge.classify(prompt, adapter) for prompt in prompts])
+        await self._judge(works)
+        return [judge.classes(work, use_activation=use_activation) for work in works]
+
+    async def score(
+        self, data_1: str | Sequence[str], data_2: str | Sequence[str], *, instruction: str | None = None,
+        lora_request: LoRARequest | str | None = None,
+    ) -> list[ScoringRequestOutput]:  # fmt: skip
+        """How well texts answer a query; see `LLM.score`."""
+        judge, pairs = Judge(self._jobs), text_pairs(data_1, data_2)
+        adapter = None if lora_request is None else await self.in_thread(self.adapter_of, lora_request)
+        works = await self.in_thread(lambda: [judge.pair(*pair, instruction, adapter) for pair in pairs])
+        await self._judge(works)
+        return [judge.score(work) for work in works]
+
+    async def _judge(self, works: Sequence[ScoringPass]) -> None:
+        for start in range(0, len(works), _EMBEDDING_WINDOW):
+            window = works[start : start + _EMBEDDING_WINDOW]
+            await self._finish(window, len(window))
 
     async def embed(
         self, prompts: Sequence[Sequence[int]], pooling: str = "mean", *, lora_request: LoRARequest | str | None = None

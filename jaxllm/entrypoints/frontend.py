@@ -50,7 +50,7 @@ class Frontend:
         self.engine, self.model_config = built.engine, built.model_config
         self.exchange = exchange_of(self.config, built)
         self.events = events_of(self.config, built)
-        self._jobs = Jobs(built.engine, built.tokenizer, self.exchange)
+        self._jobs = Jobs(built.engine, built.tokenizer, self.exchange, built.classifier)
         if self.events is not None:
             self._jobs.after_step.append(self.events.flush)
         self._generation_config = built.generation_config

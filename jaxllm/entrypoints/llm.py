@@ -18,6 +18,8 @@ from jaxllm.engine.completions import Job
 from jaxllm.engine.errors import EngineError
 from jaxllm.engine.outputs import RequestOutput
 from jaxllm.engine.prompts import Prompt, as_prompts, text_of
+from jaxllm.engine.relevance import ClassificationRequestOutput, Judge, ScoringRequestOutput, text_pairs
+from jaxllm.engine.scoring import ScoringPass
 from jaxllm.engine.work import Work
 from jaxllm.entrypoints.exclusive import Call, Exclusive
 from jaxllm.entrypoints.frontend import Frontend
@@ -196,6 +198,51 @@ class LLM(Frontend):
         finally:
             self._exclusive.close(call)
         return [search.result() for search in searches]
+
+    def classify(
+        self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True, use_activation: bool = True,
+        lora_request: Adapters = None,
+    ) -> list[ClassificationRequestOutput]:  # fmt: skip
+        """The classes of every text, where the model is a classifier.
+
+        Args:
+            prompts: as for `generate`.
+            use_tqdm: a progress bar when standard error is a terminal.
+            use_activation: probabilities; else the head's own numbers.
+            lora_request: as for `generate`.
+        """
+        judge, given = Judge(self._jobs), as_prompts(prompts)
+        adapters = self._adapters_for(given, lora_request)
+        works = [judge.classify(*one) for one in zip(given, adapters, strict=True)]
+        self._judge(works, use_tqdm)
+        return [judge.classes(work, use_activation=use_activation) for work in works]
+
+    def score(
+        self, data_1: str | Sequence[str], data_2: str | Sequence[str], *, use_tqdm: bool = True,
+        instruction: str | None = None,
+    ) -> list[ScoringRequestOutput]:  # fmt: skip
+        """How well texts answer a query: a score from 0 to 1 for each pair.
+
+        Args:
+            data_1: one query, or one for each text.
+            data_2: texts.
+            use_tqdm: a progress bar when standard error is a terminal.
+            instruction: what relevance means, for models that are asked in words.
+        """
+        judge = Judge(self._jobs)
+        works = [judge.pair(query, text, instruction) for query, text in text_pairs(data_1, data_2)]
+        self._judge(works, use_tqdm)
+        return [judge.score(work) for work in works]
+
+    def _judge(self, works: Sequence[ScoringPass], use_tqdm: bool) -> None:
+        call = self._exclusive.open()
+        try:
+            call.works += works
+            self._run(call, use_tqdm)
+        finally:
+            self._exclusive.close(call)
+        if (error := next((work.error for work in works if work.error is not None), None)) is not None:
+            raise error
 
     def _params_for(self, prompts: Sequence[Any], params: Any) -> list[SamplingParams]:
         if params is None:

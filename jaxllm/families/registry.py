@@ -69,10 +69,24 @@ class Family:
         return any(re.fullmatch(pattern, tensor) for pattern in self.ignored)
 
 
+def _classifier(architecture: str) -> str:
+    return re.sub("(ForCausalLM|LMHeadModel)$", "ForSequenceClassification", architecture)
+
+
+def is_classifier(hf: Mapping[str, Any]) -> bool:
+    """Whether a configuration is of a decoder with a score of each label in place of the vocabulary's."""
+    names = hf.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith("ForSequenceClassification") for name in names)
+
+
 # Names that files give to what is supported under another one.
 _SYNONYMS = {"LLaMAForCausalLM": "LlamaForCausalLM", "GPT2Model": "GPT2LMHeadModel"} | {
     name.replace("ForCausalLM", "Model"): name for name in ARCHITECTURES if name.endswith("ForCausalLM")
 }
+_SYNONYMS |= {_classifier(name): name for name in ARCHITECTURES} | {
+    "Gemma3TextForSequenceClassification": "Gemma3ForCausalLM"
+}
+HEAD_OF_CLASSIFIERS = "score.weight"
 _TYPE_SYNONYMS = {"kimi_k2": "deepseek_v3"}
 
 

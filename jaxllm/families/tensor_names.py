@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.checkpoints.base import Checkpoint, TensorInfo
 from jaxllm.checkpoints.quantized import QuantizedTensor, method_of, quantized_tensors
 from jaxllm.families.notices import say_once
-from jaxllm.families.registry import Family, family_of
+from jaxllm.families.registry import HEAD_OF_CLASSIFIERS, Family, family_of, is_classifier
 from jaxllm.families.sources import checkpoint_tensors
 from jaxllm.families.text_half import eyes_of, text_config, text_name
 
@@ -71,6 +71,8 @@ def named(checkpoint: Checkpoint) -> Checkpoint:
     """
     if isinstance(checkpoint, NamedCheckpoint) or not checkpoint.tensors:
         return checkpoint
+    if is_classifier(checkpoint.config):
+        checkpoint = _without_labels(checkpoint)
     if eyes_of(checkpoint.config):
         checkpoint = _text_half(checkpoint)
     family = family_of(checkpoint.config)
@@ -83,6 +85,13 @@ def named(checkpoint: Checkpoint) -> Checkpoint:
         config = _settle_head(checkpoint, names, sources["embedding",].parts[0].name)
     tensors = {name: checkpoint.tensors[theirs] for name, theirs in names.items()}
     return NamedCheckpoint(config, tensors, checkpoint, names)
+
+
+def _without_labels(checkpoint: Checkpoint) -> Checkpoint:
+    """The decoder of a classifier: it has no head over the vocabulary, so the embedding stands for one."""
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name != HEAD_OF_CLASSIFIERS}
+    config = {**checkpoint.config, "tie_word_embeddings": True}
+    return NamedCheckpoint(config, tensors, checkpoint, {name: name for name in tensors})
 
 
 def _text_half(checkpoint: Checkpoint) -> Checkpoint:

@@ -236,6 +236,77 @@ class Detokenized(Answer):
     prompt: str
 
 
+class JudgeUsage(Answer):
+    """Of routes that generate nothing."""
+
+    prompt_tokens: Count
+    total_tokens: Count
+    completion_tokens: Literal[0]
+
+
+class OneClass(Answer):
+    """One input's label."""
+
+    index: Count
+    label: str
+    probs: list[float]
+    num_classes: Count
+
+
+class Classes(Answer):
+    """Of `POST /classify`."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[OneClass]
+    usage: JudgeUsage
+
+
+class OneScore(Answer):
+    """One pair's score."""
+
+    index: Count
+    object: Literal["score"]
+    score: float
+
+
+class Scores(Answer):
+    """Of `POST /score`."""
+
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[OneScore]
+    usage: JudgeUsage
+
+
+class RankedText(Answer):
+    """A document that was ranked."""
+
+    text: str
+
+
+class Ranked(Answer):
+    """One document's place."""
+
+    index: Count
+    relevance_score: float
+    document: RankedText | None = None
+
+
+class Ranking(Answer):
+    """Of `POST /rerank`, best first."""
+
+    id: str
+    created: int
+    model: str
+    results: list[Ranked]
+    usage: JudgeUsage
+
+
 class ModelCard(Answer):
     """One name the server answers to."""
 

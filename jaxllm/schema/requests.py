@@ -13,6 +13,7 @@ from pydantic.config import JsonDict
 
 from jaxllm.config.sampling import MAX_LOGPROBS, MAX_N
 from jaxllm.schema.fields import (
+    MAX_PROMPTS,
     STREAM_RULES,
     UNSUPPORTED,
     Body,
@@ -122,6 +123,41 @@ class EmbeddingRequest(Body):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Lenient[Annotated[int, Field(ge=1, lt=2**31)]] | None = None
     user: Name | None = None
+
+
+class ClassifyRequest(Body):
+    """`POST /classify`; without `use_activation` the numbers are the head's own."""
+
+    model: Name | None = None
+    input: Text | Tokens | Texts | TokenLists
+    use_activation: bool | None = None
+    user: Name | None = None
+
+
+class ScoreRequest(Body):
+    """`POST /score`: one query or several, one text or several; `instruction` says what relevance means."""
+
+    model: Name | None = None
+    text_1: Text | Texts
+    text_2: Text | Texts
+    instruction: Text | None = None
+
+
+class Document(Model):
+    """A document, as Cohere's clients send it."""
+
+    text: Text
+
+
+class RerankRequest(Body):
+    """`POST /rerank`; `top_n` results, all where it is 0."""
+
+    model: Name | None = None
+    query: Text
+    documents: Annotated[list[Text | Document], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    top_n: Lenient[Annotated[int, Field(ge=0, lt=2**31)]] | None = None
+    return_documents: bool | None = None
+    instruction: Text | None = None
 
 
 AdapterName = Annotated[str, StringConstraints(min_length=1, max_length=256)]

@@ -27,6 +27,7 @@ from jaxllm.server.routes import (
     messages,
     page,
     pool,
+    relevance,
     responses,
     status,
     tokens,
@@ -34,7 +35,8 @@ from jaxllm.server.routes import (
 from jaxllm.version import __version__
 
 _ROUTERS = (
-    completions, chat, responses, messages, embeddings, lora, tokens, batches, kv_transfer, pool, status, docs, page,
+    completions, chat, responses, messages, embeddings, relevance, lora, tokens, batches, kv_transfer, pool, status,
+    docs, page,
 )  # fmt: skip
 
 
