@@ -134,27 +134,31 @@ class ClassifyRequest(Body):
     user: Name | None = None
 
 
+Words = Annotated[str, StringConstraints(min_length=1, max_length=8 << 20)]
+WordLists = Annotated[list[Words], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+
+
 class ScoreRequest(Body):
     """`POST /score`: one query or several, one text or several; `instruction` says what relevance means."""
 
     model: Name | None = None
-    text_1: Text | Texts
-    text_2: Text | Texts
+    text_1: Words | WordLists
+    text_2: Words | WordLists
     instruction: Text | None = None
 
 
 class Document(Model):
     """A document, as Cohere's clients send it."""
 
-    text: Text
+    text: Words
 
 
 class RerankRequest(Body):
     """`POST /rerank`; `top_n` results, all where it is 0."""
 
     model: Name | None = None
-    query: Text
-    documents: Annotated[list[Text | Document], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+    query: Words
+    documents: Annotated[list[Words | Document], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     top_n: Lenient[Annotated[int, Field(ge=0, lt=2**31)]] | None = None
     return_documents: bool | None = None
     instruction: Text | None = None
