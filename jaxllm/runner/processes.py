@@ -43,7 +43,7 @@ def join(member: Member, config: EngineConfig) -> Leader | Follower:
         raise ValueError("JAX's distributed runtime runs already; leave jax.distributed.initialize to jaxllm")
     facts = shared_facts(config)
     connection = (gather if member.process_id == 0 else reach)(member, facts, STOP)
-    _start_runtime(member, config)
+    start_runtime(member, config)
     atexit.register(_end, connection)
     return connection
 
@@ -57,7 +57,8 @@ def shared_facts(config: EngineConfig) -> dict[str, Any]:
 # JAX's runtime.
 
 
-def _start_runtime(member: Member, config: EngineConfig) -> None:
+def start_runtime(member: Member, config: EngineConfig) -> None:
+    """Join JAX's runtime; each process has its part of the mesh. Raises ValueError where that fails."""
     if jax.config.values.get("jax_cpu_collectives_implementation") in (None, "none", ""):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _share_emulated_devices(member, config)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxllm.checkpoints.work_folder import work_folder
+from jaxllm.config import EngineConfig
 from jaxllm.families import read_config
 from jaxllm.ops.cpu import ffi
+from jaxllm.runner.members import member_of
+from jaxllm.runner.processes import start_runtime
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
 from jaxllm.training.checkpoint import Checkpoints
@@ -53,24 +56,20 @@ def train(config: TrainConfig, on_step: Callable[[int, Write], None] | None = No
     placement = Placement(make_mesh(config.mesh), load_rules(config.rules))
     origin = find_origin(config, files.train)
     limit = read_config(origin.hf).max_position_embeddings
-    number = f"-{jax.process_index()}" if jax.process_count() > 1 else ""
-    work = output / f"tokens{number}"
-    try:
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with work_folder(output.absolute().parent, f".{output.name}.tokens-") as work:
         material = load_material(config, files, origin.tokenizer, limit, work)
         return _train(config, output, placement, origin, material, on_step)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def _join(config: TrainConfig) -> None:
-    if config.num_processes and config.num_processes > 1:
-        from jaxllm.runner.members import parse_address
-
-        if config.coordinator_address is None or config.process_id is None:
-            raise ValueError("coordinator_address, num_processes and process_id belong together; give all three")
-        parse_address(config.coordinator_address)
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(config.coordinator_address, config.num_processes, config.process_id)
+    """Several processes each run the whole program, on their own part of the mesh."""
+    engine = EngineConfig(
+        mesh=config.mesh, coordinator_address=config.coordinator_address, num_processes=config.num_processes,
+        process_id=config.process_id,
+    )  # fmt: skip
+    if (member := member_of(engine)) is not None and not jax.distributed.is_initialized():
+        start_runtime(member, engine)
 
 
 def _check_output(config: TrainConfig, output: Path) -> None:

@@ -42,7 +42,7 @@ def sampler(model: LossModel, spans: int) -> Callable[..., jax.Array]:
 
         return jax.lax.fori_loop(length, jnp.minimum(length + count, span), next_token, tokens_T)
 
-    return jax.jit(sample)
+    return jax.jit(sample, out_shardings=model.placement.replicated)
 
 
 def padded(prompt: Sequence[int], span: int, count: int) -> tuple[np.ndarray, int]:

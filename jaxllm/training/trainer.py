@@ -33,7 +33,6 @@ from jaxllm.training.sampling import padded, sampler
 from jaxllm.training.step import StepReport, TrainState, TrainStep
 
 _EVALUATIONS = 10  # in a run, where nobody says how many
-_SIGTERM_EXIT = "stopped by SIGTERM"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +113,7 @@ class Trainer:
             if before is None or self.on_step is not None:
                 clock = time.perf_counter()
             if stop:
-                self.journal.say(f"{_SIGTERM_EXIT} after step {done}; go on with --resume")
+                self.journal.say(f"stopped by SIGTERM after step {done}; go on with --resume")
                 return state, done
         return state, self.steps
 
@@ -226,7 +225,9 @@ class Trainer:
         if self.material.labels is not None:
             return
         if "sampler" not in self.__dict__:
-            self.__dict__["sampler"] = sampler(self.step.model, self.config.spans if jax.device_count() > 1 else 1)
+            self.__dict__["sampler"] = sampler(
+                self.step.model, self.config.spans if self.step.model.placement.mesh.size > 1 else 1
+            )
         prompt = self._prompt()
         tokens, length = padded(prompt, self.material.span, self.config.sample_tokens)
         key = jax.random.fold_in(jax.random.key(self.config.seed), step)
