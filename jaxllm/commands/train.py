@@ -30,12 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, and print the report."""
     config = TrainConfig(**_fields(args))
+    import jax
+
     from jaxllm.runner.compiler import use_compilation_cache
     from jaxllm.training.run import train
 
     use_compilation_cache()
     report = train(config)
-    print(json.dumps(report) if args.json else _text(report))
+    if jax.process_index() == 0:
+        print(json.dumps(report) if args.json else _text(report))
     return 0
 
 

@@ -48,9 +48,9 @@ class Journal:
 
     def add(self, entry: dict[str, Any]) -> None:
         """An entry of the log."""
+        self.entries.append(entry)
         if self._quiet:
             return
-        self.entries.append(entry)
         self._write(entry)
         if self._events is not None:
             for name, value in entry.items():
