@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from jaxllm.config import ModelConfig
 
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1}
+# Of a number; int4 with a 16-bit scale for each group of 128.
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1, "int4": 0.5 + 2 / 128}
 Row = tuple[int, int]  # query tokens; keys and values once these are written: prefix and own
 
 

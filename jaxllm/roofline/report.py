@@ -44,12 +44,12 @@ class Setting:
     @property
     def kv_token_bytes(self) -> int:
         """K_tok over all chips."""
-        return self.config.kv_bytes_per_token(ITEM_BYTES[self.kv_dtype]) * self.kv_copies
+        return int(self.config.kv_bytes_per_token(ITEM_BYTES[self.kv_dtype]) * self.kv_copies)
 
     @property
     def weight_bytes(self) -> int:
         """All weights."""
-        return self.config.num_parameters * ITEM_BYTES[self.weight_dtype]
+        return int(self.config.num_parameters * ITEM_BYTES[self.weight_dtype])
 
     @property
     def flops_per_s(self) -> float:

@@ -92,12 +92,14 @@ def _linears(checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _group(asked: str | None, linears: Mapping[str, int]) -> int:
+    odd = None
     for group in (int(asked),) if asked else INT4_GROUPS:
         odd = next((name for name, inputs in linears.items() if inputs % group or group % 2), None)
         if odd is None:
             return group
     groups = asked or " or ".join(map(str, INT4_GROUPS))
-    raise ValueError(f"layer {odd}: its {linears[odd]} inputs do not divide into groups of {groups}; use int4:GROUP")
+    inputs = linears[odd] if odd else 0
+    raise ValueError(f"layer {odd}: its {inputs} inputs do not divide into groups of {groups}; use int4:GROUP")
 
 
 def rounded(tensors: Iterable[tuple[str, np.ndarray]], plan: Plan) -> Iterator[tuple[str, np.ndarray]]:

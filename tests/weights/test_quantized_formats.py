@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from flax import nnx
+from safetensors.torch import load_file
 
 from jaxllm import LLM
 from jaxllm.checkpoints import open_checkpoint
@@ -89,3 +92,24 @@ def test_logits_are_those_of_the_values(name, kind, mesh, tmp_path):
     assert len(llm.engine.runner.model.schemes) == 8
     got, want = engine_logits(llm.engine, PROMPT), quantized.logits(PROMPT)
     assert np.abs(got - want).max() < 1e-3 * np.abs(want).max()
+
+
+def test_gpt_oss_experts_are_kept_as_mxfp4(tmp_path):
+    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+             "max_position_embeddings": 64, "tie_word_embeddings": False, "eos_token_id": 2,
+             "pad_token_id": 0}  # fmt: skip
+    transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)).save_pretrained(tmp_path / "dense")
+    dense = {name: t.float().numpy() for name, t in load_file(tmp_path / "dense" / "model.safetensors").items()}
+    tensors = dict(dense)
+    for name in [name for name in dense if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        del tensors[name]
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"], values = made.mxfp4(dense[name])
+        dense[name] = values.astype(np.float32)
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    made.save(tmp_path / "dense", dense, config)
+    made.save(tmp_path, tensors, config | {"quantization_config": {"quant_method": "mxfp4"}})
+    want = parameters(tmp_path / "dense", "tp=1", "none")
+    for mesh in ("tp=1", "tp=2"):
+        for path, value in parameters(tmp_path, mesh).items():
+            np.testing.assert_allclose(value, want[path], rtol=1e-5, atol=1e-6, err_msg=f"{path} {mesh}")
