@@ -38,7 +38,7 @@ def test_text_is_for_a_person(capsys):
 
 
 def test_a_sweep_finds_the_highest_rate_that_holds(capsys, tmp_path):
-    flags = "--num-prompts 60 --input-len 2000 --output-len 20 --slo ttft:300ms --sweep request-rate=1..60".split()
+    flags = "--num-prompts 40 --input-len 2000 --output-len 8 --slo ttft:300ms --sweep request-rate=1..60".split()
     report = simulate(capsys, *flags, "--plot", str(tmp_path / "sweep.png"))
     rates = [one["request_rate"] for one in report["sweep"]]
     held = [one["request_rate"] for one in report["sweep"] if one["slo_attainment"] >= 0.9]
