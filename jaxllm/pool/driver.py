@@ -303,6 +303,8 @@ class Driver:
 
     def _release(self, model: PooledModel) -> None:
         self._residents.release(model)
+        if model.llm is not None:
+            model.llm.shutdown()
         model.residence = model.tasks = model.llm = model.lane = None
 
     def _fail_tasks(self, model: PooledModel, error: Exception) -> None:
