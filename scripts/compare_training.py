@@ -66,7 +66,7 @@ def theirs(data: Path, config: Path, steps: int, *, compiled: bool) -> dict:
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * rate
         optimizer.step()
-        float(loss)
+        loss.item()
         seconds.append(time.perf_counter() - started)
     seconds.sort()
     return {"tokens_per_s": BATCH * CONTEXT / seconds[len(seconds) // 2], "eval_loss": _held_out(model, valid)}
