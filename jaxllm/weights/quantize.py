@@ -85,7 +85,8 @@ def _linears(checkpoint: Checkpoint) -> dict[str, int]:
     found = {}
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         inputs = variable.get_metadata("inputs")
-        for part in sources[path].parts if path[0] == "layers" and inputs else ():
+        source = sources[path]  # type: ignore[index]  (keys of the state are names and numbers)
+        for part in source.parts if path[0] == "layers" and inputs else ():
             if len(part.shape) == 2 and part.name.endswith(".weight") and merged_part(part, inputs)[1] == 1:
                 found[part.name] = part.shape[1]
     return found
