@@ -182,6 +182,8 @@ def start_pool(
     if bound is None or args.served_model_name:
         wrong = "--num-processes: a pool is one process" if bound is None else "--served-model-name: --models has names"
         raise ValueError(f"--models does not go with {wrong}; leave it out")
+    if args.lora_modules or args.enable_lora:
+        raise ValueError("--models does not go with --enable-lora: adapters are served with one model; leave it out")
     del engine["model"]
     shared = {field.name: getattr(args, field.name) for field in dataclasses.fields(PoolConfig)}
     given = {name: value for name, value in shared.items() if value != getattr(PoolConfig(), name)}

@@ -115,6 +115,15 @@ def test_matrices_that_do_not_fit_are_refused_by_name(llm, folders, tmp_path):
     assert "NaN" in refusal("model.layers.0.self_attn.q_proj", 64, 64, value=float("nan"))
 
 
+def test_what_adapters_do_not_go_with_is_refused_before_anything_is_loaded():
+    from jaxllm import EngineConfig
+
+    with pytest.raises(ValueError, match="two pools"):
+        EngineConfig(enable_lora=True, prefill_mesh="tp=1", decode_mesh="tp=1")
+    with pytest.raises(ValueError, match="max_cpu_loras=1 is below max_loras=2"):
+        EngineConfig(max_loras=2, max_cpu_loras=1)
+
+
 def test_without_enable_lora_nothing_is_taken(folders):
     llm = LLM(str(folders.base), use_tqdm=False, dtype="float32", max_model_len=32, kv_cache_memory_bytes=1 << 20)
     assert llm.engine.runner.state.adapters == {}
