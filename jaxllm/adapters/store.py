@@ -148,5 +148,5 @@ class AdapterStore:
         self._ready[entry.name] = ready
         self._ready.move_to_end(entry.name)
         from_files = [name for name in self._ready if self._served[name].path is not None]
-        for name in from_files[: len(from_files) - self._num_ready]:
+        for name in from_files[: max(0, len(from_files) - self._num_ready)]:
             del self._ready[name]

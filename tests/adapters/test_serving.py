@@ -115,6 +115,17 @@ def test_matrices_that_do_not_fit_are_refused_by_name(llm, folders, tmp_path):
     assert "NaN" in refusal("model.layers.0.self_attn.q_proj", 64, 64, value=float("nan"))
 
 
+def test_as_many_adapters_as_asked_for_stay_ready_and_the_others_are_read_again(folders, llm):
+    from jaxllm.adapters.store import AdapterStore
+
+    store = AdapterStore(llm.engine.runner.model.targets, 8, 3)
+    made = [store.load(f"a{i}", path) for i, path in enumerate(folders.adapters)]
+    assert [store.get(f"a{i}") is made[i] for i in (1, 2, 3)] == [True] * 3
+    again = store.get("a0")  # pushes out the one that was asked for longest ago
+    assert again is not made[0] and again.identity == made[0].identity
+    assert store.get("a1") is not made[1] and store.get("a3") is made[3]
+
+
 def test_what_adapters_do_not_go_with_is_refused_before_anything_is_loaded():
     from jaxllm import EngineConfig
 
