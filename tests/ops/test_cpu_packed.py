@@ -12,7 +12,7 @@ import pytest
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.ops.cpu import ffi
-from jaxllm.ops.cpu.packed import PackedMatrix, pack, packed_product, packed_rows, packs
+from jaxllm.ops.cpu.packed import PackedMatrix, num_contracted, pack, packed_product, packed_rows, packs
 
 if reason := ffi.unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -27,7 +27,7 @@ def packed(w: np.ndarray, contracted: tuple[int, ...]) -> PackedMatrix:
     return PackedMatrix(jnp.asarray(pack(w, contracted)), kept)
 
 
-product = jax.jit(packed_product)
+product = jax.jit(packed_product, static_argnums=2)
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,7 @@ product = jax.jit(packed_product)
         ((1, 64), (64, 32), (0,), "TD,DF->TF"),
         ((5, 96), (96, 2, 48), (0,), "TD,DXF->TXF"),
         ((13, 3, 2, 16), (3, 2, 16, 64), (0, 1, 2), "TKGH,KGHD->TD"),
+        ((13, 1, 2, 16), (1, 2, 16, 64), (0, 1, 2), "TKGH,KGHD->TD"),
         ((32, 48), (160, 48), (1,), "RD,VD->RV"),
         ((100, 576), (576, 960), (0,), "TD,DF->TF"),
     ],
@@ -44,7 +45,7 @@ def test_product_equals_that_of_the_rounded_operands(x_shape, w_shape, contracte
     x, w = matrix(0, *x_shape).astype(np.float32) * 1.001, matrix(1, *w_shape)
     rounded = np.asarray(jnp.asarray(x).astype(jnp.bfloat16), np.float64)
     want = np.einsum(spec, rounded, w.astype(np.float64))
-    got = np.asarray(product(jnp.asarray(x), packed(w, contracted)))
+    got = np.asarray(product(jnp.asarray(x), packed(w, contracted), num_contracted(spec)))
     assert got.dtype == np.float32 and got.shape == want.shape
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
 

@@ -20,7 +20,7 @@ UINT4 = Codes(4, tuple(map(float, range(16))))
 INT4 = Codes(4, tuple(map(float, range(-8, 8))))
 E2M1 = Codes(4, (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0))
 INT8 = Codes(8)
-product = jax.jit(lambda x, w: w.product("", x))
+product = jax.jit(lambda x, w: w.product("TD,DF->TF", x))
 
 
 def matrix(
@@ -117,7 +117,7 @@ def test_experts_are_read_where_they_lie():
     each = [matrix(UINT4, 64, 64, 32, minima=True, seed=seed) for seed in range(3)]
     experts = jax.tree.map(lambda *parts: jnp.stack(parts), *(panels for panels, _ in each))
     assert experts.shape == (3, 64, 64)
-    chosen = jax.jit(lambda x, w, number: w.expert(number).product("", x))
+    chosen = jax.jit(lambda x, w, number: w.expert(number).product("TD,DF->TF", x))
     for number, (panels, _) in enumerate(each):
         x = inputs(4, 64)
         assert np.array_equal(np.asarray(chosen(x, experts, number)), np.asarray(product(x, panels)))

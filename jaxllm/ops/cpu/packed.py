@@ -49,7 +49,7 @@ class PackedMatrix:
 
     def product(self, spec: str, x: jax.Array) -> jax.Array:
         """Sums over the last dims of x and the contracted dims of the matrix: `[..., remaining dims]`, float32."""
-        return packed_product(x, self)
+        return packed_product(x, self, num_contracted(spec))
 
     def rows(self, index_T: jax.Array) -> jax.Array:
         """See `packed_rows`."""
@@ -95,13 +95,16 @@ def pack(matrix: np.ndarray, contracted: tuple[int, ...], out: np.ndarray | None
     return panels
 
 
-def packed_product(x: jax.Array, matrix: PackedMatrix) -> jax.Array:
-    """Sums over the last dims of x and the contracted dims of the matrix: `[..., remaining dims]`, float32."""
-    width, *remaining = 1, *matrix.remaining
-    first = x.ndim
-    while width < 2 * matrix.panels.shape[1]:
-        first -= 1
-        width *= x.shape[first]
+def num_contracted(spec: str) -> int:
+    """How many dims of its first operand an einsum sums over: its last ones, sizes of 1 included."""
+    operands, out = spec.split("->")
+    return sum(letter not in out for letter in operands.partition(",")[0])
+
+
+def packed_product(x: jax.Array, matrix: PackedMatrix, contracted: int = 1) -> jax.Array:
+    """Sums over so many last dims of x and the contracted dims of the matrix: `[..., remaining dims]`, float32."""
+    first, remaining = x.ndim - contracted, matrix.remaining
+    width = 2 * matrix.panels.shape[1]
     y_MN = matmul(x.reshape(-1, width), matrix.panels)
     return y_MN.reshape(*x.shape[:first], *remaining)
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxllm.config.quantization import Activations
 from jaxllm.ops.cpu import ffi
+from jaxllm.ops.cpu.packed import num_contracted
 from jaxllm.ops.cpu.quantized_bytes import Bytes, RoundingSizes, byte_offset, rounding_kernel
 from jaxllm.ops.cpu.quantized_kernel import PANEL, QuantizedSizes, quantized_kernel
 from jaxllm.ops.cpu.quantized_numbers import Arithmetic, Codes, Floats, Pairs
@@ -71,11 +72,8 @@ class QuantizedPanels:
 
     def product(self, spec: str, x: jax.Array) -> jax.Array:
         """Sums over the last dims of x and the inputs of the matrix: `[..., remaining dims]`, float32."""
-        first, width = x.ndim, 1
-        while width < self.num_inputs:
-            first -= 1
-            width *= x.shape[first]
-        x_MK = x.reshape(-1, width)
+        first = x.ndim - num_contracted(spec)
+        x_MK = x.reshape(-1, self.num_inputs)
         if self.order is not None:
             x_MK = jnp.take(x_MK, self.order, axis=1)
         return _matmul(x_MK, self).reshape(*x.shape[:first], *self.remaining)
