@@ -52,5 +52,5 @@ class FakeModel:
     def make(self, kind: type[T], monkeypatch: pytest.MonkeyPatch, sizes: dict[str, Any], **kwargs: Any) -> T:
         """An `LLM` or `AsyncLLM` of its own."""
         with monkeypatch.context() as patch:
-            patch.setattr("jaxllm.entrypoints.frontend.build_engine", lambda *_, **__: self.engine(**sizes))
+            patch.setattr("jaxllm.entrypoints.frontend.build_alone", lambda *_, **__: self.engine(**sizes))
             return kind("fake", use_tqdm=False, **kwargs)
