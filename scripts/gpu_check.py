@@ -413,8 +413,8 @@ def prefill_seconds(runner: Any, tokens: int) -> float:
 
     from jaxllm.config.sampling import SamplingParams
     from jaxllm.runner.batch import Dispatch, by_replica, ragged_batch
+    from jaxllm.scheduling.plan import Chunk
     from jaxllm.scheduling.request import Held, Request
-    from jaxllm.scheduling.scheduler import Chunk
 
     request = Request("prefill", [1] * tokens, SamplingParams(), limit=tokens)
     request.held = Held(slot=0, pages=list(range(1, 1 + -(-tokens // runner.shapes.page_size))))

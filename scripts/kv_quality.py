@@ -39,8 +39,8 @@ def last_logits(llm: Any, ids: list[int], count: int) -> np.ndarray:
     import jax
 
     from jaxllm.config.sampling import SamplingParams
+    from jaxllm.scheduling.plan import Chunk, IterationPlan
     from jaxllm.scheduling.request import Held, Request
-    from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 
     runner, start = llm.engine.runner, 0
     request = Request("logits", ids, SamplingParams(), limit=len(ids))

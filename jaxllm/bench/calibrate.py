@@ -22,7 +22,7 @@ from jaxllm.roofline.iteration_time import LOOP, RAGGED, IterationWork
 from jaxllm.roofline.profile import Profile, Terms
 from jaxllm.runner.interface import Work
 from jaxllm.runner.shapes import bucket_for
-from jaxllm.scheduling.scheduler import IterationPlan
+from jaxllm.scheduling.plan import IterationPlan
 from jaxllm.telemetry.accounting import Accounting
 from jaxllm.telemetry.device_peaks import engine_cost, measured_ceilings
 from jaxllm.telemetry.iteration_work import iteration_work, program_of

@@ -13,8 +13,9 @@ from typing import Any
 
 from jaxllm.bench.workload import TRACE_BLOCK, trace_rows
 from jaxllm.config.sampling import SamplingParams
+from jaxllm.scheduling.plan import IterationPlan
 from jaxllm.scheduling.request import Request
-from jaxllm.scheduling.scheduler import IterationPlan, Scheduler
+from jaxllm.scheduling.scheduler import Scheduler
 
 _MAX_QUEUED = 4  # requests that wait in the scheduler; the rest stays in the file
 

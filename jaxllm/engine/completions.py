@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.constraints.grammars import GrammarCompiler
 from jaxllm.constraints.token_rules import CopiedConstraint, all_of, token_rules
-from jaxllm.engine.engine import Engine, as_token_ids
+from jaxllm.engine.engine import Engine
 from jaxllm.engine.outputs import CompletionBuilder, CompletionDelta, RequestOutput, logprob_entry
-from jaxllm.engine.prompts import Asked, read_prompt
+from jaxllm.engine.prompts import Asked, as_token_ids, read_prompt
 from jaxllm.engine.scoring import Scorer, ScoringPass
 from jaxllm.scheduling.adapter_slots import Adapter
 from jaxllm.scheduling.request import Ending, Request

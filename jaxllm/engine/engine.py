@@ -9,22 +9,22 @@ import dataclasses
 import functools
 import itertools
 import logging
-import operator
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from jaxllm.config.sampling import SamplingParams
+from jaxllm.engine.endings import ending_of, rewound
 from jaxllm.engine.errors import EngineError, NotFinite
+from jaxllm.engine.prompts import check_ids, check_prompt
+from jaxllm.engine.schedulers import schedulers_for
 from jaxllm.runner.interface import Memory, Runner, Work
 from jaxllm.runner.sampler import NOT_FINITE, Sampled
-from jaxllm.runner.shapes import RunnerShapes
-from jaxllm.scheduling.adapter_slots import AdapterSlots
+from jaxllm.scheduling.plan import Chunk
 from jaxllm.scheduling.replicas import Scheduling, side_by_side
 from jaxllm.scheduling.request import Ending, Held, Listener, Request, Status, next_arrival
-from jaxllm.scheduling.scheduler import Chunk, Scheduler
 from jaxllm.scheduling.tiers import Load
 from jaxllm.telemetry.accounting import Accounting, IterationRecord
 from jaxllm.telemetry.device_peaks import engine_cost, known_ceilings
@@ -246,30 +246,15 @@ class Engine:
             ValueError: it cannot run.
         """
         known = self.check_prompt(ids)
-        vocab, max_len = self.runner.model.cfg.vocab_size, self.runner.shapes.max_model_len
-        named = (params.stop_token_ids, params.logit_bias, params.allowed_token_ids)
-        beyond = [i for ids in named for i in ids or () if i >= vocab]
-        if beyond:
-            raise ValueError(f"token id {beyond[0]!r} is outside the vocabulary; ids must be in 0..{vocab - 1}")
-        limit = max_len if params.max_tokens is None else min(max_len, len(known) + params.max_tokens)
+        check_ids(params, self.runner.model.cfg.vocab_size)
+        most = self.runner.shapes.max_model_len
+        limit = most if params.max_tokens is None else min(most, len(known) + params.max_tokens)
         self.scheduler.check_fits(limit)
         return known, limit
 
     def check_prompt(self, ids: Sequence[int]) -> list[int]:
         """These ids as plain integers. Raises ValueError where they are no prompt for this engine."""
-        known = as_token_ids(ids)
-        max_len, vocab = self.runner.shapes.max_model_len, self.runner.model.cfg.vocab_size
-        if not known:
-            raise ValueError("the prompt is empty; give at least one token")
-        if len(known) >= max_len:
-            raise ValueError(
-                f"the prompt has {len(known)} tokens and max_model_len is {max_len}, which leaves no room for an "
-                "answer; shorten the prompt or raise max_model_len"
-            )
-        if not 0 <= min(known) <= max(known) < vocab:
-            bad = next(i for i in known if not 0 <= i < vocab)
-            raise ValueError(f"token id {bad!r} is outside the vocabulary; ids must be in 0..{vocab - 1}")
-        return known
+        return check_prompt(ids, self.runner.shapes.max_model_len, self.runner.model.cfg.vocab_size)
 
     @_whole
     def step(self, *, wait: bool = True) -> list[NewTokens]:
@@ -353,7 +338,7 @@ class Engine:
         if not is_finite:
             tokens.pop()
         self.scheduler.append_tokens(request, tokens, chunk.num_samples, chunk.num_unsure)
-        ending = _ending(request, tokens) if is_finite else Ending("abort", error=NotFinite())
+        ending = ending_of(request, tokens) if is_finite else Ending("abort", error=NotFinite())
         if request.listener is not None:
             try:
                 ending = request.listener.take(request, tokens, sampled, ending)
@@ -384,7 +369,7 @@ class Engine:
         self.scheduler.restart(self.unfinished)
         self.runner.reset()
         for request in self.unfinished:
-            if not _rewound(request):
+            if not rewound(request):
                 self.finish(request, Ending("abort", error=EngineError("an interrupt came at a bad moment; try again")))
         self.is_sound = True
 
@@ -433,71 +418,3 @@ class Engine:
         if not record.compiled:
             num_plain = drafts.num_passes - drafts.num_verifying
             self.draft_price.observe(drafts.num_rows, num_plain, drafts.num_verifying, record.seconds)
-
-
-def schedulers_for(memory: Memory, shapes: RunnerShapes, *, chunked_prefill: bool = True) -> list[Scheduler]:
-    """A scheduler for each of the memory's page pools; they share the slots of adapters."""
-    adapter_slots = AdapterSlots(shapes.max_loras)
-    return [
-        Scheduler(
-            pool,
-            max_num_seqs=shapes.max_num_seqs,
-            max_num_batched_tokens=shapes.max_num_batched_tokens,
-            max_decode_steps=shapes.max_decode_steps,
-            first_slot=replica * shapes.max_num_seqs,
-            first_page=replica * shapes.num_pages,
-            tiers=memory.tiers,
-            chunked_prefill=chunked_prefill,
-            num_drafts=shapes.num_drafts,
-            adapter_slots=adapter_slots,
-        )
-        for replica, pool in enumerate(memory.pools)
-    ]
-
-
-def as_token_ids(ids: Any) -> list[int]:
-    """Token ids of any kind (lists, NumPy, torch or JAX arrays, one row of a batch) as a list of `int`.
-
-    Raises ValueError for what is none.
-    """
-    plain = ids.tolist() if hasattr(ids, "tolist") else ids
-    if isinstance(plain, str | bytes | Mapping) or not isinstance(plain, Iterable):
-        raise ValueError(f"token ids are a list of whole numbers, not {type(ids).__name__}")
-    known = list(plain)
-    if len(known) == 1 and isinstance(known[0], list) and plain is not ids:
-        known = known[0]  # an array of one row, as tokenizers return it
-    if all(type(i) is int for i in known):
-        return known
-    for i, token in enumerate(known):
-        try:
-            known[i] = operator.index(token)
-        except TypeError:
-            raise ValueError(f"token id {str(token)[:50]!r} is not a whole number") from None
-    return known
-
-
-def _rewound(request: Request) -> bool:
-    """Set a request's listener and constraint back to its known tokens, where that is possible."""
-    try:
-        if request.constraint is not None:
-            request.constraint.rewind(request.output_ids)
-        return request.listener is None or request.listener.rewind(request)
-    except Exception as error:
-        log.error("%s cannot be set back", request.request_id, exc_info=error)
-        return False
-
-
-def _ending(request: Request, tokens: Sequence[int]) -> Ending | None:
-    """How a request ends with its last tokens, as far as tokens say: a stop token, its limit, or its constraint."""
-    last = request.token_ids[-1]
-    if last in request.stop_ids and len(request.token_ids) > request.num_prompt:
-        return Ending("stop", last if last in (request.params.stop_token_ids or ()) else None)
-    if len(request.token_ids) >= request.limit:
-        return Ending("length")
-    if (constraint := request.constraint) is None:
-        return None
-    for token in tokens:
-        constraint.accept(token)
-    if constraint.error is not None:
-        return Ending("abort", error=ValueError(constraint.error))
-    return Ending("stop") if constraint.finished else None

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jaxllm.config.sampling import SamplingParams
+
 Prompt = str | Mapping[str, Any] | Sequence[int]
 FIELDS = ("prompt", "prompt_token_ids", "cache_salt", "priority", "add_special_tokens", "kv_transfer_params")
 
@@ -95,3 +97,50 @@ def _is_whole(value: Any) -> bool:
     except TypeError:
         return False
     return True
+
+
+def as_token_ids(ids: Any) -> list[int]:
+    """Token ids of any kind (lists, NumPy, torch or JAX arrays, one row of a batch) as a list of `int`.
+
+    Raises ValueError for what is none.
+    """
+    plain = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(plain, str | bytes | Mapping) or not isinstance(plain, Iterable):
+        raise ValueError(f"token ids are a list of whole numbers, not {type(ids).__name__}")
+    known = list(plain)
+    if len(known) == 1 and isinstance(known[0], list) and plain is not ids:
+        known = known[0]  # an array of one row, as tokenizers return it
+    if all(type(i) is int for i in known):
+        return known
+    for i, token in enumerate(known):
+        try:
+            known[i] = operator.index(token)
+        except TypeError:
+            raise ValueError(f"token id {str(token)[:50]!r} is not a whole number") from None
+    return known
+
+
+def check_prompt(ids: Sequence[int], max_model_len: int, vocab_size: int) -> list[int]:
+    """Token ids as plain integers. Raises ValueError where they are no prompt for such an engine."""
+    known = as_token_ids(ids)
+    if not known:
+        raise ValueError("the prompt is empty; give at least one token")
+    if len(known) >= max_model_len:
+        raise ValueError(
+            f"the prompt has {len(known)} tokens and max_model_len is {max_model_len}, which leaves no room for an "
+            "answer; shorten the prompt or raise max_model_len"
+        )
+    if not 0 <= min(known) <= max(known) < vocab_size:
+        _refuse_token(next(i for i in known if not 0 <= i < vocab_size), vocab_size)
+    return known
+
+
+def check_ids(params: SamplingParams, vocab_size: int) -> None:
+    """Raises ValueError where a request names tokens that there are not."""
+    named = (params.stop_token_ids, params.logit_bias, params.allowed_token_ids)
+    for token in (i for ids in named for i in ids or () if i >= vocab_size):
+        _refuse_token(token, vocab_size)
+
+
+def _refuse_token(token: int, vocab_size: int) -> None:
+    raise ValueError(f"token id {token!r} is outside the vocabulary; ids must be in 0..{vocab_size - 1}")

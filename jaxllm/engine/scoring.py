@@ -21,8 +21,8 @@ from jaxllm.engine.errors import NotFinite
 from jaxllm.engine.outputs import CompletionDelta
 from jaxllm.runner.sampler import Sampled
 from jaxllm.scheduling.adapter_slots import Adapter
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.scheduling.request import Held, Request
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 
 POOLINGS = ("mean", "last")
 

@@ -22,8 +22,8 @@ from jaxllm.config.sampling import MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
 from jaxllm.kv.page_programs import MOVE_BATCH
 from jaxllm.runner.sampler import SamplingRows
 from jaxllm.runner.shapes import RunnerShapes, bucket_for
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.scheduling.request import Request
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 
 Array = Any  # NumPy on the host, traced inside a compiled program
 MAX_STOP_IDS = MAX_STOP_TOKEN_IDS + 8  # the user's and the model's own

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxllm.runner.sampler import IDLE, Sampled
 from jaxllm.runner.speculation import Speculated
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.telemetry.drafts import LoopDrafts
 
 

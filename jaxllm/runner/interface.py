@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 
 if TYPE_CHECKING:
     from jaxllm.config import ModelConfig

@@ -35,7 +35,7 @@ from jaxllm.runner.programs import (
 from jaxllm.runner.sampler import Sampled
 from jaxllm.runner.shapes import RunnerShapes, make_memory
 from jaxllm.runner.shared_pages import SharedPages, Shelf
-from jaxllm.scheduling.scheduler import IterationPlan
+from jaxllm.scheduling.plan import IterationPlan
 from jaxllm.weights.abstract import AbstractModel
 
 

@@ -13,8 +13,9 @@ from typing import Protocol
 from jaxllm.scheduling.adapter_slots import AdapterSlots
 from jaxllm.scheduling.page_lists import utilization
 from jaxllm.scheduling.page_pool import PagePool
+from jaxllm.scheduling.plan import IterationPlan
 from jaxllm.scheduling.request import Request
-from jaxllm.scheduling.scheduler import IterationPlan, Scheduler
+from jaxllm.scheduling.scheduler import Scheduler
 from jaxllm.scheduling.tiers import Load
 
 

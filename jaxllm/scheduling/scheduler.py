@@ -10,57 +10,17 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from jaxllm.scheduling.adapter_slots import AdapterSlots
 from jaxllm.scheduling.page_lists import PageLists, utilization
 from jaxllm.scheduling.page_pool import PagePool
+from jaxllm.scheduling.plan import Chunk, IterationPlan, granted, reach
 from jaxllm.scheduling.request import Held, Request, Status
 from jaxllm.scheduling.tiers import Load, Tiers
 
 Ranked = tuple[tuple[int, int], Request]
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """One request's share of an iteration: tokens `[start, start + count)` go through the model.
-
-    `num_samples` is how many tokens it samples: 0 in mid-prompt, 1 at the end of its known tokens, up to the
-    plan's number of steps in a decode loop. Every step of a loop but the first computes a token sampled by the
-    step before; `count` is 1 there. With `num_drafts` each step may sample up to as many tokens more: `num_samples` is
-    the most that can come, `num_unsure` of it only if drafts are right, and `start` the furthest that the device can
-    have got.
-    """
-
-    request: Request
-    start: int
-    count: int
-    num_samples: int
-    num_drafts: int = 0
-    num_unsure: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class IterationPlan:
-    """What the device does next: one ragged step, or (`is_decode_loop`) `num_steps` decode iterations.
-
-    Chunks of one token come first; `admitted` lists requests that are new to their slot, or whose tokens there
-    changed. `copies` are (from, to) pages to copy before anything is written,
-    numbered over all replicas; `loads` are (slot, adapter) to write into the adapters' slots.
-    """
-
-    chunks: list[Chunk]
-    admitted: list[Request] = field(default_factory=list)
-    is_decode_loop: bool = False
-    num_steps: int = 1
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    loads: list[tuple[int, Any]] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that one iteration of this plan processes."""
-        return sum(chunk.count for chunk in self.chunks)
 
 
 class Scheduler:
@@ -222,7 +182,7 @@ class Scheduler:
             if self._free_slots or len(active) < len(self.running) or any(r.may_stop for r in active):
                 return 0
             steps = min(steps, *(tokens // (1 + self.num_drafts) for tokens in left))
-        growth = sum(self.page_lists.missing(r, _reach(r, steps)) for r in active)
+        growth = sum(self.page_lists.missing(r, reach(r, steps)) for r in active)
         return steps if steps > 1 and growth <= self.pool.num_free else 0
 
     def _decode_chunks(self, steps: int) -> list[Chunk]:
@@ -230,8 +190,8 @@ class Scheduler:
         for request in list(self.running):
             if request.status is not Status.RUNNING or request.num_left != 1 or request.exhausted or request.must_wait:
                 continue
-            if self._make_room(request, _reach(request, steps), chunks):
-                chunks.append(self._take(request, 1, _granted(request, steps)))
+            if self._make_room(request, reach(request, steps), chunks):
+                chunks.append(self._take(request, 1, granted(request, steps)))
         return chunks
 
     def with_drafts(self, plan: IterationPlan) -> list[Chunk]:
@@ -493,13 +453,3 @@ class Scheduler:
         request.status = Status.FINISHED
         request.finish_reason = reason
         request.stop_reason = stop_reason
-
-
-def _granted(request: Request, steps: int) -> int:
-    """Tokens this request may sample in a loop of `steps` iterations, where it is as long as it can be."""
-    return steps if request.num_unsure else min(steps, request.limit - request.num_tokens)
-
-
-def _reach(request: Request, steps: int) -> int:
-    """Tokens of a decoding request that are computed after a loop of `steps` iterations."""
-    return min(request.held.num_computed + steps, request.limit - 1)

@@ -18,7 +18,7 @@ from jaxllm.roofline.cost_model import ModelCost
 from jaxllm.roofline.iteration_time import DECODE, RAGGED, IterationTime
 from jaxllm.runner.shapes import RunnerShapes
 from jaxllm.scheduling.page_pool import PagePool
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.simulation.clock import VirtualClock
 from jaxllm.telemetry.iteration_work import iteration_work, program_of
 

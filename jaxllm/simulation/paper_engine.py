@@ -13,15 +13,16 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from jaxllm.config import EngineConfig, ModelConfig
-from jaxllm.engine.engine import Engine, schedulers_for
+from jaxllm.engine.engine import Engine
+from jaxllm.engine.schedulers import schedulers_for
 from jaxllm.roofline.chips import Chip
 from jaxllm.roofline.cost_model import ITEM_BYTES, ModelCost, model_cost
 from jaxllm.roofline.iteration_time import DATA_SHEET, Efficiency, IterationTime, RooflineTime
 from jaxllm.roofline.profile import Profile
 from jaxllm.runner.shapes import RunnerShapes
 from jaxllm.scheduling.page_pool import PagePool
+from jaxllm.scheduling.plan import IterationPlan
 from jaxllm.scheduling.replicas import Scheduling, side_by_side
-from jaxllm.scheduling.scheduler import IterationPlan
 from jaxllm.sharding.rules import kv_copies, load_rules, parse_mesh
 from jaxllm.simulation.clock import VirtualClock
 from jaxllm.simulation.modelled_runner import ModelledRunner, PaperMemory, PaperModel

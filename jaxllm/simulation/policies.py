@@ -12,9 +12,10 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from jaxllm.runner.shapes import RunnerShapes
+from jaxllm.scheduling.plan import IterationPlan
 from jaxllm.scheduling.replicas import Scheduling
 from jaxllm.scheduling.request import Request
-from jaxllm.scheduling.scheduler import IterationPlan, Scheduler
+from jaxllm.scheduling.scheduler import Scheduler
 from jaxllm.simulation.disaggregated import HandOverGate
 from jaxllm.simulation.paper_engine import Policy
 

@@ -14,9 +14,10 @@ from typing import Protocol
 
 import numpy as np
 
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.scheduling.replicas import Replicas, Scheduling
 from jaxllm.scheduling.request import Request
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan, Scheduler
+from jaxllm.scheduling.scheduler import Scheduler
 from jaxllm.scheduling.tiers import Load
 from jaxllm.simulation.modelled_runner import ModelledRunner
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jaxllm.roofline.cost_model import Cost, ModelCost
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.telemetry.drafts import LoopDrafts
 
 _RECENT = 64  # iterations behind the recent rates

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jaxllm.roofline.cost_model import ModelCost
-from jaxllm.scheduling.scheduler import Chunk
+from jaxllm.scheduling.plan import Chunk
 
 _USUAL_RIDGE = 10.0  # FLOPs per byte at which a processor without a data sheet is taken to be as slow by either
 _REACHED = 0.5  # share of a data sheet's ridge that matrix products of few rows reach

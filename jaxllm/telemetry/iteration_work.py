@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from jaxllm.roofline.cost_model import ModelCost
 from jaxllm.roofline.iteration_time import DECODE, LOOP, RAGGED, IterationWork
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 
 
 def program_of(plan: IterationPlan) -> str:

@@ -12,8 +12,8 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.scheduling.request import Request
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 
 NextToken = Callable[[Sequence[int]], int]
 

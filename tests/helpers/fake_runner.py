@@ -16,8 +16,8 @@ import numpy as np
 from jaxllm.config.sampling import MAX_LOGPROBS
 from jaxllm.runner.sampler import NOT_FINITE, Sampled
 from jaxllm.runner.shapes import RunnerShapes, make_memory
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.scheduling.request import Request
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 from tests.helpers.fake_device import FakeDevice, next_token
 
 POISON = 255

@@ -7,8 +7,8 @@ import numpy as np
 
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.engine.engine import Engine
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.scheduling.request import Held, Request
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 
 
 def engine_logits(engine: Engine, tokens: list[int]) -> np.ndarray:

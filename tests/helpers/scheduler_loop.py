@@ -13,8 +13,9 @@ from typing import Any
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.scheduling.host_pool import HostPool
 from jaxllm.scheduling.page_pool import PagePool
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.scheduling.request import Request
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan, Scheduler
+from jaxllm.scheduling.scheduler import Scheduler
 from jaxllm.scheduling.tiers import Load, Tiers
 from tests.helpers.fake_device import FakeDevice, naive_generate
 

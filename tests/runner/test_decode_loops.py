@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxllm.scheduling.scheduler import IterationPlan
+from jaxllm.scheduling.plan import IterationPlan
 from tests.helpers.scheduler_loop import Harness, make, request
 
 

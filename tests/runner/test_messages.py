@@ -13,8 +13,8 @@ from jaxllm.runner.batch import Dispatch, lay_out
 from jaxllm.runner.messages import Reset, Stop, WarmUp, decode, encode
 from jaxllm.runner.programs import PROGRAMS, SAMPLING, TIERS
 from jaxllm.runner.shapes import runner_shapes
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.scheduling.request import Held, Request
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
 from jaxllm.weights.abstract import make_model

@@ -9,9 +9,10 @@ import pytest
 
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.scheduling.page_pool import PagePool
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.scheduling.replicas import Replicas
 from jaxllm.scheduling.request import Request
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan, Scheduler
+from jaxllm.scheduling.scheduler import Scheduler
 from tests.helpers.fake_device import FakeDevice, naive_generate
 
 SEQS, BUDGET = 4, 16

@@ -16,8 +16,8 @@ from jaxllm.cli import main
 from jaxllm.commands import bench as bench_cli
 from jaxllm.families.presets import model_config
 from jaxllm.roofline.cost_model import iteration_cost, model_cost
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.scheduling.request import Request
-from jaxllm.scheduling.scheduler import Chunk, IterationPlan
 from jaxllm.telemetry.accounting import Accounting, Ceilings, summed
 from jaxllm.telemetry.device_peaks import engine_cost
 
