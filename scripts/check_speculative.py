@@ -57,10 +57,14 @@ def main() -> int:
     ]
     drafts = llm.engine.drafts
     report = {
-        "model": args.model, "speculative_config": config, "num_prompts": len(asked), "different": different,
-        "num_draft_tokens": drafts.num_draft_tokens, "acceptance_rate": drafts.acceptance_rate,
+        "model": args.model,
+        "speculative_config": config,
+        "num_prompts": len(asked),
+        "different": different,
+        "num_draft_tokens": drafts.num_draft_tokens,
+        "acceptance_rate": drafts.acceptance_rate,
         "mean_acceptance_length": drafts.mean_acceptance_length,
-    }  # fmt: skip
+    }
     print(json.dumps(report))
     return 1 if different else 0
 

@@ -130,9 +130,12 @@ def openai_parse(server: Server) -> str:
     client = openai.OpenAI(base_url=server.v1, api_key=server.key)
     messages: list[Any] = [{"role": "user", "content": QUESTION}]
     first = client.chat.completions.parse(
-        model=server.model, messages=messages, tools=[openai.pydantic_function_tool(GetWeather)],
-        tool_choice="required", max_tokens=LIMIT,
-    )  # fmt: skip
+        model=server.model,
+        messages=messages,
+        tools=[openai.pydantic_function_tool(GetWeather)],
+        tool_choice="required",
+        max_tokens=LIMIT,
+    )
     message = first.choices[0].message
     assert message.tool_calls[0].function.parsed_arguments.city in ("Paris", "Rome")
     messages += [message.model_dump(exclude={"parsed"}), *results(message.tool_calls)]
@@ -246,9 +249,13 @@ def llama_index(server: Server) -> str:
     from llama_index.llms.openai_like import OpenAILike
 
     model = OpenAILike(
-        model=server.model, api_base=server.v1, api_key=server.key, is_chat_model=True,
-        is_function_calling_model=True, max_tokens=LIMIT,
-    )  # fmt: skip
+        model=server.model,
+        api_base=server.v1,
+        api_key=server.key,
+        is_chat_model=True,
+        is_function_calling_model=True,
+        max_tokens=LIMIT,
+    )
     weather = FunctionTool.from_defaults(get_weather)
     history = [ChatMessage(role="user", content=QUESTION)]
     first = model.chat_with_tools([weather], chat_history=history, tool_required=True)
@@ -337,8 +344,12 @@ def vercel(mode: str, server: Server) -> str:
     """The Vercel AI SDK, which runs in Node."""
     done = subprocess.run(
         ["node", "loop.mjs", mode, server.v1, server.model, server.key],
-        cwd=Path(__file__).parent / "client_matrix_js", capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+        cwd=Path(__file__).parent / "client_matrix_js",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr.strip()[-400:]
     return said(done.stdout)
 

@@ -227,9 +227,13 @@ def transformers_engine(model: str, dtype: str) -> Generate:
         ids = torch.tensor(prompts)
         with torch.inference_mode():
             return loaded.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=output, min_new_tokens=output, do_sample=False,
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=output,
+                min_new_tokens=output,
+                do_sample=False,
                 pad_token_id=0,
-            )  # fmt: skip
+            )
 
     return generate
 
@@ -281,11 +285,13 @@ def llama_cpp_engine(model: str, dtype: str) -> Generate:
 
 OF_GGUF = {"jaxllm-gguf", "jaxllm-gguf-int8", "llama.cpp"}
 ENGINES = {
-    "jaxllm": jaxllm_engine, "vllm": vllm_engine, "transformers": transformers_engine,
+    "jaxllm": jaxllm_engine,
+    "vllm": vllm_engine,
+    "transformers": transformers_engine,
     "jaxllm-gguf": jaxllm_engine,
     "jaxllm-gguf-int8": functools.partial(jaxllm_engine, activation_dtype="int8"),
     "llama.cpp": llama_cpp_engine,
-}  # fmt: skip
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -25,11 +25,36 @@ LAYERS, HEADS, WIDTH, CONTEXT, BATCH = 4, 4, 128, 64, 12
 def ours(data: Path, output: Path, steps: int, dtype: str) -> dict:
     """`jaxllm train` as a user runs it; its report."""
     command = [
-        sys.executable, "-m", "jaxllm", "train", "pretrain", "--data", str(data), "--output", str(output), "--json",
-        "--num-layers", str(LAYERS), "--num-heads", str(HEADS), "--hidden-size", str(WIDTH), "--context-length",
-        str(CONTEXT), "--batch-size", str(BATCH), "--steps", str(steps), "--eval-every", str(steps), "--no-plot",
-        "--sample-every", "0", "--compute-dtype", dtype,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "jaxllm",
+        "train",
+        "pretrain",
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+        "--json",
+        "--num-layers",
+        str(LAYERS),
+        "--num-heads",
+        str(HEADS),
+        "--hidden-size",
+        str(WIDTH),
+        "--context-length",
+        str(CONTEXT),
+        "--batch-size",
+        str(BATCH),
+        "--steps",
+        str(steps),
+        "--eval-every",
+        str(steps),
+        "--no-plot",
+        "--sample-every",
+        "0",
+        "--compute-dtype",
+        dtype,
+    ]
     started = time.perf_counter()
     process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
     return {**json.loads(process.stdout), "wall_s": time.perf_counter() - started}
@@ -48,8 +73,10 @@ def theirs(data: Path, config: Path, steps: int, *, compiled: bool) -> dict:
     numbers = {c: i for i, c in enumerate(sorted(set(text)))}
     tokens = torch.tensor([numbers[c] for c in text])
     train, valid = tokens[: int(0.9 * len(tokens))], tokens[int(0.9 * len(tokens)) :]
-    groups = [{"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
-              {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99))
     forward = torch.compile(model) if compiled else model
     rng, seconds = np.random.default_rng(0), []
@@ -80,8 +107,9 @@ def _held_out(model, valid) -> float:
     with torch.no_grad():
         for some in windows.split(64):
             logits = model(input_ids=some[:, :-1], use_cache=False).logits
-            total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(),
-                                                             reduction="sum"))  # fmt: skip
+            total += float(
+                torch.nn.functional.cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="sum")
+            )
     return total / (len(windows) * CONTEXT)
 
 

@@ -26,13 +26,11 @@ BY_GROUP = Activations(codes="int8", by_group=True)
 SCHEMES = {
     "bfloat16": None,
     "q4_1": Scheme(codes="uint4", group=32, has_minima=True, scale_dtype="float16"),
-    "q4_1, int8 rows": Scheme(
-        codes="uint4", group=32, has_minima=True, scale_dtype="float16", activations=BY_GROUP
-    ),
+    "q4_1, int8 rows": Scheme(codes="uint4", group=32, has_minima=True, scale_dtype="float16", activations=BY_GROUP),
     "int4 of 128": Scheme(codes="uint4", group=128, offset=8, scale_dtype="bfloat16"),
     "q8_0": Scheme(codes="int8", group=32, scale_dtype="float16"),
     "q8_0, int8 rows": Scheme(codes="int8", group=32, scale_dtype="float16", activations=BY_GROUP),
-}  # fmt: skip
+}
 
 
 def main() -> None:
@@ -55,8 +53,9 @@ def main() -> None:
             base = base or seconds
             print(
                 f"{rows:4} rows, {name:16} {1e3 * seconds:8.2f} ms {size / seconds / 1e9:6.1f} GB/s "
-                f"{flops / seconds / 1e9:6.0f} GFLOP/s {base / seconds:5.2f}x", flush=True,
-            )  # fmt: skip
+                f"{flops / seconds / 1e9:6.0f} GFLOP/s {base / seconds:5.2f}x",
+                flush=True,
+            )
 
 
 def all_of(x: jax.Array, matrices: list[Any]) -> jax.Array:

@@ -42,10 +42,26 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         pin = ["taskset", "-c", cores] if cores else []
         self._command = [
-            *pin, sys.executable, "-m", "jaxllm", "serve", "--model", args.model, "--port", str(self.port),
-            "--max-model-len", str(args.max_model_len), "--served-model-name", "model", "--log-level", "warning",
-            "--kv-cache-memory-bytes", str(args.kv_cache_memory_bytes), *args.flags, *flags,
-        ]  # fmt: skip
+            *pin,
+            sys.executable,
+            "-m",
+            "jaxllm",
+            "serve",
+            "--model",
+            args.model,
+            "--port",
+            str(self.port),
+            "--max-model-len",
+            str(args.max_model_len),
+            "--served-model-name",
+            "model",
+            "--log-level",
+            "warning",
+            "--kv-cache-memory-bytes",
+            str(args.kv_cache_memory_bytes),
+            *args.flags,
+            *flags,
+        ]
         self.start()
 
     def start(self) -> None:
@@ -138,8 +154,16 @@ def bodies(args: argparse.Namespace, count: int) -> list[dict[str, Any]]:
     for i, (prompt, output) in enumerate(lengths):
         ids = [rng.randrange(3, 250) for _ in range(min(prompt, args.max_model_len // 2))]
         sampling = {"temperature": 1.0, "seed": i} if i % 3 == 0 else {"temperature": 0}
-        made.append({"model": "model", "prompt": ids, "max_tokens": min(output, 32), "stream": i % 2 == 0,
-                     "ignore_eos": True, **sampling})  # fmt: skip
+        made.append(
+            {
+                "model": "model",
+                "prompt": ids,
+                "max_tokens": min(output, 32),
+                "stream": i % 2 == 0,
+                "ignore_eos": True,
+                **sampling,
+            }
+        )
     return made
 
 
@@ -166,8 +190,20 @@ def router(args: argparse.Namespace, servers: Sequence[Server]) -> Iterator[str 
         yield None
         return
     port = free_port()
-    command = [args.router, "--vllm-pd-disaggregation", "--prefill", servers[0].url, "--decode", servers[1].url,
-               "--port", str(port), "--host", "127.0.0.1", "--prometheus-port", str(free_port())]  # fmt: skip
+    command = [
+        args.router,
+        "--vllm-pd-disaggregation",
+        "--prefill",
+        servers[0].url,
+        "--decode",
+        servers[1].url,
+        "--port",
+        str(port),
+        "--host",
+        "127.0.0.1",
+        "--prometheus-port",
+        str(free_port()),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
@@ -225,8 +261,14 @@ async def gaps(servers: Sequence[Server], args: argparse.Namespace, prompts: boo
     async with httpx.AsyncClient(timeout=600) as client:
 
         async def listen() -> None:
-            body = {"model": "model", "prompt": [rng.randrange(3, 250) for _ in range(64)], "stream": True,
-                    "max_tokens": args.max_model_len - 80, "ignore_eos": True, "temperature": 0}  # fmt: skip
+            body = {
+                "model": "model",
+                "prompt": [rng.randrange(3, 250) for _ in range(64)],
+                "stream": True,
+                "max_tokens": args.max_model_len - 80,
+                "ignore_eos": True,
+                "temperature": 0,
+            }
             last = None
             async with client.stream("POST", f"{servers[-1].url}/v1/completions", json=body) as reply:
                 reply.raise_for_status()

@@ -41,14 +41,27 @@ BUDGETS_S = {
     "peer": 120,
 }
 LLAMA_8B = {
-    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_layers": 32, "num_heads": 32,
-    "num_kv_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-    "max_position_embeddings": 131072, "tie_word_embeddings": False,
-}  # fmt: skip
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_layers": 32,
+    "num_heads": 32,
+    "num_kv_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}
 TINY = LLAMA_8B | {
-    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
     "head_dim": 16,
-}  # fmt: skip
+}
 Rows = Iterator[dict[str, Any]]
 
 
@@ -75,9 +88,14 @@ FULL = Plan(
     steps=8,
 )
 SMALL = Plan(
-    model=TINY, decode=[(1, 32), (2, 64)], prefill=[32], peer_decode=[(2, 16)], num_kernel_shapes=1, page_size=16,
+    model=TINY,
+    decode=[(1, 32), (2, 64)],
+    prefill=[32],
+    peer_decode=[(2, 16)],
+    num_kernel_shapes=1,
+    page_size=16,
     steps=2,
-)  # fmt: skip
+)
 
 
 # -- parts: each yields rows of results as soon as it has them ---------------------------------------------------
@@ -139,8 +157,13 @@ def attention(plan: Plan) -> Rows:
     k, h = plan.model["num_kv_heads"], plan.model["head_dim"]
     g, spec = plan.model["num_heads"] // k, AttentionSpec(scale=h**-0.5)
     rows, context = (2, 64) if interpret else (32, 8192)
-    decodes = [None, *(Tiling(pairs=16, keys=s, warps=w, stages=n) for s, w, n in
-                       [(32, 4, 6), (64, 4, 6), (64, 8, 3), (128, 4, 2), (128, 8, 3)])]  # fmt: skip
+    decodes = [
+        None,
+        *(
+            Tiling(pairs=16, keys=s, warps=w, stages=n)
+            for s, w, n in [(32, 4, 6), (64, 4, 6), (64, 8, 3), (128, 4, 2), (128, 8, 3)]
+        ),
+    ]
     sizes = [(64, 64, 4, 3), (128, 32, 8, 4), (128, 64, 8, 5), (64, 64, 4, 2), (128, 64, 8, 2)]
     prefills = [None, *(Tiling(pairs=m, keys=s, warps=w, stages=n) for m, s, w, n in sizes)]
     for page_size in (16, 64):
@@ -151,22 +174,44 @@ def attention(plan: Plan) -> Rows:
         q = jax.random.normal(jax.random.key(2), (rows, k, g, h), jnp.bfloat16)
         single = SingleRows(jnp.full(rows, context, jnp.int32), table)
         for tiling in decodes[: 2 if interpret else None]:
-            run = repeated(lambda q, pages, single=single, tiling=tiling: pallas_gpu.attention(
-                q, pages, single, spec=spec, decode=tiling, interpret=interpret), interpret)  # fmt: skip
+            run = repeated(
+                lambda q, pages, single=single, tiling=tiling: pallas_gpu.attention(
+                    q, pages, single, spec=spec, decode=tiling, interpret=interpret
+                ),
+                interpret,
+            )
             num_bytes = 2 * rows * context * k * h * 2
-            yield measured({"phase": "decode", "rows": rows, "context": context, "page_size": page_size,
-                            "tiling": str(tiling or "default")}, run, (q, pages), bytes=num_bytes)  # fmt: skip
+            yield measured(
+                {
+                    "phase": "decode",
+                    "rows": rows,
+                    "context": context,
+                    "page_size": page_size,
+                    "tiling": str(tiling or "default"),
+                },
+                run,
+                (q, pages),
+                bytes=num_bytes,
+            )
         tokens = 32 if interpret else 4096
         if page_size == 64 and not interpret:
             continue
         q = jax.random.normal(jax.random.key(3), (tokens, k, g, h), jnp.bfloat16)
         chunk = RaggedRows(*(jnp.asarray(x, jnp.int32) for x in ([0], [tokens], [tokens], 0, table[:1])))
         for tiling in prefills[: 2 if interpret else None]:
-            run = repeated(lambda q, pages, chunk=chunk, tiling=tiling: pallas_gpu.attention(
-                q, pages, chunk, spec=spec, prefill=tiling, interpret=interpret), interpret)  # fmt: skip
+            run = repeated(
+                lambda q, pages, chunk=chunk, tiling=tiling: pallas_gpu.attention(
+                    q, pages, chunk, spec=spec, prefill=tiling, interpret=interpret
+                ),
+                interpret,
+            )
             flops = 4 * k * g * h * tokens * (tokens + 1) / 2
-            yield measured({"phase": "prefill", "tokens": tokens, "page_size": page_size,
-                            "tiling": str(tiling or "default")}, run, (q, pages), flops=flops)  # fmt: skip
+            yield measured(
+                {"phase": "prefill", "tokens": tokens, "page_size": page_size, "tiling": str(tiling or "default")},
+                run,
+                (q, pages),
+                flops=flops,
+            )
 
 
 def engine(plan: Plan, kv_dtype: str = "auto", quantization: str = "auto") -> Rows:
@@ -181,22 +226,37 @@ def engine(plan: Plan, kv_dtype: str = "auto", quantization: str = "auto") -> Ro
         keys += [("ragged", t) for t in prefills]
     futures = {key: runner.compiler.submit(key) for key in keys}  # all at once, and waited for as they are needed
     for rows, context in plan.decode:
-        point = {"phase": "decode", "rows": rows, "context": context, "kv_dtype": runner.shapes.kv_dtype.name,
-                 "weights": "bfloat16" if quantization == "auto" else quantization}  # fmt: skip
+        point = {
+            "phase": "decode",
+            "rows": rows,
+            "context": context,
+            "kv_dtype": runner.shapes.kv_dtype.name,
+            "weights": "bfloat16" if quantization == "auto" else quantization,
+        }
         if rows * (context + 8 * plan.steps + 64) > (runner.shapes.num_pages - 1) * plan.page_size:
             yield point | {"skipped": f"the cache would take {rows * context * token_bytes / 1e9:.0f} GB"}
             continue
         futures["decode_greedy", bucket(runner, rows)].result()
         seconds = decode_seconds(runner, rows, context, plan)
         work = cost.cost(tokens=rows, samples=rows, pairs=rows * context, keys=rows * context)
-        yield point | {"ms": 1e3 * seconds, "tokens_per_s": rows / seconds,
-                       "bytes_per_s": work.bytes / seconds, "flops_per_s": work.flops / seconds}  # fmt: skip
+        yield point | {
+            "ms": 1e3 * seconds,
+            "tokens_per_s": rows / seconds,
+            "bytes_per_s": work.bytes / seconds,
+            "flops_per_s": work.flops / seconds,
+        }
     for tokens in prefills:
         futures["ragged", tokens].result()
         seconds = prefill_seconds(runner, tokens)
         work = cost.cost(tokens=tokens, samples=0, pairs=tokens * (tokens + 1) // 2, keys=tokens)
-        yield {"phase": "prefill", "tokens": tokens, "ms": 1e3 * seconds, "tokens_per_s": tokens / seconds,
-               "bytes_per_s": work.bytes / seconds, "flops_per_s": work.flops / seconds}  # fmt: skip
+        yield {
+            "phase": "prefill",
+            "tokens": tokens,
+            "ms": 1e3 * seconds,
+            "tokens_per_s": tokens / seconds,
+            "bytes_per_s": work.bytes / seconds,
+            "flops_per_s": work.flops / seconds,
+        }
     jax.clear_caches()
 
 
@@ -232,8 +292,11 @@ def products(plan: Plan) -> Rows:
         1 if interpret else 8,
     )  # beyond the caches
     group = 32 if interpret else 128
-    schemes = {"int4": Scheme(codes="uint4", group=group, offset=8, scale_dtype="bfloat16"),
-               "int8": Scheme(codes="int8"), "fp8": Scheme(codes="float8_e4m3fn")}  # fmt: skip
+    schemes = {
+        "int4": Scheme(codes="uint4", group=group, offset=8, scale_dtype="bfloat16"),
+        "int8": Scheme(codes="int8"),
+        "fp8": Scheme(codes="float8_e4m3fn"),
+    }
     sizes = [(128, 128, 4, 4), (128, 128, 4, 6), (128, 128, 8, 4), (64, 128, 4, 5), (64, 64, 4, 6), (256, 64, 8, 4)]
     normal = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
     shapes = [(d, f), (f, d)] * copies
@@ -281,11 +344,19 @@ def peer(plan: Plan) -> Rows:
 
     m, device = plan.model, "cuda" if torch.cuda.is_available() else "cpu"
     config = transformers.LlamaConfig(
-        vocab_size=m["vocab_size"], hidden_size=m["hidden_size"], intermediate_size=m["intermediate_size"],
-        num_hidden_layers=m["num_layers"], num_attention_heads=m["num_heads"], num_key_value_heads=m["num_kv_heads"],
-        max_position_embeddings=m["max_position_embeddings"], tie_word_embeddings=False, rope_theta=m["rope_theta"],
-        bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=m["vocab_size"],
+        hidden_size=m["hidden_size"],
+        intermediate_size=m["intermediate_size"],
+        num_hidden_layers=m["num_layers"],
+        num_attention_heads=m["num_heads"],
+        num_key_value_heads=m["num_kv_heads"],
+        max_position_embeddings=m["max_position_embeddings"],
+        tie_word_embeddings=False,
+        rope_theta=m["rope_theta"],
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = transformers.LlamaForCausalLM(config).eval()
@@ -296,9 +367,13 @@ def peer(plan: Plan) -> Rows:
         started = time.perf_counter()
         with torch.inference_mode():
             model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, min_new_tokens=new,
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=new,
+                min_new_tokens=new,
                 cache_implementation="static",
-            )  # fmt: skip
+            )
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - started
@@ -321,9 +396,15 @@ def peer(plan: Plan) -> Rows:
 
 
 PARTS: dict[str, Callable[[Plan], Rows]] = {
-    "ceilings": ceilings, "kernels": kernels, "attention": attention, "engine": engine, "engine8": engine8,
-    "engine4": engine4, "products": products, "peer": peer,
-}  # fmt: skip
+    "ceilings": ceilings,
+    "kernels": kernels,
+    "attention": attention,
+    "engine": engine,
+    "engine8": engine8,
+    "engine4": engine4,
+    "products": products,
+    "peer": peer,
+}
 
 
 # -- the engine's own programs -----------------------------------------------------------------------------------
@@ -346,11 +427,17 @@ def make_runner(plan: Plan, kv_dtype: str, quantization: str) -> tuple[Any, Any]
 
     most = max(plan.prefill)
     config = EngineConfig(
-        max_model_len=max(most, max(c for _, c in plan.decode) + 64 * plan.steps), kv_dtype=kv_dtype,
-        max_num_seqs=max(b for b, _ in plan.decode), max_num_batched_tokens=most, page_size=plan.page_size,
-        max_decode_steps=plan.steps, load_format="dummy", quantization=quantization, gpu_memory_utilization=0.85,
+        max_model_len=max(most, max(c for _, c in plan.decode) + 64 * plan.steps),
+        kv_dtype=kv_dtype,
+        max_num_seqs=max(b for b, _ in plan.decode),
+        max_num_batched_tokens=most,
+        page_size=plan.page_size,
+        max_decode_steps=plan.steps,
+        load_format="dummy",
+        quantization=quantization,
+        gpu_memory_utilization=0.85,
         kv_cache_memory_bytes=(64 << 20) if jax.default_backend() == "cpu" else None,
-    )  # fmt: skip
+    )
     model = make_model(config, ModelConfig(**plan.model), Placement(make_mesh("tp=1"), load_rules("megatron")))
     runner = ModelRunner(model, runner_shapes(config, model))
     runner.compiler = Compiler(model, runner.shapes, num_threads=8)

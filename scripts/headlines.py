@@ -43,10 +43,16 @@ def settings(**given: Any) -> dict[str, Any]:
 
 def decoder(hidden: int, layers: int, heads: int, positions: int = 2048) -> ModelConfig:
     """A decoder of GPT-3's and OPT's kind."""
-    return read_config({
-        "architectures": ["GPT2LMHeadModel"], "vocab_size": 50272, "n_positions": positions, "n_embd": hidden,
-        "n_layer": layers, "n_head": heads,
-    })  # fmt: skip
+    return read_config(
+        {
+            "architectures": ["GPT2LMHeadModel"],
+            "vocab_size": 50272,
+            "n_positions": positions,
+            "n_embd": hidden,
+            "n_layer": layers,
+            "n_head": heads,
+        }
+    )
 
 
 def engine(
@@ -71,8 +77,9 @@ def apart(cfg: ModelConfig, chip: str, prefill: int, decode: int, link: str, **s
     )
 
 
-def capacity(make: Make, workload: Workload, holds: Holds, *, first: float = 1.0, seconds: float = 40,
-             most: int = 1000) -> float:  # fmt: skip
+def capacity(
+    make: Make, workload: Workload, holds: Holds, *, first: float = 1.0, seconds: float = 40, most: int = 1000
+) -> float:
     """The highest rate (requests/s) that holds, by doubling and bisection.
 
     Arrivals last `seconds`, if that makes at least 150 requests and at most `most`.
@@ -171,8 +178,12 @@ def paged_attention() -> dict[str, float]:
     def power_of_two(request: Request) -> int:
         return request.num_prompt + (1 << (request.limit - request.num_prompt - 1).bit_length())
 
-    policies = {"paged": None, "max": POLICIES["contiguous"], "pow2": reserving(power_of_two),
-                "oracle": reserving(lambda request: request.limit)}  # fmt: skip
+    policies = {
+        "paged": None,
+        "max": POLICIES["contiguous"],
+        "pow2": reserving(power_of_two),
+        "oracle": reserving(lambda request: request.limit),
+    }
     sizes = settings(max_num_seqs=256, max_num_batched_tokens=2048, kv_cache_memory_bytes=12 * 10**9)
     found = {
         name: capacity(together(cfg, "a100", policy, **sizes), load, mean_latency(0.2), seconds=150)

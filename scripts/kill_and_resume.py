@@ -25,10 +25,32 @@ STEPS = 400
 
 def command(data: Path, output: Path) -> list[str]:
     return [
-        sys.executable, "-m", "jaxllm", "train", "pretrain", "--data", str(data), "--output", str(output), "--steps",
-        str(STEPS), "--num-layers", "2", "--hidden-size", "64", "--context-length", "32", "--save-every", "20",
-        "--eval-every", "100", "--resume", "--no-plot", "--sample-every", "0",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "jaxllm",
+        "train",
+        "pretrain",
+        "--data",
+        str(data),
+        "--output",
+        str(output),
+        "--steps",
+        str(STEPS),
+        "--num-layers",
+        "2",
+        "--hidden-size",
+        "64",
+        "--context-length",
+        "32",
+        "--save-every",
+        "20",
+        "--eval-every",
+        "100",
+        "--resume",
+        "--no-plot",
+        "--sample-every",
+        "0",
+    ]
 
 
 def state(output: Path) -> dict[str, np.ndarray]:

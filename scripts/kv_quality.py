@@ -16,10 +16,15 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 ROOT = Path(__file__).parents[1]
 PROMPTS = (
-    "The capital of France is", "Once upon a time, in a small village by the sea,", "def fibonacci(n):\n",
-    "The three laws of thermodynamics are", "List five animals that live in the desert:", "To bake bread you need",
-    "In 1969, the first humans", "The difference between a virus and a bacterium is",
-)  # fmt: skip
+    "The capital of France is",
+    "Once upon a time, in a small village by the sea,",
+    "def fibonacci(n):\n",
+    "The three laws of thermodynamics are",
+    "List five animals that live in the desert:",
+    "To bake bread you need",
+    "In 1969, the first humans",
+    "The difference between a virus and a bacterium is",
+)
 
 
 def logprobs(llm: Any, ids: list[int]) -> np.ndarray:
@@ -62,9 +67,13 @@ def measure(args: argparse.Namespace, dtype: str, ids: list[int]) -> dict[str, A
 
     length = len(ids) + 128
     llm = LLM(
-        args.model, kv_dtype=dtype, max_model_len=length, max_num_seqs=8, page_size=16,
+        args.model,
+        kv_dtype=dtype,
+        max_model_len=length,
+        max_num_seqs=8,
+        page_size=16,
         kv_cache_memory_bytes=args.cache_mb << 20,
-    )  # fmt: skip
+    )
     runner = llm.engine.runner
     params = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
     return {
@@ -104,8 +113,10 @@ def main() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in args.text)
     ids = load_tokenizer(resolve_model(args.model)).encode(text)[: args.num_tokens]
     print(f"{len(ids)} tokens of text, {len(PROMPTS)} prompts\n", file=sys.stderr)
-    print("| cache | bytes per token | perplexity | change | mean abs logit error | same likeliest token | "
-          "greedy tokens before the first difference | whole answers equal |")  # fmt: skip
+    print(
+        "| cache | bytes per token | perplexity | change | mean abs logit error | same likeliest token | "
+        "greedy tokens before the first difference | whole answers equal |"
+    )
     print("|" + " --- |" * 8)
     base: dict[str, Any] = {}
     for dtype in args.kv_dtypes:

@@ -30,8 +30,10 @@ def arrivals(args: argparse.Namespace, rate: float) -> list[Arrival]:
         now += rng.gammavariate(0.25, 4 / rate)
         model = rng.choices(range(args.num_models), weights)[0]
         lengths = (rng.lognormvariate(0, 0.6) for _ in range(2))
-        size_in, size_out = (max(2, min(4 * mean, int(mean * x))) for mean, x in zip(
-            (args.input_len, args.output_len), lengths, strict=True))  # fmt: skip
+        size_in, size_out = (
+            max(2, min(4 * mean, int(mean * x)))
+            for mean, x in zip((args.input_len, args.output_len), lengths, strict=True)
+        )
         out.append((now, f"m{model}", size_in, size_out))
     return out
 
@@ -60,8 +62,13 @@ async def load(pool: Pool, plan: list[Arrival], args: argparse.Namespace) -> dic
     total = sum(len(times) for _, times in results)
     met = sum(tokens_in_time(arrived, times, ttft=args.ttft, tpot=args.tpot) for arrived, times in results)
     first = sorted(times[0] - arrived for arrived, times in results if times)
-    return {"attainment": met / total, "tokens": total, "seconds": time.perf_counter() - started,
-            "ttft_p50_s": first[len(first) // 2], "ttft_p99_s": first[int(0.99 * (len(first) - 1))]}  # fmt: skip
+    return {
+        "attainment": met / total,
+        "tokens": total,
+        "seconds": time.perf_counter() - started,
+        "ttft_p50_s": first[len(first) // 2],
+        "ttft_p99_s": first[int(0.99 * (len(first) - 1))],
+    }
 
 
 def measure(policy: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
@@ -86,9 +93,17 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m-instruct")
-    for name, default in (("num-models", 8), ("hold", 3), ("num-requests", 300), ("input-len", 64), ("output-len", 32),
-                          ("max-model-len", 512), ("max-num-seqs", 8), ("kv-cache-memory-bytes", 64 << 20),
-                          ("seed", 0)):  # fmt: skip
+    for name, default in (
+        ("num-models", 8),
+        ("hold", 3),
+        ("num-requests", 300),
+        ("input-len", 64),
+        ("output-len", 32),
+        ("max-model-len", 512),
+        ("max-num-seqs", 8),
+        ("kv-cache-memory-bytes", 64 << 20),
+        ("seed", 0),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--skew", type=float, default=1.0, help="of models' popularity; 0: all alike")
     parser.add_argument("--ttft", type=float, default=10.0, help="seconds")

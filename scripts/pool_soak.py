@@ -20,8 +20,14 @@ from typing import Any
 
 from jaxllm import LLM, Pool, SamplingParams
 
-SIZES = {"dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 4,
-         "kv_cache_memory_bytes": 640 << 10}  # fmt: skip
+SIZES = {
+    "dtype": "float32",
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "page_size": 4,
+    "kv_cache_memory_bytes": 640 << 10,
+}
 PROMPTS = ["hello", "the cat sat on", "x" * 40]
 PARAMS = [SamplingParams(temperature=t, seed=3, max_tokens=16, ignore_eos=True) for t in (0.0, 0.8)]
 
@@ -118,8 +124,13 @@ class Soak:
             self.problems.append(f"memory grew from {early} to {late} bytes")
         totals = self.pool.residents.totals
         self.pool.close()
-        return {"actions": dict(self.counts), "switches": totals.count, "resident_bytes": [early, late],
-                "peak_device_bytes": self.pool.residents.budget.peak, "problems": self.problems}  # fmt: skip
+        return {
+            "actions": dict(self.counts),
+            "switches": totals.count,
+            "resident_bytes": [early, late],
+            "peak_device_bytes": self.pool.residents.budget.peak,
+            "problems": self.problems,
+        }
 
     def _check(self) -> None:
         try:

@@ -82,8 +82,14 @@ def hidden(models: dict[str, Any], budget: int, max_tokens: int) -> dict[str, An
         list(threads.map(lambda name: pool.generate(name, PROMPT, long), models))
         copied, waited = totals.copy_seconds - copied, totals.weight_wait_seconds - waited
         share = 1 - waited / copied if copied else None
-        return {"switches": totals.count - count, "copy_s": copied, "waited_s": waited, "hidden_share": share,
-                "prefetches": totals.prefetches, "wasted": totals.wasted_prefetches}  # fmt: skip
+        return {
+            "switches": totals.count - count,
+            "copy_s": copied,
+            "waited_s": waited,
+            "hidden_share": share,
+            "prefetches": totals.prefetches,
+            "wasted": totals.wasted_prefetches,
+        }
 
 
 def main() -> None:
@@ -110,11 +116,13 @@ def main() -> None:
     first = next(iter(models))
     three = models | {f"{first}-again": models[first]}
     report = {
-        "engine_start_s": start, "engine_start_and_warm_up_s": warm, "switch": switching,
+        "engine_start_s": start,
+        "engine_start_and_warm_up_s": warm,
+        "switch": switching,
         "saved": {name: 1 - switching[name]["switch_s"] / start[name] for name in models},
         "memcpy_bytes_per_s": memcpy_rate(largest),
         "hidden": hidden(three, 2 * max(whole.values()), args.max_tokens),
-    }  # fmt: skip
+    }
     print(json.dumps(report, indent=1))
 
 

@@ -97,9 +97,14 @@ def deploy(args: argparse.Namespace, name: str, count: int, role: str | None, ro
     """One pool of `count` replicas under `route`."""
     options: dict[str, Any] = {"num_cpus": args.cpus_per_replica, "num_gpus": args.gpus_per_replica}
     deployment = serve.deployment(Server).options(
-        name=name, num_replicas=count, ray_actor_options=options, max_ongoing_requests=1000, health_check_period_s=2,
-        health_check_timeout_s=10, graceful_shutdown_timeout_s=30,
-    )  # fmt: skip
+        name=name,
+        num_replicas=count,
+        ray_actor_options=options,
+        max_ongoing_requests=1000,
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_timeout_s=30,
+    )
     serve.run(deployment.bind(args.python, args.flags, role), name=name, route_prefix=route, blocking=False)
     print(f"{name}: {count} x at http://{args.host}:{args.port}{route}", file=sys.stderr, flush=True)
 

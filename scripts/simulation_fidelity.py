@@ -31,8 +31,15 @@ from jaxllm.simulation.outcomes import Gaps, Outcome
 from jaxllm.simulation.report import percentiles, weighted_percentiles
 from jaxllm.simulation.run import Setup, make_arrivals, make_fleet, set_up
 
-TOLERANCES = {"output_tokens_per_s": 0.10, "ttft p50": 0.15, "itl p50": 0.15, "ttft p99": 0.30, "itl p99": 0.30,
-              "prefix_hit_tokens": 0.0, "iterations": 0.02}  # fmt: skip
+TOLERANCES = {
+    "output_tokens_per_s": 0.10,
+    "ttft p50": 0.15,
+    "itl p50": 0.15,
+    "ttft p99": 0.30,
+    "itl p99": 0.30,
+    "prefix_hit_tokens": 0.0,
+    "iterations": 0.02,
+}
 
 
 @dataclass
@@ -52,8 +59,11 @@ class RealClock:
 def replays(args: argparse.Namespace) -> dict[str, SimulationConfig]:
     """What is replayed."""
     common = {"chip": str(args.profile), "scale_lengths": True, "num_prompts": args.num_prompts}
-    files = {"azure": ("azure_llm_2023_conv.csv", 2.0), "sharegpt": ("sharegpt_lengths.csv", 0.6),
-             "mooncake": ("mooncake_conversation.jsonl", 2.0)}  # fmt: skip
+    files = {
+        "azure": ("azure_llm_2023_conv.csv", 2.0),
+        "sharegpt": ("sharegpt_lengths.csv", 0.6),
+        "mooncake": ("mooncake_conversation.jsonl", 2.0),
+    }
     return {
         name: SimulationConfig(trace=str(args.traces / file), request_rate=rate * args.load, **common)
         for name, (file, rate) in files.items()
@@ -104,9 +114,13 @@ def figures(outcomes: Sequence[Outcome], gaps: Gaps, iterations: int, hits: int)
     duration = max(outcome.finished for outcome in outcomes) - outcomes[0].at
     return {
         "output_tokens_per_s": sum(outcome.num_tokens for outcome in outcomes) / duration,
-        "ttft p50": ttft["p50"], "ttft p99": ttft["p99"], "itl p50": itl["p50"], "itl p99": itl["p99"],
-        "prefix_hit_tokens": hits, "iterations": iterations,
-    }  # fmt: skip
+        "ttft p50": ttft["p50"],
+        "ttft p99": ttft["p99"],
+        "itl p50": itl["p50"],
+        "itl p99": itl["p99"],
+        "prefix_hit_tokens": hits,
+        "iterations": iterations,
+    }
 
 
 def main() -> int:
@@ -135,8 +149,11 @@ def main() -> int:
             error = paper[key] / real[key] - 1 if real[key] else float(paper[key] != real[key])
             within = abs(error) <= tolerance
             ok = ok and within
-            print(f"  {key:<20} simulated {paper[key]:>10,.1f} measured {real[key]:>10,.1f}  {error:+7.1%} "
-                  f"{'ok' if within else 'MORE THAN'} {tolerance:.0%}", file=sys.stderr)  # fmt: skip
+            print(
+                f"  {key:<20} simulated {paper[key]:>10,.1f} measured {real[key]:>10,.1f}  {error:+7.1%} "
+                f"{'ok' if within else 'MORE THAN'} {tolerance:.0%}",
+                file=sys.stderr,
+            )
     if args.json:
         print(json.dumps(report))
     return 0 if ok else 1

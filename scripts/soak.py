@@ -36,17 +36,30 @@ def main() -> int:
     parser.add_argument("--pid", type=int, help="the server's process, to watch its memory")
     args = parser.parse_args()
     report = soak(
-        args.base_url, args.api_key, seconds=args.seconds, num_clients=args.clients, num_prompts=args.prompts,
-        output_len=args.output_len, seed=args.seed, pid=args.pid,
-    )  # fmt: skip
+        args.base_url,
+        args.api_key,
+        seconds=args.seconds,
+        num_clients=args.clients,
+        num_prompts=args.prompts,
+        output_len=args.output_len,
+        seed=args.seed,
+        pid=args.pid,
+    )
     print(json.dumps(report))
     return 1 if report["wrong"] or report["failed"] or report["kv_cache_usage_afterwards"] else 0
 
 
 def soak(
-    base_url: str, api_key: str | None, *, seconds: float, num_clients: int, num_prompts: int, output_len: int,
-    seed: int, pid: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    base_url: str,
+    api_key: str | None,
+    *,
+    seconds: float,
+    num_clients: int,
+    num_prompts: int,
+    output_len: int,
+    seed: int,
+    pid: int | None = None,
+) -> dict[str, Any]:
     """Run it; see the module."""
     target = Target(base_url, api_key)
     return asyncio.run(_soak(target, seconds, num_clients, num_prompts, output_len, seed, pid))

@@ -42,9 +42,17 @@ def main() -> None:
             print(json.dumps({"step": step, "answer": output.outputs[0].text}), flush=True)
 
         config = TrainConfig(
-            task="sft", data=args.data, model=args.model, output=str(Path(folder) / "run"), steps=args.steps,
-            lora_rank=args.rank, sample_every=0, plot=False, save_every=args.steps, eval_every=args.steps,
-        )  # fmt: skip
+            task="sft",
+            data=args.data,
+            model=args.model,
+            output=str(Path(folder) / "run"),
+            steps=args.steps,
+            lora_rank=args.rank,
+            sample_every=0,
+            plot=False,
+            save_every=args.steps,
+            eval_every=args.steps,
+        )
         train(config, on_step=answer)
 
 

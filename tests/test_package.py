@@ -37,9 +37,18 @@ def python(code: str, *, cwd: Path = ROOT, **environment: str) -> str:
 
 @pytest.mark.parametrize(
     "module",
-    ["jaxllm", "jaxllm.cli", "jaxllm.scheduling.scheduler", "jaxllm.scheduling.page_pool", "jaxllm.scheduling.request",
-     "jaxllm.config.sampling", "jaxllm.sharding.rules", "jaxllm.checkpoints", "jaxllm.tokenizer"],
-)  # fmt: skip
+    [
+        "jaxllm",
+        "jaxllm.cli",
+        "jaxllm.scheduling.scheduler",
+        "jaxllm.scheduling.page_pool",
+        "jaxllm.scheduling.request",
+        "jaxllm.config.sampling",
+        "jaxllm.sharding.rules",
+        "jaxllm.checkpoints",
+        "jaxllm.tokenizer",
+    ],
+)
 def test_import_loads_no_array_library(module):
     loaded = python(f"import sys, {module}; print(*{{name.partition('.')[0] for name in sys.modules}})").split()
     assert module.partition(".")[0] in loaded
@@ -64,10 +73,18 @@ ROOMS = (
 GRAPH = import_graph(PACKAGE)
 # Rooms that decide, read files or describe: without what they do not need, they start fast and run anywhere.
 WITHOUT = {
-    "scheduling": ARRAYS, "decoding": ARRAYS, "config": ARRAYS, "checkpoints": {"jax", "jaxlib", "flax"},
-    "pool/policies.py": ARRAYS, "pool/prefill_groups.py": ARRAYS, "pool/decode_rounds.py": ARRAYS,
-    "tokenizer": ARRAYS, "telemetry/figures.py": ARRAYS, "sharding/rules.py": ARRAYS, "engine/outputs.py": ARRAYS,
-}  # fmt: skip
+    "scheduling": ARRAYS,
+    "decoding": ARRAYS,
+    "config": ARRAYS,
+    "checkpoints": {"jax", "jaxlib", "flax"},
+    "pool/policies.py": ARRAYS,
+    "pool/prefill_groups.py": ARRAYS,
+    "pool/decode_rounds.py": ARRAYS,
+    "tokenizer": ARRAYS,
+    "telemetry/figures.py": ARRAYS,
+    "sharding/rules.py": ARRAYS,
+    "engine/outputs.py": ARRAYS,
+}
 
 
 def test_every_folder_is_a_room_with_a_floor():
@@ -94,10 +111,12 @@ def test_a_planted_circle_and_hidden_imports_are_found(tmp_path):
     package = tmp_path / "house"
     package.mkdir()
     for name, text in {
-        "__init__": "", "low": "import numpy\n", "high": "from house import low\n",
+        "__init__": "",
+        "low": "import numpy\n",
+        "high": "from house import low\n",
         "left": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from house.right import R\n",
         "right": "def f():\n    import house.left\n",
-    }.items():  # fmt: skip
+    }.items():
         (package / f"{name}.py").write_text(text)
     graph = import_graph(package)
     assert graph["house.high"] == {"house.low"} and circles(graph) == [["house.left", "house.right"]]

@@ -180,9 +180,13 @@ def targets_of(sources: WeightMap, parameters: Mapping[Any, Any]) -> dict[str, T
         value = variable.get_value()
         name = ".".join(map(str, path))
         found[name] = Target(
-            name, tuple(value.shape), tuple(variable.get_metadata("dims")), np.dtype(value.dtype), tuple(contracted),
+            name,
+            tuple(value.shape),
+            tuple(variable.get_metadata("dims")),
+            np.dtype(value.dtype),
+            tuple(contracted),
             sources[path].parts,
-        )  # fmt: skip
+        )
     return found
 
 

@@ -45,8 +45,12 @@ class Shape:
 
     def __str__(self) -> str:
         spec, dtype = self.spec, jnp.dtype(self.dtype).name
-        extras = [f"window={spec.window}" if spec.window else "", f"cap={spec.softcap}" if spec.softcap else "",
-                  "sinks" if self.sinks else "", "latent" if spec.value_width else ""]  # fmt: skip
+        extras = [
+            f"window={spec.window}" if spec.window else "",
+            f"cap={spec.softcap}" if spec.softcap else "",
+            "sinks" if self.sinks else "",
+            "latent" if spec.value_width else "",
+        ]
         return " ".join(
             filter(None, (f"C{self.page_size} K{self.kv_heads} G{self.group} H{self.width} {dtype}", *extras))
         )
@@ -78,11 +82,13 @@ def random_shape(seed: int, dtypes: tuple[Any, ...] = DTYPES) -> Shape:
         dtype=dtypes[seed % len(dtypes)],
         longest=int(rng.choice([70, 600, LONGEST])),
         spec=AttentionSpec(
-            scale=width**-0.5, window=window, softcap=30.0 if rng.random() < 0.25 else None,
+            scale=width**-0.5,
+            window=window,
+            softcap=30.0 if rng.random() < 0.25 else None,
             value_width=width - width % 64 if latent else None,
         ),
         sinks=bool(rng.random() < 0.3) and not latent,
-    )  # fmt: skip
+    )
 
 
 def random_case(shape: Shape, seed: int) -> Case:

@@ -170,8 +170,17 @@ def calibrate(llm: LLM, *, num_iters: int = 2, on_point: Callable[[int, int], No
     )
     shapes = runner.shapes
     capacity = memory.pools[0].num_usable * shapes.page_size
-    points = list(grid(rows=shapes.row_buckets, longest=shapes.max_model_len, capacity=capacity,
-                       budget=shapes.max_num_batched_tokens)) * num_iters  # fmt: skip
+    points = (
+        list(
+            grid(
+                rows=shapes.row_buckets,
+                longest=shapes.max_model_len,
+                capacity=capacity,
+                budget=shapes.max_num_batched_tokens,
+            )
+        )
+        * num_iters
+    )
     random = np.random.default_rng(0)
     for done, point in enumerate([Point(1, 16), *points]):
         if done == 1:

@@ -65,9 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shrink the trace to the server's context; default: skip longer ones",
     )
     parser.add_argument(
-        "--request-rate", default=None, metavar="R[,R...]",
+        "--request-rate",
+        default=None,
+        metavar="R[,R...]",
         help="requests per second, or inf; several make a sweep; default: the trace's own times, else inf",
-    )  # fmt: skip
+    )
     parser.add_argument("--burstiness", type=float, default=1.0, help="1 is Poisson, above it more even")
     parser.add_argument("--time-scale", type=float, default=1.0, help="stretches the trace's own times")
     parser.add_argument("--max-concurrency", type=int, metavar="N", help="requests under way at most")
@@ -202,7 +204,7 @@ def _json_rate(rate: float | None, args: argparse.Namespace) -> float | str:
 
 async def send_all(
     target: Target, model: str, planned: Sequence[Planned], max_concurrency: int | None
-) -> tuple[list[Outcome], float]:  # fmt: skip
+) -> tuple[list[Outcome], float]:
     """Send every request at its time, or as soon as the concurrency limit allows; outcomes and seconds in all."""
     limit = asyncio.Semaphore(max_concurrency or len(planned))
     started = time.perf_counter()
@@ -225,9 +227,14 @@ async def send_all(
 async def _send(target: Target, model: str, request: Planned) -> Outcome:
     outcome = Outcome(len(request.prompt))
     body = {
-        "model": model, "prompt": request.prompt, "max_tokens": request.output_len, "temperature": 0.0,
-        "ignore_eos": True, "stream": True, "return_token_ids": True,
-    }  # fmt: skip
+        "model": model,
+        "prompt": request.prompt,
+        "max_tokens": request.output_len,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
     started = time.perf_counter()
     try:
         async for at, event in target.events("/v1/completions", body):

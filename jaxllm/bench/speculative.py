@@ -20,9 +20,15 @@ if TYPE_CHECKING:
 
 
 def measure_speculative(
-    plain: LLM, speculating: LLM, *, output_len: int, batch_size: int, num_iters: int, temperature: float = 0.0,
+    plain: LLM,
+    speculating: LLM,
+    *,
+    output_len: int,
+    batch_size: int,
+    num_iters: int,
+    temperature: float = 0.0,
     workloads: Mapping[str, Sequence[str]] = WORKLOADS,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Every workload on both engines, each answer to its full length.
 
     Args:
@@ -50,9 +56,14 @@ def measure_speculative(
 
 
 def _measure(
-    plain: LLM, speculating: LLM, prompts: Sequence[str], output_len: int, batch_size: int, num_iters: int,
+    plain: LLM,
+    speculating: LLM,
+    prompts: Sequence[str],
+    output_len: int,
+    batch_size: int,
+    num_iters: int,
     temperature: float,
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     params = [
         SamplingParams(temperature=temperature, seed=i, max_tokens=output_len, ignore_eos=True)
         for i in range(batch_size)

@@ -37,9 +37,7 @@ class Planned:
     output_len: int
 
 
-def random_prompts(
-    num_prompts: int, input_len: int, output_len: int, vocab_size: int, seed: int
-) -> list[Planned]:  # fmt: skip
+def random_prompts(num_prompts: int, input_len: int, output_len: int, vocab_size: int, seed: int) -> list[Planned]:
     """Prompts of random tokens, the same as `bench throughput` uses for this seed; all due at once."""
     tokens = np.random.default_rng(seed).integers(0, vocab_size, (num_prompts, input_len))
     return [Planned(at=0.0, prompt=row, output_len=output_len) for row in tokens.tolist()]

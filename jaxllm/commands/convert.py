@@ -16,8 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="short name, folder, .gguf file or Hugging Face id")
     parser.add_argument("target", metavar="DST", type=Path, help="a new folder")
     parser.add_argument("--to", default="safetensors", choices=("orbax", "safetensors"), help="default: safetensors")
-    parser.add_argument("--quantize", metavar="int8|int4[:GROUP]|fp8", help="round the linears to nearest and write "
-                        "them as compressed-tensors (docs/quantization.md)")  # fmt: skip
+    parser.add_argument(
+        "--quantize",
+        metavar="int8|int4[:GROUP]|fp8",
+        help="round the linears to nearest and write them as compressed-tensors (docs/quantization.md)",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the matrices")
     parser.add_argument("--mesh", default="tp=1", help="devices that hold the parameters while they are written")
     parser.add_argument("--sharding-rules", default="megatron", help="shipped name or a .toml file")
@@ -29,8 +32,13 @@ def run(args: argparse.Namespace) -> int:
     from jaxllm.weights.convert import convert
 
     path = convert(
-        args.source, args.target, to=args.to, dtype=args.dtype, mesh=args.mesh, sharding_rules=args.sharding_rules,
+        args.source,
+        args.target,
+        to=args.to,
+        dtype=args.dtype,
+        mesh=args.mesh,
+        sharding_rules=args.sharding_rules,
         quantize=args.quantize,
-    )  # fmt: skip
+    )
     print(json.dumps({"model": args.source, "path": str(path), "format": args.to}) if args.json else path)
     return 0

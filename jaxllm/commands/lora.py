@@ -14,9 +14,13 @@ if TYPE_CHECKING:
 def add_lora_modules(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
     """The flag."""
     group.add_argument(
-        "--lora-modules", nargs="+", type=_module, default=[], metavar="NAME=PATH",
+        "--lora-modules",
+        nargs="+",
+        type=_module,
+        default=[],
+        metavar="NAME=PATH",
         help='adapters that are served from the start, or as JSON {"name": .., "path": ..}; needs --enable-lora',
-    )  # fmt: skip
+    )
 
 
 def _module(text: str) -> tuple[str, str]:

@@ -63,8 +63,11 @@ def format_plan(plan: dict[str, Any]) -> str:
         f"  {'may use':<20}{plan['budget_per_device'] / 1e9:>9.3f} of {spent['limit'] / 1e9:.3f}",
     ]
     lines += _fits(plan) if plan["fits"] else _too_big(plan)
-    lines += ["", f"lower bounds, {plan['max_num_seqs']} rows at {plan['context']:,} tokens of context, chunks of "
-              f"{plan['prefill_tokens']:,} tokens"]  # fmt: skip
+    lines += [
+        "",
+        f"lower bounds, {plan['max_num_seqs']} rows at {plan['context']:,} tokens of context, chunks of "
+        f"{plan['prefill_tokens']:,} tokens",
+    ]
     for phase, by in (("decode", plan["bound_by"]), ("prefill", plan["bound_by_prefill"])):
         terms = ", ".join(f"{name} {ms:.3g}" for name, ms in plan["terms_ms"][phase].items())
         lines.append(f"  {phase:<8}{plan['lower_bound_ms'][phase]:>9.3f} ms, bound by {by:<12} ({terms})")

@@ -142,9 +142,13 @@ def _is_first(engine: dict[str, Any]) -> bool:
 
 
 def start(
-    args: argparse.Namespace, engine: dict[str, Any], listen: Listen, settings: Settings,
-    bound: socket.socket | None, **hooks: Any,
-) -> int:  # fmt: skip
+    args: argparse.Namespace,
+    engine: dict[str, Any],
+    listen: Listen,
+    settings: Settings,
+    bound: socket.socket | None,
+    **hooks: Any,
+) -> int:
     """Serve on the bound socket while the engine is built and from then on; `hooks` are `AsyncLLM`'s, for tests."""
     from jaxllm.server.door import Door
     from jaxllm.server.run import serving
@@ -170,9 +174,7 @@ def start(
             llm.shutdown()
 
 
-def start_pool(
-    args: argparse.Namespace, engine: dict[str, Any], listen: Listen, bound: socket.socket | None
-) -> int:  # fmt: skip
+def start_pool(args: argparse.Namespace, engine: dict[str, Any], listen: Listen, bound: socket.socket | None) -> int:
     """Serve several models from the first moment; each is loaded meanwhile, or with its first request."""
     from jaxllm.pool.face import PoolFace
     from jaxllm.pool.pool import Pool
@@ -209,9 +211,13 @@ def _load(args: argparse.Namespace, engine: dict[str, Any], startup: Startup, ho
     from jaxllm.entrypoints.async_llm import AsyncLLM
 
     llm = AsyncLLM(
-        slo=args.slo, max_num_queued_requests=args.max_num_queued_requests, stuck_seconds=args.stuck_seconds,
-        on_stage=startup.stage, **hooks, **engine,
-    )  # fmt: skip
+        slo=args.slo,
+        max_num_queued_requests=args.max_num_queued_requests,
+        stuck_seconds=args.stuck_seconds,
+        on_stage=startup.stage,
+        **hooks,
+        **engine,
+    )
     load_lora_modules(args, llm.adapters)
     if args.warm_up:
         startup.stage("compiling")
@@ -231,9 +237,14 @@ def _listen(args: argparse.Namespace) -> Listen:
     parse_slo(args.slo)
     _check_tls(args)
     return Listen(
-        host=args.host, port=args.port, uds=args.uds, ssl_keyfile=args.ssl_keyfile, ssl_certfile=args.ssl_certfile,
-        ssl_keyfile_password=args.ssl_keyfile_password, shutdown_timeout=args.shutdown_timeout,
-    )  # fmt: skip
+        host=args.host,
+        port=args.port,
+        uds=args.uds,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile_password=args.ssl_keyfile_password,
+        shutdown_timeout=args.shutdown_timeout,
+    )
 
 
 def _check_tls(args: argparse.Namespace) -> None:
@@ -262,9 +273,11 @@ def _cors(args: argparse.Namespace) -> CrossOrigin:
         if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
             raise ValueError(f"--{name.replace('_', '-')} is {value!r}; give a JSON list of texts, such as '[\"*\"]'")
     return CrossOrigin(
-        origins=tuple(args.allowed_origins), methods=tuple(args.allowed_methods),
-        headers=tuple(args.allowed_headers), credentials=args.allow_credentials,
-    )  # fmt: skip
+        origins=tuple(args.allowed_origins),
+        methods=tuple(args.allowed_methods),
+        headers=tuple(args.allowed_headers),
+        credentials=args.allow_credentials,
+    )
 
 
 def _settings(args: argparse.Namespace, engine: dict[str, Any]) -> Settings:
@@ -279,8 +292,13 @@ def _settings(args: argparse.Namespace, engine: dict[str, Any]) -> Settings:
     names = args.served_model_name or [Path(model).name if Path(model).exists() else model]
     check_lora_modules(args, names)
     return Settings(
-        served_model_names=tuple(dict.fromkeys(names)), api_keys=tuple(keys), max_body_bytes=args.max_body_bytes,
-        request_timeout=args.request_timeout, tool_call_parser=args.tool_call_parser,
-        reasoning_parser=args.reasoning_parser, pooling=args.pooling, metrics_namespace=args.metrics_namespace,
+        served_model_names=tuple(dict.fromkeys(names)),
+        api_keys=tuple(keys),
+        max_body_bytes=args.max_body_bytes,
+        request_timeout=args.request_timeout,
+        tool_call_parser=args.tool_call_parser,
+        reasoning_parser=args.reasoning_parser,
+        pooling=args.pooling,
+        metrics_namespace=args.metrics_namespace,
         cross_origin=_cors(args),
-    )  # fmt: skip
+    )

@@ -21,14 +21,15 @@ MatmulBackend = Literal["auto", "xla", "llvm"]
 AttentionBackend = Literal["auto", "xla", "llvm", "pallas_gpu", "pallas_tpu"]
 LoadFormat = Literal["auto", "dummy"]
 ActivationDtype = Literal["auto", "int8"]
-Quantization = Literal[
-    "auto", "none", "int8", "int4", "fp8", "compressed-tensors", "awq", "gptq", "mxfp4", "gguf"
-]  # fmt: skip
+Quantization = Literal["auto", "none", "int8", "int4", "fp8", "compressed-tensors", "awq", "gptq", "mxfp4", "gguf"]
 PreemptionMode = Literal["auto", "recompute", "swap"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
 _PREFILL_SIZES = (
-    "prefill_max_num_seqs", "prefill_max_num_batched_tokens", "prefill_page_size", "prefill_kv_cache_memory_bytes",
-)  # fmt: skip
+    "prefill_max_num_seqs",
+    "prefill_max_num_batched_tokens",
+    "prefill_page_size",
+    "prefill_kv_cache_memory_bytes",
+)
 ATTENTION_BACKENDS: tuple[str, ...] = get_args(AttentionBackend)
 
 

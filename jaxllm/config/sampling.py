@@ -227,8 +227,7 @@ _INTEGERS = (
 )
 
 
-_OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "truncate_prompt_tokens",
-             "num_speculative_tokens")  # fmt: skip
+_OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs", "truncate_prompt_tokens", "num_speculative_tokens")
 _FLAGS = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output")
 
 

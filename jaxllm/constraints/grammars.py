@@ -41,9 +41,13 @@ class GrammarCompiler:
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(
-            initial_lexer_fuel=500_000, step_lexer_fuel=100_000, step_max_items=20_000, max_lexer_states=20_000,
-            max_grammar_size=100_000, verbose_errors=False,
-        )  # fmt: skip
+            initial_lexer_fuel=500_000,
+            step_lexer_fuel=100_000,
+            step_max_items=20_000,
+            max_lexer_states=20_000,
+            max_grammar_size=100_000,
+            verbose_errors=False,
+        )
         try:
             grammar, ignored = _grammar(spec)
         except (ValueError, RecursionError) as error:

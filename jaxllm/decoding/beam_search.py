@@ -142,9 +142,12 @@ class BeamSearch:
     def of(cls, jobs: Jobs, prompt: Any, params: BeamSearchParams) -> BeamSearch:
         """A search for one prompt; touches nothing of the engine. Raises ValueError where that cannot take it."""
         sampling = SamplingParams(
-            temperature=0.0, max_tokens=params.max_tokens, ignore_eos=True, logprobs=2 * params.beam_width,
+            temperature=0.0,
+            max_tokens=params.max_tokens,
+            ignore_eos=True,
+            logprobs=2 * params.beam_width,
             detokenize=False,
-        )  # fmt: skip
+        )
         ids, limit = jobs.engine.check_request(jobs.token_ids(prompt), sampling)
         return cls(jobs, ids, params, sampling, limit)
 

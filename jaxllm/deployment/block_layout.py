@@ -40,8 +40,15 @@ def block_table(
     table, placement = [], placement.fitted(num_tokens)
     for step, dims, shape in _steps(cfg, kv_copies, num_tokens):
         collectives = sent.pop(step, [])
-        table.append({"step": step, "dims": dims, "shape": shape, "collectives": collectives,
-                      "devices": _devices(placement, dims, shape)})  # fmt: skip
+        table.append(
+            {
+                "step": step,
+                "dims": dims,
+                "shape": shape,
+                "collectives": collectives,
+                "devices": _devices(placement, dims, shape),
+            }
+        )
     left = [collective for collectives in sent.values() for collective in collectives]
     if left:
         table.append({"step": "elsewhere", "dims": [], "shape": [], "collectives": left, "devices": []})
@@ -80,12 +87,14 @@ def _devices(placement: Placement, dims: Dims, shape: tuple[int, ...]) -> list[d
     held = []
     for place, device in np.ndenumerate(placement.mesh.devices):
         box = [list(part.indices(size)[:2]) for part, size in zip(indices[device], shape, strict=True)]
-        held.append({
-            "device": device.id,
-            "mesh": dict(zip(placement.mesh.axis_names, place, strict=True)),
-            "slices": box,
-            "shape": [stop - start for start, stop in box],
-        })  # fmt: skip
+        held.append(
+            {
+                "device": device.id,
+                "mesh": dict(zip(placement.mesh.axis_names, place, strict=True)),
+                "slices": box,
+                "shape": [stop - start for start, stop in box],
+            }
+        )
     return held
 
 

@@ -110,8 +110,9 @@ def _report(deployment: Deployment, memory: Memory, seconds: float, context: int
         "max_num_seqs": shapes.max_num_seqs,
         "prefill_tokens": shapes.max_num_batched_tokens,
         "context": context or shapes.max_model_len,
-        "collectives": {p: count_by_kind(memory.programs[p].collectives) if memory.programs else {}
-                        for p in ("decode", "prefill")},
+        "collectives": {
+            p: count_by_kind(memory.programs[p].collectives) if memory.programs else {} for p in ("decode", "prefill")
+        },
         "lower_bound_ms": {phase: lower[phase]["ms"] for phase in ("decode", "prefill")},
         "bound_by": lower["decode"]["bound_by"],
         "bound_by_prefill": lower["prefill"]["bound_by"],
@@ -120,7 +121,7 @@ def _report(deployment: Deployment, memory: Memory, seconds: float, context: int
         "copies_pages": memory.per_page > deployment.page_bytes,
         "compile_seconds": round(seconds, 2),
         "notes": list(deployment.notes),
-    }  # fmt: skip
+    }
     if problem is None:
         report["kv_cache_memory_bytes"] = num_pages * _page_bytes_of_all(deployment)
     else:

@@ -48,9 +48,7 @@ class Exchange:
             engine, weights, lease_seconds=config.lease_seconds, max_bytes=config.max_kept_bytes, stats=self.stats
         )
         structure = jax.tree.structure(memory.slab())
-        self.imports = Imports(
-            config, self.facts, weights, memory.layout, memory.num_layers, structure, self.stats
-        )  # fmt: skip
+        self.imports = Imports(config, self.facts, weights, memory.layout, memory.num_layers, structure, self.stats)
 
     def serve_at(self, host: str, port: int, api_key: str | None) -> None:
         """Where this engine's server listens, and under which key: what the configuration left open."""
@@ -85,11 +83,16 @@ class Exchange:
             return
         host, port = self.address
         output.kv_transfer_params = {
-            "do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id": self.engine_id,
-            "remote_request_id": export.transfer_id, "remote_block_ids": sorted(export.pages),
-            "remote_host": host, "remote_port": port, "remote_num_tokens": export.num_tokens,
+            "do_remote_prefill": True,
+            "do_remote_decode": False,
+            "remote_engine_id": self.engine_id,
+            "remote_request_id": export.transfer_id,
+            "remote_block_ids": sorted(export.pages),
+            "remote_host": host,
+            "remote_port": port,
+            "remote_num_tokens": export.num_tokens,
             "remote_first_token": export.first_token,
-        }  # fmt: skip
+        }
 
     def pump(self) -> None:
         """After each step: take out what was computed, end what has expired."""

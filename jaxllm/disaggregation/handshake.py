@@ -9,18 +9,26 @@ from jaxllm.kv.layout import PageLayout
 from jaxllm.version import __version__
 
 _WORDS = {
-    "format": "the format of pages on the wire", "weights": "the model's weights and configuration",
-    "kv_dtype": "kv_dtype", "num_layers": "the number of layers", "row": "what one token leaves in the cache",
-}  # fmt: skip
+    "format": "the format of pages on the wire",
+    "weights": "the model's weights and configuration",
+    "kv_dtype": "kv_dtype",
+    "num_layers": "the number of layers",
+    "row": "what one token leaves in the cache",
+}
 
 
 def facts(engine_id: str, weights: str, layout: PageLayout, num_layers: int) -> dict[str, Any]:
     """One side's."""
     row = layout.row
     return {
-        "engine_id": engine_id, "version": __version__, "format": FORMAT, "weights": weights,
-        "kv_dtype": str(layout.dtype), "num_layers": num_layers, "row": [row.halves, row.heads, row.width],
-    }  # fmt: skip
+        "engine_id": engine_id,
+        "version": __version__,
+        "format": FORMAT,
+        "weights": weights,
+        "kv_dtype": str(layout.dtype),
+        "num_layers": num_layers,
+        "row": [row.halves, row.heads, row.width],
+    }
 
 
 def mismatch(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:

@@ -80,9 +80,15 @@ class Imports:
     """
 
     def __init__(
-        self, config: KVTransferConfig, facts: dict[str, Any], root: str, layout: PageLayout, num_layers: int,
-        structure: Any, stats: TransferStats,
-    ):  # fmt: skip
+        self,
+        config: KVTransferConfig,
+        facts: dict[str, Any],
+        root: str,
+        layout: PageLayout,
+        num_layers: int,
+        structure: Any,
+        stats: TransferStats,
+    ):
         self.api_key = config.api_key
         self.stats = stats
         self._config, self._facts, self._root = config, facts, root
@@ -97,23 +103,34 @@ class Imports:
         """What `kv_transfer_params` of a request promise. Raises ValueError where they cannot be used."""
         host, port, name = params.get("remote_host"), params.get("remote_port"), params.get("remote_request_id")
         if not isinstance(host, str) or not isinstance(port, int) or not isinstance(name, str):
-            raise ValueError("kv_transfer_params need remote_host, remote_port and remote_request_id, as the prefill "
-                             "server's answer has them")  # fmt: skip
+            raise ValueError(
+                "kv_transfer_params need remote_host, remote_port and remote_request_id, as the prefill "
+                "server's answer has them"
+            )
         if not self._config.may_fetch_from(host, port):
             raise ValueError(
                 f"pages are not fetched from {host[:100]}:{port}; add it to peers in this server's kv_transfer_config"
             )
-        counts = [params.get(key, default) for key, default in
-                  (("remote_num_tokens", len(token_ids) - 1), ("remote_first_token", 0))]  # fmt: skip
+        counts = [
+            params.get(key, default)
+            for key, default in (("remote_num_tokens", len(token_ids) - 1), ("remote_first_token", 0))
+        ]
         if any(not isinstance(count, int) or count < 0 for count in counts):
             raise ValueError("kv_transfer_params: remote_num_tokens and remote_first_token must be whole numbers")
         required = None
         if self._config.kv_load_failure_policy == "fail":
             required = TransferFailed("the prompt's pages could not be fetched from the prefill server; send it again")
         return RemoteOffer(
-            self, self._peer(host, port), name, list(token_ids), salt, min(counts[0], len(token_ids) - 1), counts[1],
-            required, time.perf_counter(),
-        )  # fmt: skip
+            self,
+            self._peer(host, port),
+            name,
+            list(token_ids),
+            salt,
+            min(counts[0], len(token_ids) - 1),
+            counts[1],
+            required,
+            time.perf_counter(),
+        )
 
     def _peer(self, host: str, port: int) -> Peer:
         timeout, key = self._config.timeout_seconds, self.api_key

@@ -190,8 +190,10 @@ def _say_length_scaling(cfg: ModelConfig, longest: int) -> int | None:
         log.warning(
             "max_model_len=%d is beyond the %d tokens of the first training: all sequences get the rotary embeddings "
             "of long ones; max_model_len=%d gives those of short ones",
-            longest, original, original,
-        )  # fmt: skip
+            longest,
+            original,
+            original,
+        )
     return longest
 
 

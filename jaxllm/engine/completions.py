@@ -160,9 +160,12 @@ class Jobs:
     """
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer | None, exchange: Exchange | None = None,
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer | None,
+        exchange: Exchange | None = None,
         classifier: ClassifierHead | None = None,
-    ):  # fmt: skip
+    ):
         self.classifier = classifier
         self.exchange = exchange
         self.after_step: list[Callable[[], None]] = [] if exchange is None else [exchange.pump]

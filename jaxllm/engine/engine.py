@@ -158,9 +158,15 @@ class Engine:
         return request
 
     def make_request(
-        self, token_ids: list[int], params: SamplingParams, limit: int, *, request_id: str | None = None,
-        seed: int | None = None, **asked: Any,
-    ) -> Request:  # fmt: skip
+        self,
+        token_ids: list[int],
+        params: SamplingParams,
+        limit: int,
+        *,
+        request_id: str | None = None,
+        seed: int | None = None,
+        **asked: Any,
+    ) -> Request:
         """A request that `check_request` accepted, not queued yet; `asked` are fields of `Request`.
 
         Raises ValueError where the name is in use.
@@ -222,10 +228,21 @@ class Engine:
         """Another request with the tokens of `parent`, on its pages until one of them writes there; it is on hold."""
         assert parent.constraint is None, "a constraint follows one sequence"
         child = dataclasses.replace(
-            parent, request_id=self._free_name(next(self._counter)), token_ids=list(parent.token_ids), page_hashes=[],
-            held=Held(), num_pending=0, num_delivered=len(parent.token_ids), num_preemptions=0, parent=None,
-            listener=listener, stepwise=True, on_hold=True, status=Status.WAITING, arrival=next_arrival(),
-        )  # fmt: skip
+            parent,
+            request_id=self._free_name(next(self._counter)),
+            token_ids=list(parent.token_ids),
+            page_hashes=[],
+            held=Held(),
+            num_pending=0,
+            num_delivered=len(parent.token_ids),
+            num_preemptions=0,
+            parent=None,
+            listener=listener,
+            stepwise=True,
+            on_hold=True,
+            status=Status.WAITING,
+            arrival=next_arrival(),
+        )
         self._requests[child.request_id] = child
         self.scheduler.fork(parent, child)
         return child

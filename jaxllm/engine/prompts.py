@@ -60,9 +60,13 @@ def read_prompt(prompt: Any) -> Asked:
     if not isinstance(transfer, Mapping | None):
         raise ValueError("kv_transfer_params must be a table")
     return Asked(
-        text, ids, _salt(fields.get("cache_salt", "")), _priority(fields.get("priority", 0)), special is not False,
+        text,
+        ids,
+        _salt(fields.get("cache_salt", "")),
+        _priority(fields.get("priority", 0)),
+        special is not False,
         transfer,
-    )  # fmt: skip
+    )
 
 
 def text_of(prompt: Any) -> str | None:

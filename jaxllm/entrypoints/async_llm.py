@@ -166,9 +166,13 @@ class AsyncLLM(Frontend):
         self.at_exit(self.shutdown)
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, request_id: str | None = None, *,
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
         lora_request: LoRARequest | str | None = None,
-    ) -> AsyncIterator[RequestOutput]:  # fmt: skip
+    ) -> AsyncIterator[RequestOutput]:
         """Yield the request's output as it grows, each time whole. Leaving the loop or cancelling aborts it.
 
         `lora_request` is an adapter to answer with, or the name of one that is served.
@@ -192,9 +196,14 @@ class AsyncLLM(Frontend):
             stream.cancel()
 
     async def open(
-        self, prompts: Sequence[Prompt], params: SamplingParams, request_id: str | None = None, *,
-        streamed: bool = True, lora_request: LoRARequest | str | None = None,
-    ) -> Stream:  # fmt: skip
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        request_id: str | None = None,
+        *,
+        streamed: bool = True,
+        lora_request: LoRARequest | str | None = None,
+    ) -> Stream:
         """Start several prompts as one stream; either all are accepted or none. See `generate` for errors.
 
         With `streamed=False` nobody minds when tokens come several at a time, which spares the host work.
@@ -243,9 +252,13 @@ class AsyncLLM(Frontend):
         return [judge.classes(work, use_activation=use_activation) for work in works]
 
     async def score(
-        self, data_1: str | Sequence[str], data_2: str | Sequence[str], *, instruction: str | None = None,
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        instruction: str | None = None,
         lora_request: LoRARequest | str | None = None,
-    ) -> list[ScoringRequestOutput]:  # fmt: skip
+    ) -> list[ScoringRequestOutput]:
         """How well texts answer a query; see `LLM.score`."""
         judge, pairs = Judge(self._jobs), text_pairs(data_1, data_2)
         adapter = None if lora_request is None else await self.in_thread(self.adapter_of, lora_request)
@@ -287,9 +300,7 @@ class AsyncLLM(Frontend):
         except TimeoutError:
             raise ValueError(f"preparing the prompt took more than {_PREPARE_SECONDS:g} s; simplify it") from None
 
-    async def _prepare(
-        self, prompt: Prompt, params: SamplingParams, streamed: bool, adapter: Adapter | None
-    ) -> Job:  # fmt: skip
+    async def _prepare(self, prompt: Prompt, params: SamplingParams, streamed: bool, adapter: Adapter | None) -> Job:
         text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
         ready = isinstance(prompt, Mapping) and prompt.get("prompt_token_ids") is not None
         short = ready or not isinstance(text, str) or len(text) < _INLINE_CHARS

@@ -220,11 +220,19 @@ class EngineThread:
         log.info(
             "running %d, waiting %d; prefill %.0f and output %.0f tokens/s of device time; MFU %s, MBU %s; "
             "cache %.0f%% full",
-            len(engine.scheduler.running), engine.scheduler.num_waiting, recent["prefill_tokens_per_s"],
-            recent["generation_tokens_per_s"], percent(recent["mfu"]), percent(recent["mbu"]),
+            len(engine.scheduler.running),
+            engine.scheduler.num_waiting,
+            recent["prefill_tokens_per_s"],
+            recent["generation_tokens_per_s"],
+            percent(recent["mfu"]),
+            percent(recent["mbu"]),
             100 * (1 - engine.pool.num_free / engine.pool.num_usable),
-        )  # fmt: skip
+        )
         if (drafts := engine.drafts).num_drafts:
             rate, length = drafts.acceptance_rate, drafts.mean_acceptance_length
-            log.info("%s of %d drafted tokens right, %.2f tokens per iteration with drafts",
-                     percent(rate), drafts.num_draft_tokens, length)  # fmt: skip
+            log.info(
+                "%s of %d drafted tokens right, %.2f tokens per iteration with drafts",
+                percent(rate),
+                drafts.num_draft_tokens,
+                length,
+            )

@@ -146,9 +146,12 @@ class LLM(Frontend):
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None, *,
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
         lora_request: LoRARequest | str | None = None,
-    ) -> Iterator[str]:  # fmt: skip
+    ) -> Iterator[str]:
         """Yield the first completion's text as it grows. Leaving the loop aborts the request.
 
         Other calls may run between two pieces; they carry this request on.
@@ -200,9 +203,13 @@ class LLM(Frontend):
         return [search.result() for search in searches]
 
     def classify(
-        self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True, use_activation: bool = True,
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        use_tqdm: bool = True,
+        use_activation: bool = True,
         lora_request: Adapters = None,
-    ) -> list[ClassificationRequestOutput]:  # fmt: skip
+    ) -> list[ClassificationRequestOutput]:
         """The classes of every text, where the model is a classifier.
 
         Args:
@@ -218,9 +225,13 @@ class LLM(Frontend):
         return [judge.classes(work, use_activation=use_activation) for work in works]
 
     def score(
-        self, data_1: str | Sequence[str], data_2: str | Sequence[str], *, use_tqdm: bool = True,
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        use_tqdm: bool = True,
         instruction: str | None = None,
-    ) -> list[ScoringRequestOutput]:  # fmt: skip
+    ) -> list[ScoringRequestOutput]:
         """How well texts answer a query: a score from 0 to 1 for each pair.
 
         Args:

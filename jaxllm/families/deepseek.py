@@ -103,8 +103,13 @@ def _attention(cfg: ModelConfig, layer: int) -> WeightMap:
     a, d, n = cfg.latent, cfg.hidden_size, cfg.num_heads
     path, name = ("layers", layer, "attention"), f"model.layers.{layer}.self_attn"
     width = a.nope_dim + a.rope_dim
-    out = Part(name=f"{name}.o_proj.weight", shape=(d, n * a.value_dim), view=(d, n, a.value_dim), order=(1, 2, 0),
-               start=(0, 0, 0))  # fmt: skip
+    out = Part(
+        name=f"{name}.o_proj.weight",
+        shape=(d, n * a.value_dim),
+        view=(d, n, a.value_dim),
+        order=(1, 2, 0),
+        start=(0, 0, 0),
+    )
     result: WeightMap = {
         (*path, "kv_down"): weights.transposed(f"{name}.kv_a_proj_with_mqa.weight", a.cache_width, d),
         (*path, "kv_norm"): whole(f"{name}.kv_a_layernorm.weight", a.kv_rank),

@@ -58,11 +58,17 @@ def weight_map(cfg: ModelConfig, copies: int = 1) -> WeightMap:
         result["lm_head",] = whole("lm_head.weight", cfg.vocab_size, d)
     for i in range(cfg.num_layers):
         name, path = f"{root}h.{i}", ("layers", i)
-        qkv = Part(name=f"{name}.attn.c_attn.weight", shape=(d, 3 * d), view=(d, 3, n, h), order=(0, 2, 1, 3),
-                   start=(0, 0, 0, 0))  # fmt: skip
+        qkv = Part(
+            name=f"{name}.attn.c_attn.weight",
+            shape=(d, 3 * d),
+            view=(d, 3, n, h),
+            order=(0, 2, 1, 3),
+            start=(0, 0, 0, 0),
+        )
         bias = Part(name=f"{name}.attn.c_attn.bias", shape=(3 * d,), view=(3, n, h), order=(1, 0, 2), start=(0, 0, 0))
-        out = Part(name=f"{name}.attn.c_proj.weight", shape=(d, d), view=(n, 1, h, d), order=(0, 1, 2, 3),
-                   start=(0, 0, 0, 0))  # fmt: skip
+        out = Part(
+            name=f"{name}.attn.c_proj.weight", shape=(d, d), view=(n, 1, h, d), order=(0, 1, 2, 3), start=(0, 0, 0, 0)
+        )
         up = Part(name=f"{name}.mlp.c_fc.weight", shape=(d, f), view=(d, 1, f), order=(0, 1, 2), start=(0, 0, 0))
         up_bias = Part(name=f"{name}.mlp.c_fc.bias", shape=(f,), view=(1, f), order=(0, 1), start=(0, 0))
         result |= {

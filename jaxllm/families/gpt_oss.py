@@ -60,10 +60,16 @@ def weight_map(cfg: ModelConfig, copies: int = 1) -> WeightMap:
         prefix, path = f"model.layers.{i}", ("layers", i)
         mlp = f"{prefix}.mlp"
         sinks = Part(name=f"{prefix}.self_attn.sinks", shape=(k * g,), view=(k, g), order=(0, 1), start=(0, 0))
-        both = Part(name=f"{mlp}.experts.gate_up_proj", shape=(e, d, 2 * f), view=(e, d, f, 2), order=(0, 1, 3, 2),
-                    start=(0, 0, 0, 0))  # fmt: skip
-        both_bias = Part(name=f"{mlp}.experts.gate_up_proj_bias", shape=(e, 2 * f), view=(e, f, 2), order=(0, 2, 1),
-                         start=(0, 0, 0))  # fmt: skip
+        both = Part(
+            name=f"{mlp}.experts.gate_up_proj",
+            shape=(e, d, 2 * f),
+            view=(e, d, f, 2),
+            order=(0, 1, 3, 2),
+            start=(0, 0, 0, 0),
+        )
+        both_bias = Part(
+            name=f"{mlp}.experts.gate_up_proj_bias", shape=(e, 2 * f), view=(e, f, 2), order=(0, 2, 1), start=(0, 0, 0)
+        )
         result |= {
             (*path, "attention_norm", "scale"): whole(f"{prefix}.input_layernorm.weight", d),
             (*path, "ffn_norm", "scale"): whole(f"{prefix}.post_attention_layernorm.weight", d),

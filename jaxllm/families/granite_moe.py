@@ -44,10 +44,16 @@ def weight_map(cfg: ModelConfig, copies: int = 1) -> WeightMap:
     result = llama.weight_map(cfg, copies)
     for i in range(cfg.num_layers):
         path, name = ("layers", i, "ffn"), f"model.layers.{i}.block_sparse_moe"
-        both = Part(name=f"{name}.input_linear.weight", shape=(e, 2 * f, d), view=(e, 2, f, d), order=(0, 3, 1, 2),
-                    start=(0, 0, 0, 0))  # fmt: skip
-        down = Part(name=f"{name}.output_linear.weight", shape=(e, d, f), view=(e, d, f), order=(0, 2, 1),
-                    start=(0, 0, 0))  # fmt: skip
+        both = Part(
+            name=f"{name}.input_linear.weight",
+            shape=(e, 2 * f, d),
+            view=(e, 2, f, d),
+            order=(0, 3, 1, 2),
+            start=(0, 0, 0, 0),
+        )
+        down = Part(
+            name=f"{name}.output_linear.weight", shape=(e, d, f), view=(e, d, f), order=(0, 2, 1), start=(0, 0, 0)
+        )
         result |= {
             (*path, "router"): weights.transposed(f"{name}.router.layer.weight", e, d),
             (*path, "gate_up"): Source((both,)),

@@ -73,12 +73,14 @@ def experts(cfg: ModelConfig, layer: int) -> WeightMap:
         (*path, "router"): weights.transposed(f"{name}.gate.weight", x.num_experts, cfg.hidden_size),
         (*path, "gate_up"): weights.expert_gate_up(
             lambda e: (f"{name}.experts.{e}.gate_proj.weight", f"{name}.experts.{e}.up_proj.weight"),
-            x.num_experts, cfg.hidden_size, x.ffn_size,
+            x.num_experts,
+            cfg.hidden_size,
+            x.ffn_size,
         ),
         (*path, "down"): weights.expert_down(
             lambda e: f"{name}.experts.{e}.down_proj.weight", x.num_experts, cfg.hidden_size, x.ffn_size
         ),
-    }  # fmt: skip
+    }
     if x.correction_bias:
         result[*path, "correction"] = whole(f"{name}.gate.e_score_correction_bias", x.num_experts)
     return result

@@ -237,8 +237,9 @@ def per_head(name: str, heads: Heads, *, keys: bool = False, is_matrix: bool = F
     k, g = heads.grouped
     view, repeat = ((heads.k, 1, heads.h), heads.copies) if keys else ((k, g, heads.h), 1)
     shape = (view[0] * view[1], view[2]) if is_matrix else (math.prod(view),)
-    part = Part(name=name, shape=shape, view=view, order=(0, 1, 2), start=(0, 0, 0),
-                repeat=(0, repeat) if repeat > 1 else None)  # fmt: skip
+    part = Part(
+        name=name, shape=shape, view=view, order=(0, 1, 2), start=(0, 0, 0), repeat=(0, repeat) if repeat > 1 else None
+    )
     return Source((part,))
 
 
@@ -253,9 +254,9 @@ def gate_up(gate: str, up: str, d: int, f: int) -> Source:
 
 def gate_up_bias(gate: str, up: str, f: int) -> Source:
     """`[2, F]` from two biases."""
-    return Source(tuple(
-        Part(name=name, shape=(f,), view=(1, f), order=(0, 1), start=(i, 0)) for i, name in enumerate((gate, up))
-    ))  # fmt: skip
+    return Source(
+        tuple(Part(name=name, shape=(f,), view=(1, f), order=(0, 1), start=(i, 0)) for i, name in enumerate((gate, up)))
+    )
 
 
 def fused_gate_up(name: str, d: int, f: int) -> Source:

@@ -40,21 +40,44 @@ _MROPE = ("mrope_section", "mrope_interleaved")
 # What transformers takes where a text half leaves it out, as older files do.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "Gemma3ForCausalLM": {
-        "vocab_size": 262208, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
-        "num_attention_heads": 8, "rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "query_pre_attn_scalar": 256,
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131072,
+        "query_pre_attn_scalar": 256,
     },
     "LlamaForCausalLM": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 2048,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 2048,
     },
     "MistralForCausalLM": {
-        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 131072,
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131072,
     },
-}  # fmt: skip
+}
 _BESIDE = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "quantization_config")
-_EYES = ("vision_config", "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id",
-         "vision_token_id", "model_type")  # fmt: skip
+_EYES = (
+    "vision_config",
+    "image_token_id",
+    "video_token_id",
+    "vision_start_token_id",
+    "vision_end_token_id",
+    "vision_token_id",
+    "model_type",
+)
 _PREFIXES = {
     "model.language_model.": "model.",
     "language_model.model.": "model.",

@@ -83,8 +83,9 @@ class MultiHeadLatentAttention(nnx.Module):
         self.index, self.name = index, f"layers.{index}.attention"
         self.dims, self.interleaved = a, cfg.rope_interleaved
         d, n, width = cfg.hidden_size, cfg.num_heads, a.nope_dim + a.rope_dim
-        self.spec = AttentionSpec(scale=cfg.score_scale(index), softcap=cfg.attention_softcap, window=cfg.window(index),
-                                  value_width=a.kv_rank)  # fmt: skip
+        self.spec = AttentionSpec(
+            scale=cfg.score_scale(index), softcap=cfg.attention_softcap, window=cfg.window(index), value_width=a.kv_rank
+        )
         if a.q_rank is None:
             self.query = param((d, n, width), ("model_in", "heads", "head_dim"), dtype, contracted=(0,))
         else:

@@ -81,8 +81,9 @@ class Decoder(nnx.Module):
         self.cfg = cfg
         self.kv_copies = kv_copies
         table = (cfg.vocab_size + vocab_padding, cfg.hidden_size)
-        self.embedding = param(table, ("vocab", "model"), dtype, contracted=(1,) if cfg.tie_word_embeddings else (),
-                               inputs=(1,))  # fmt: skip
+        self.embedding = param(
+            table, ("vocab", "model"), dtype, contracted=(1,) if cfg.tie_word_embeddings else (), inputs=(1,)
+        )
         if cfg.learned_positions:
             self.positions = param((cfg.max_position_embeddings, cfg.hidden_size), ("positions", "model"), dtype)
         self.layers = nnx.List([Block(cfg, i, kv_copies, dtype) for i in range(cfg.num_layers)])

@@ -55,8 +55,7 @@ class MixtureOfExperts(nnx.Module):
         self.activation, self.clamped = cfg.activation, cfg.clamped_swiglu
         self.router = param((d, e.num_experts), ("model", "router"))  # float32: a choice must not hang on rounding
         self.correction = param((e.num_experts,), ("router",)) if e.correction_bias else None
-        self.gate_up = param((e.num_experts, d, ups, f), ("experts", "model_in", "gate_up", "ffn"), dtype,
-                             inputs=(1,))  # fmt: skip
+        self.gate_up = param((e.num_experts, d, ups, f), ("experts", "model_in", "gate_up", "ffn"), dtype, inputs=(1,))
         self.down = param((e.num_experts, f, d), ("experts", "ffn_in", "model_out"), dtype, inputs=(1,))
         if e.bias:
             self.router_bias = param((e.num_experts,), ("router",))

@@ -82,9 +82,11 @@ def _backward(spec: str, kept: tuple[jax.Array, jax.Array], change: jax.Array) -
     if w.dtype == jnp.float32:
         return change_x, over_rows(x, change)
     change_w = jax.lax.platform_dependent(
-        x, change, cpu=lambda x, change: over_rows(x.astype(jnp.float32), change.astype(jnp.float32)),
+        x,
+        change,
+        cpu=lambda x, change: over_rows(x.astype(jnp.float32), change.astype(jnp.float32)),
         default=lambda x, change: over_rows(x, change.astype(w.dtype)),
-    )  # fmt: skip
+    )
     return change_x, change_w.astype(w.dtype)
 
 

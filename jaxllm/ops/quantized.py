@@ -93,8 +93,9 @@ class QuantizedMatrix:
     def expert(self, number: jax.Array) -> QuantizedMatrix:
         """One of the matrices along the first dim."""
         cut = [None if part is None else part[number] for part in (self.codes, self.scales, self.minima, self.order)]
-        return dataclasses.replace(self, codes=cut[0], scales=cut[1], minima=cut[2], order=cut[3], axis=self.axis - 1,
-                                   parts=1)  # fmt: skip
+        return dataclasses.replace(
+            self, codes=cut[0], scales=cut[1], minima=cut[2], order=cut[3], axis=self.axis - 1, parts=1
+        )
 
     def specs(self, spec: PartitionSpec) -> QuantizedMatrix:
         """Where each array lies, given where the parameter would: a pytree like this one."""
@@ -110,9 +111,13 @@ def leaf_specs(matrix: QuantizedMatrix, spec: PartitionSpec) -> Any:
     groups = codes if matrix.scheme.group else PartitionSpec(*full[:axis], None, *full[axis + num :])
     order = None if matrix.order is None else PartitionSpec(*full[: matrix.order.ndim - 1], None)
     return dataclasses.replace(
-        matrix, codes=codes, scales=groups, minima=None if matrix.minima is None else groups, order=order,
+        matrix,
+        codes=codes,
+        scales=groups,
+        minima=None if matrix.minima is None else groups,
+        order=order,
         input_scale=None if matrix.input_scale is None else PartitionSpec(),
-    )  # fmt: skip
+    )
 
 
 def quantized_product(spec: str, x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:

@@ -167,24 +167,57 @@ def _escaped(text: str) -> CallArguments:
 
 
 QWEN3_CODER = Tags(
-    begin="<tool_call>", end="</tool_call>", call="<function=", call_end="</function>", name_end=">",
-    key="<parameter=", key_ends={">": None}, value_end="</parameter>", on_lines=True,
+    begin="<tool_call>",
+    end="</tool_call>",
+    call="<function=",
+    call_end="</function>",
+    name_end=">",
+    key="<parameter=",
+    key_ends={">": None},
+    value_end="</parameter>",
+    on_lines=True,
     apart=True,
-).format()  # fmt: skip
+).format()
 SEED = Tags(
-    begin="<seed:tool_call>", end="</seed:tool_call>", call="<function=", call_end="</function>", name_end=">",
-    key="<parameter=", key_ends={">": None}, value_end="</parameter>", apart=True,
-).format()  # fmt: skip
+    begin="<seed:tool_call>",
+    end="</seed:tool_call>",
+    call="<function=",
+    call_end="</function>",
+    name_end=">",
+    key="<parameter=",
+    key_ends={">": None},
+    value_end="</parameter>",
+    apart=True,
+).format()
 MINIMAX_M2 = Tags(
-    begin="<minimax:tool_call>", end="</minimax:tool_call>", call='<invoke name="', call_end="</invoke>",
-    name_end='">', key='<parameter name="', key_ends={'">': None}, value_end="</parameter>",
-).format()  # fmt: skip
+    begin="<minimax:tool_call>",
+    end="</minimax:tool_call>",
+    call='<invoke name="',
+    call_end="</invoke>",
+    name_end='">',
+    key='<parameter name="',
+    key_ends={'">': None},
+    value_end="</parameter>",
+).format()
 GLM = Tags(
-    begin="<tool_call>", end="", call="", call_end="</tool_call>", name_end="", key="<arg_key>",
-    key_ends={"</arg_key>": None}, value="<arg_value>", value_end="</arg_value>", apart=True,
-).format()  # fmt: skip
+    begin="<tool_call>",
+    end="",
+    call="",
+    call_end="</tool_call>",
+    name_end="",
+    key="<arg_key>",
+    key_ends={"</arg_key>": None},
+    value="<arg_value>",
+    value_end="</arg_value>",
+    apart=True,
+).format()
 DEEPSEEK_V32 = Tags(
-    begin="<｜DSML｜function_calls>", end="</｜DSML｜function_calls>", call='<｜DSML｜invoke name="',
-    call_end="</｜DSML｜invoke>", name_end='">', key='<｜DSML｜parameter name="',
-    key_ends={'" string="true">': True, '" string="false">': False}, value_end="</｜DSML｜parameter>",
-).format()  # fmt: skip
+    begin="<｜DSML｜function_calls>",
+    end="</｜DSML｜function_calls>",
+    call='<｜DSML｜invoke name="',
+    call_end="</｜DSML｜invoke>",
+    name_end='">',
+    key='<｜DSML｜parameter name="',
+    key_ends={'" string="true">': True, '" string="false">': False},
+    value_end="</｜DSML｜parameter>",
+).format()

@@ -24,13 +24,18 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)")
 _NAME = re.compile(r"[\w.:@+/-]{1,200}")
 _REFUSED = {
-    "coordinator_address": "a pool is one process", "num_processes": "a pool is one process",
-    "process_id": "a pool is one process", "distributed": "a pool is one process",
-    "disk_kv_bytes": "the KV of a pool's models rests in host memory", "disk_kv_path": "see disk_kv_bytes",
-    "prefill_mesh": "a pool steps one engine for each model", "decode_mesh": "see prefill_mesh",
-    "kv_transfer_config": "its models are not handed over", "kv_events_config": "its prefix caches come and go",
+    "coordinator_address": "a pool is one process",
+    "num_processes": "a pool is one process",
+    "process_id": "a pool is one process",
+    "distributed": "a pool is one process",
+    "disk_kv_bytes": "the KV of a pool's models rests in host memory",
+    "disk_kv_path": "see disk_kv_bytes",
+    "prefill_mesh": "a pool steps one engine for each model",
+    "decode_mesh": "see prefill_mesh",
+    "kv_transfer_config": "its models are not handed over",
+    "kv_events_config": "its prefix caches come and go",
     "enable_lora": "adapters have no place in the budget yet",
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

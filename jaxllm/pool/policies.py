@@ -68,9 +68,15 @@ class Policy(Protocol):
 
 
 def make_policy(
-    name: str, costs: Costs, *, prefill: Sequence[int] = (0,), decode: Sequence[int] = (0,), tbt: float = TBT_SECONDS,
-    longest: float = LONGEST_SECONDS, max_group: int = MAX_GROUP,
-) -> Policy:  # fmt: skip
+    name: str,
+    costs: Costs,
+    *,
+    prefill: Sequence[int] = (0,),
+    decode: Sequence[int] = (0,),
+    tbt: float = TBT_SECONDS,
+    longest: float = LONGEST_SECONDS,
+    max_group: int = MAX_GROUP,
+) -> Policy:
     """A policy by its name. Raises ValueError for an unknown one."""
     if name == "token":
         return TokenLevel(costs, prefill=prefill, decode=decode, tbt=tbt, longest=longest, max_group=max_group)
@@ -95,9 +101,15 @@ class TokenLevel:
     """
 
     def __init__(
-        self, costs: Costs, *, prefill: Sequence[int] = (0,), decode: Sequence[int] = (0,), tbt: float = TBT_SECONDS,
-        longest: float = LONGEST_SECONDS, max_group: int = MAX_GROUP,
-    ):  # fmt: skip
+        self,
+        costs: Costs,
+        *,
+        prefill: Sequence[int] = (0,),
+        decode: Sequence[int] = (0,),
+        tbt: float = TBT_SECONDS,
+        longest: float = LONGEST_SECONDS,
+        max_group: int = MAX_GROUP,
+    ):
         self._groups = PrefillGroups(prefill, costs, max_group=max_group)
         self._rounds = DecodeRounds(decode, costs, tbt=tbt, longest=longest)
         self._prefill, self._decode = frozenset(prefill), frozenset(decode)

@@ -33,13 +33,21 @@ def model_state(model: PooledModel) -> dict[str, Any]:
     """One model; bytes are of each device, `keep_alive` in seconds, -1 for ever."""
     sizes = model.residence.sizes if model.residence is not None else None
     return {
-        "id": model.name, "model": model.name, "state": str(model.state), "place": model.place, "stage": model.stage,
+        "id": model.name,
+        "model": model.name,
+        "state": str(model.state),
+        "place": model.place,
+        "stage": model.stage,
         "error": str(model.error) if model.error is not None else None,
-        "requests": len(model.open), "pinned": model.entry.pinned, "priority": model.entry.priority,
+        "requests": len(model.open),
+        "pinned": model.entry.pinned,
+        "priority": model.entry.priority,
         "keep_alive": -1 if math.isinf(model.keep_alive) else model.keep_alive,
-        "weight_bytes": sizes.weights if sizes else None, "cache_bytes": sizes.cache if sizes else None,
-        "switches": model.num_switches, "switch_seconds": model.measured.switch,
-    }  # fmt: skip
+        "weight_bytes": sizes.weights if sizes else None,
+        "cache_bytes": sizes.cache if sizes else None,
+        "switches": model.num_switches,
+        "switch_seconds": model.measured.switch,
+    }
 
 
 def pool_figures(pool: Pool) -> Iterator[tuple[str, Figure]]:

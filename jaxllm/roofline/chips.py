@@ -57,8 +57,17 @@ class Chip:
         return self.flops / self.bandwidth
 
 
-def _tpu(name: str, title: str, flops: float, eight: float, gigabytes: float, terabytes: float, link: float,
-         num_links: int, dcn: float) -> Chip:  # fmt: skip
+def _tpu(
+    name: str,
+    title: str,
+    flops: float,
+    eight: float,
+    gigabytes: float,
+    terabytes: float,
+    link: float,
+    num_links: int,
+    dcn: float,
+) -> Chip:
     return Chip(
         name=name,
         title=title,

@@ -121,8 +121,14 @@ def _seen(length: int, window: int) -> int:
     return full * (full + 1) // 2 + (length - full) * window
 
 
-def model_cost(cfg: ModelConfig, *, weight_dtype: str = "bfloat16", kv_dtype: str = "bfloat16", kv_copies: int = 1,
-               replicas: int = 1) -> ModelCost:  # fmt: skip
+def model_cost(
+    cfg: ModelConfig,
+    *,
+    weight_dtype: str = "bfloat16",
+    kv_dtype: str = "bfloat16",
+    kv_copies: int = 1,
+    replicas: int = 1,
+) -> ModelCost:
     """The numbers of a configuration.
 
     Args:

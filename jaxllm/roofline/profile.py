@@ -35,9 +35,12 @@ class Terms:
     def seconds(self, work: IterationWork) -> float:
         """Of one iteration."""
         return (
-            self.base + self.tokens * work.tokens + self.pairs * work.chunk_pairs + self.keys * work.decode_keys
+            self.base
+            + self.tokens * work.tokens
+            + self.pairs * work.chunk_pairs
+            + self.keys * work.decode_keys
             + self.starts * work.admitted
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

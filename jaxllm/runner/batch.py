@@ -269,9 +269,7 @@ def row_batch(chunks: Sequence[Chunk], rows: Sequence[int], num_rows: int, shape
     )
 
 
-def sampling_rows(
-    requests: Sequence[Request], rows: Sequence[int], num_rows: int, vocab_size: int
-) -> SamplingRows:  # fmt: skip
+def sampling_rows(requests: Sequence[Request], rows: Sequence[int], num_rows: int, vocab_size: int) -> SamplingRows:
     """The requests' sampling parameters as arrays; padding rows are greedy."""
     params = [request.params for request in requests]
     bias_ids = np.full((num_rows, MAX_LOGIT_BIAS), vocab_size, np.int32)
@@ -315,9 +313,7 @@ def _pad(values: Sequence[int], size: int, fill: int = 0) -> np.ndarray:
     return np.array([*values, *[fill] * (size - len(values))], np.int32)
 
 
-def _at(
-    rows: Sequence[int], values: Sequence[float], size: int, fill: float = 0, dtype: type = np.int32
-) -> np.ndarray:  # fmt: skip
+def _at(rows: Sequence[int], values: Sequence[float], size: int, fill: float = 0, dtype: type = np.int32) -> np.ndarray:
     out = np.full(size, fill, dtype)
     out[rows] = values
     return out

@@ -85,9 +85,15 @@ class Drafter:
 
 
 def forward_chunks(
-    steps: Steps, params: Any, pages: Pages, tokens_RJ: jax.Array, position_RJ: jax.Array, valid_RJ: jax.Array,
-    table_RM: jax.Array, adapter_R: jax.Array | None = None,
-) -> tuple[jax.Array, list[Any]]:  # fmt: skip
+    steps: Steps,
+    params: Any,
+    pages: Pages,
+    tokens_RJ: jax.Array,
+    position_RJ: jax.Array,
+    valid_RJ: jax.Array,
+    table_RM: jax.Array,
+    adapter_R: jax.Array | None = None,
+) -> tuple[jax.Array, list[Any]]:
     """One forward over the first valid tokens of each row: hidden states `[R * J, D]`, and the pages."""
     (num_rows, width), sections = tokens_RJ.shape, steps.placement.parts("pages")
     count, valid, position = jnp.sum(valid_RJ, axis=1), valid_RJ.reshape(-1), position_RJ.reshape(-1)

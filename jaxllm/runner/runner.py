@@ -48,9 +48,13 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: AbstractModel, shapes: RunnerShapes, memory: KVMemory | None = None,
-        announce: Callable[[bytes], None] | None = None, compiler: Compiler | None = None,
-    ):  # fmt: skip
+        self,
+        model: AbstractModel,
+        shapes: RunnerShapes,
+        memory: KVMemory | None = None,
+        announce: Callable[[bytes], None] | None = None,
+        compiler: Compiler | None = None,
+    ):
         self.model = model
         self.shapes = shapes
         self.memory = memory or make_memory(model, shapes)
@@ -180,9 +184,13 @@ class ModelRunner:
         return structure
 
     def warm_up(
-        self, *, sampling: bool = True, scoring: bool = False, tiers: bool = False,
+        self,
+        *,
+        sampling: bool = True,
+        scoring: bool = False,
+        tiers: bool = False,
         on_compiled: Callable[[int, int], None] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Compile every program there is, in threads; afterwards a compilation is a defect.
 
         Args:

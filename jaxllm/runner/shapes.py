@@ -67,9 +67,13 @@ class RunnerShapes:
     def page_layout(self, row: CacheRow, kv_copies: int) -> PageLayout:
         """Of one layer's cache, the pages of all replicas."""
         return PageLayout(
-            row=row, num_pages=self.num_pages * self.num_replicas, page_size=self.page_size, kv_copies=kv_copies,
-            dtype=self.kv_dtype, interleaved=self.attention.interleaved_pages,
-        )  # fmt: skip
+            row=row,
+            num_pages=self.num_pages * self.num_replicas,
+            page_size=self.page_size,
+            kv_copies=kv_copies,
+            dtype=self.kv_dtype,
+            interleaved=self.attention.interleaved_pages,
+        )
 
     @property
     def spare_slot(self) -> int:
@@ -241,11 +245,14 @@ def make_memory(
     layout = shapes.page_layout(model.cfg.cache_row, model.kv_copies)
     pools = [
         PagePool(
-            shapes.num_pages, shapes.page_size, enable_prefix_caching=enable_prefix_caching, namespace=namespace,
+            shapes.num_pages,
+            shapes.page_size,
+            enable_prefix_caching=enable_prefix_caching,
+            namespace=namespace,
             window=_window(model),
         )
         for _ in range(shapes.num_replicas)
-    ]  # fmt: skip
+    ]
     memory = KVMemory(layout, model.cfg.num_layers, model.placement, pools)
     if (draft := model.draft) is not None:
         memory.draft_layout = shapes.page_layout(draft.cfg.cache_row, draft.kv_copies)

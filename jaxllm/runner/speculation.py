@@ -43,9 +43,16 @@ class Speculated:
 
 
 def speculating_loop(
-    steps: Steps, params: Any, pages: Pages, state: SlotState, draft_pages: Pages, batch: RowBatch,
-    table_RM: jax.Array, num_steps: jax.Array, drafting: Drafting,
-) -> tuple[Pages, SlotState, Pages, Speculated]:  # fmt: skip
+    steps: Steps,
+    params: Any,
+    pages: Pages,
+    state: SlotState,
+    draft_pages: Pages,
+    batch: RowBatch,
+    table_RM: jax.Array,
+    num_steps: jax.Array,
+    drafting: Drafting,
+) -> tuple[Pages, SlotState, Pages, Speculated]:
     """Up to `num_steps` iterations of one or more tokens per row; as `Steps.decode_loop`."""
     speculation = steps.speculation
     assert speculation is not None
@@ -99,9 +106,15 @@ def speculating_loop(
 
 
 def _verify(
-    steps: Steps, params: Any, pages: Pages, state: SlotState, batch: RowBatch, table_RM: jax.Array,
-    drafts_RG: jax.Array, count: jax.Array,
-) -> tuple[list[Any], SlotState, sampling.Sampled]:  # fmt: skip
+    steps: Steps,
+    params: Any,
+    pages: Pages,
+    state: SlotState,
+    batch: RowBatch,
+    table_RM: jax.Array,
+    drafts_RG: jax.Array,
+    count: jax.Array,
+) -> tuple[list[Any], SlotState, sampling.Sampled]:
     """One iteration over each row's last token and its drafts; samples `[J, R]`, idle after the first that differs."""
     (num_rows, num_drafts), slot = drafts_RG.shape, batch.slot
     width, spare, j = num_drafts + 1, state.done.shape[0] - 1, jnp.arange(num_drafts + 1)

@@ -262,9 +262,14 @@ class Steps:
             return out
 
         context = Context(
-            attend_layer, placement.shard, placement.over_shards, self.residual_dtype, placement.gathered, self.longest,
+            attend_layer,
+            placement.shard,
+            placement.over_shards,
+            self.residual_dtype,
+            placement.gathered,
+            self.longest,
             product,
-        )  # fmt: skip
+        )
         return self.model(params)(tokens, position, context), updated
 
     def _over_heads(self, rows: Rows, pages: Any, spec: AttentionSpec) -> Callable:
@@ -280,9 +285,17 @@ class Steps:
         def local(q, kv, layer_pages, targets, rows, sinks):
             if isinstance(rows, RingBatch):
                 return ring_attention(
-                    q, kv, layer_pages, targets, rows, write=write_pages, axis=str(placement.ring_axis()),
-                    size=placement.ring_size(), spec=spec, sinks_KG=sinks,
-                )  # fmt: skip
+                    q,
+                    kv,
+                    layer_pages,
+                    targets,
+                    rows,
+                    write=write_pages,
+                    axis=str(placement.ring_axis()),
+                    size=placement.ring_size(),
+                    spec=spec,
+                    sinks_KG=sinks,
+                )
             if isinstance(rows, RaggedRows):
                 rows = dataclasses.replace(rows, num_single=rows.num_single.reshape(()))  # this section's own
             layer_pages = write_pages(layer_pages, kv, targets)

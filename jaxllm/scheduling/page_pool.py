@@ -32,9 +32,14 @@ class PagePool:
     """
 
     def __init__(
-        self, num_pages: int, page_size: int, *, enable_prefix_caching: bool = True, namespace: str = "",
+        self,
+        num_pages: int,
+        page_size: int,
+        *,
+        enable_prefix_caching: bool = True,
+        namespace: str = "",
         window: int | None = None,
-    ):  # fmt: skip
+    ):
         if num_pages < 2:
             raise ValueError(f"num_pages={num_pages}; at least 2 are needed: page 0 is reserved for padding")
         self.num_pages = num_pages

@@ -32,10 +32,19 @@ class Scheduler:
     """
 
     def __init__(
-        self, pool: PagePool, *, max_num_seqs: int, max_num_batched_tokens: int, max_decode_steps: int = 1,
-        first_slot: int = 0, first_page: int = 0, tiers: Tiers | None = None, chunked_prefill: bool = True,
-        num_drafts: int = 0, adapter_slots: AdapterSlots | None = None,
-    ):  # fmt: skip
+        self,
+        pool: PagePool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_decode_steps: int = 1,
+        first_slot: int = 0,
+        first_page: int = 0,
+        tiers: Tiers | None = None,
+        chunked_prefill: bool = True,
+        num_drafts: int = 0,
+        adapter_slots: AdapterSlots | None = None,
+    ):
         self.pool = pool
         self.tiers = tiers
         self.adapter_slots = adapter_slots or AdapterSlots(0)

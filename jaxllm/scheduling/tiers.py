@@ -149,9 +149,14 @@ class Tiers:
         return self._under_way.get((replica, digest))
 
     def begin(
-        self, owner: Any, keys: Sequence[bytes], pages: Sequence[int], num_tokens: int, replica: int = 0,
+        self,
+        owner: Any,
+        keys: Sequence[bytes],
+        pages: Sequence[int],
+        num_tokens: int,
+        replica: int = 0,
         spans: Mapping[bytes, Span] = MappingProxyType({}),
-    ) -> Load:  # fmt: skip
+    ) -> Load:
         """Bring pages up for a request; `pages` are allocated, and nobody else knows them.
 
         What is neither in the host nor on the disk comes from the `spans` of another engine's offer.

@@ -13,9 +13,14 @@ _LOWEST = -9999.0  # what OpenAI reports for "next to impossible"; infinities ar
 
 
 def completion_logprobs(
-    token_ids: Sequence[int], entries: Sequence[Entry | None], count: int, offset: int,
-    token_text: Callable[[int], str], *, as_ids: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+    token_ids: Sequence[int],
+    entries: Sequence[Entry | None],
+    count: int,
+    offset: int,
+    token_text: Callable[[int], str],
+    *,
+    as_ids: bool = False,
+) -> dict[str, Any]:
     """Parallel lists over tokens; `offset` is where the first one stands in the text."""
     out: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token, entry in zip(token_ids, entries, strict=True):
@@ -37,9 +42,13 @@ def _top(entry: Entry, count: int, as_ids: bool) -> dict[str, float]:
 
 
 def chat_logprobs(
-    token_ids: Sequence[int], entries: Sequence[Entry], count: int, token_bytes: Callable[[int], bytes], *,
+    token_ids: Sequence[int],
+    entries: Sequence[Entry],
+    count: int,
+    token_bytes: Callable[[int], bytes],
+    *,
     as_ids: bool = False,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """One object per token with its `count` alternatives; `bytes` tell half characters apart."""
 
     def shaped(token: int, logprob: Logprob) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from jaxllm.schema.fields import (
     Token,
     TokenLists,
     Tokens,
-)  # fmt: skip
+)
 from jaxllm.schema.schema_rules import NULL, absent, either, exactly_one, given, only, rules
 from jaxllm.schema.tools import AllowedTools, NamedTool, Tool, ToolCall
 from jaxllm.tokenizer.chat_template import ALLOWED_VARIABLES
@@ -57,9 +57,11 @@ class ContentPart(Model):
     """A part of a message; only text is understood, a refusal's text among it."""
 
     model_config = rules(
-        either(given(type={"const": "text"}, text={"type": "string"}),
-               given(type={"const": "refusal"}, refusal={"type": "string"}))
-    )  # fmt: skip
+        either(
+            given(type={"const": "text"}, text={"type": "string"}),
+            given(type={"const": "refusal"}, refusal={"type": "string"}),
+        )
+    )
 
     type: Name
     text: Text | None = None

@@ -18,9 +18,11 @@ class ResponsePart(Model):
     """A part of an item's content; only text is understood."""
 
     model_config = rules(
-        either(given(type={"enum": _TEXTS}, text={"type": "string"}),
-               given(type={"const": "refusal"}, refusal={"type": "string"}))
-    )  # fmt: skip
+        either(
+            given(type={"enum": _TEXTS}, text={"type": "string"}),
+            given(type={"const": "refusal"}, refusal={"type": "string"}),
+        )
+    )
 
     type: Name
     text: Text | None = None

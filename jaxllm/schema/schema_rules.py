@@ -61,8 +61,7 @@ def check_names(body: Any, known: Iterable[str]) -> Any:
     if isinstance(body, dict):
         for name, value in body.items():
             if name not in known and value is not None and (message := _complaint(name, value, known, set(body))):
-                raise PydanticCustomError("not_understood", "{name} {message}",
-                                          {"name": name[:50], "message": message})  # fmt: skip
+                raise PydanticCustomError("not_understood", "{name} {message}", {"name": name[:50], "message": message})
     return body
 
 

@@ -35,9 +35,21 @@ from jaxllm.server.routes import (
 from jaxllm.version import __version__
 
 _ROUTERS = (
-    completions, chat, responses, messages, embeddings, relevance, lora, tokens, batches, kv_transfer, pool, status,
-    docs, page,
-)  # fmt: skip
+    completions,
+    chat,
+    responses,
+    messages,
+    embeddings,
+    relevance,
+    lora,
+    tokens,
+    batches,
+    kv_transfer,
+    pool,
+    status,
+    docs,
+    page,
+)
 
 
 def make_app(llm: AsyncLLM | PoolFace, settings: Settings) -> Any:
@@ -67,6 +79,10 @@ def _cross_origin(app: Any, allowed: CrossOrigin) -> Any:
     if not allowed.origins:
         return app
     return CORSMiddleware(
-        app, allow_origins=allowed.origins, allow_methods=allowed.methods, allow_headers=allowed.headers,
-        allow_credentials=allowed.credentials, expose_headers=("x-request-id", "x-jaxllm-warning", "retry-after"),
-    )  # fmt: skip
+        app,
+        allow_origins=allowed.origins,
+        allow_methods=allowed.methods,
+        allow_headers=allowed.headers,
+        allow_credentials=allowed.credentials,
+        expose_headers=("x-request-id", "x-jaxllm-warning", "retry-after"),
+    )

@@ -14,8 +14,12 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 ENDPOINTS = (
-    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", "/v1/messages",
-)  # fmt: skip
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+)
 _LOWEST_PRIORITY = 1000  # whoever waits for an answer goes first
 _MAX_LINE = 8 << 20
 
@@ -80,11 +84,20 @@ async def _post(app: Any, path: str, body: dict[str, Any], request_id: str) -> t
     if path != "/v1/embeddings":
         body = {"priority": _LOWEST_PRIORITY, **body}
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
-        "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"",
-        "headers": [(b"content-type", b"application/json")], "client": None, "server": None,
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+        "client": None,
+        "server": None,
         "state": {"request_id": request_id},
-    }  # fmt: skip
+    }
     incoming = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
     status, parts = 500, []
 

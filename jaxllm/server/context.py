@@ -94,9 +94,11 @@ class Context:
         names = self.settings.served_model_names
         if name and name not in (*names, *(entry.name for entry in self.llm.adapters.served)):
             raise ApiError(
-                404, f"the model {name[:100]!r} is not served here; use {names[0]!r}",
-                param="model", code="model_not_found",
-            )  # fmt: skip
+                404,
+                f"the model {name[:100]!r} is not served here; use {names[0]!r}",
+                param="model",
+                code="model_not_found",
+            )
         return name or names[0]
 
     def answering_as(self, name: str) -> Context:

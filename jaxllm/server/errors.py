@@ -24,9 +24,12 @@ _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _CODES = {404: "not_found", 405: "method_not_allowed", 413: "request_too_large", 500: "internal_error"}
 _ANTHROPIC_PATH = "/v1/messages"
 _ANTHROPIC_TYPES = {
-    401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
     503: "overloaded_error",
-}  # fmt: skip
+}
 _UNREADABLE = "the body cannot be read as JSON; send UTF-8, less nesting and numbers of fewer than 4300 digits"
 
 
@@ -34,9 +37,14 @@ class ApiError(Exception):
     """What a client did wrong or what the server cannot do, with its status."""
 
     def __init__(
-        self, status: int, message: str, *, param: str | None = None, code: str | None = None,
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
         headers: dict[str, str] | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__(message)
         self.status, self.message, self.param, self.headers = status, message, param, headers
         self.code = code or _CODES.get(status, "invalid_value")

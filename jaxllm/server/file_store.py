@@ -29,9 +29,14 @@ class StoredFile:
     def shaped(self) -> dict[str, Any]:
         """As OpenAI writes it."""
         return {
-            "id": self.id, "object": "file", "bytes": len(self.content), "created_at": self.created_at,
-            "filename": self.filename, "purpose": self.purpose, "status": "processed",
-        }  # fmt: skip
+            "id": self.id,
+            "object": "file",
+            "bytes": len(self.content),
+            "created_at": self.created_at,
+            "filename": self.filename,
+            "purpose": self.purpose,
+            "status": "processed",
+        }
 
 
 @final
@@ -117,8 +122,16 @@ class Batch:
     def shaped(self) -> dict[str, Any]:
         """As OpenAI writes it."""
         return {
-            "id": self.id, "object": "batch", "endpoint": self._endpoint, "errors": None,
-            "input_file_id": self._input.id, "completion_window": self._window, "status": self._status,
-            "output_file_id": self._outputs.get("output_file_id"), "error_file_id": self._outputs.get("error_file_id"),
-            "request_counts": dict(self._counts), "metadata": self._metadata, **self._times,
-        }  # fmt: skip
+            "id": self.id,
+            "object": "batch",
+            "endpoint": self._endpoint,
+            "errors": None,
+            "input_file_id": self._input.id,
+            "completion_window": self._window,
+            "status": self._status,
+            "output_file_id": self._outputs.get("output_file_id"),
+            "error_file_id": self._outputs.get("error_file_id"),
+            "request_counts": dict(self._counts),
+            "metadata": self._metadata,
+            **self._times,
+        }

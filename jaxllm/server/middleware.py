@@ -78,9 +78,11 @@ class Gate:
     async def _pass(self, scope: Any, headers: dict[bytes, bytes], receive: Any, send: Any) -> None:
         if self._keys and scope["path"] not in _OPEN_PATHS and not self._known(headers):
             raise ApiError(
-                401, "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'", code="invalid_api_key",
+                401,
+                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
                 headers={"www-authenticate": 'Basic realm="jaxllm", charset="UTF-8"'},
-            )  # fmt: skip
+            )
         if scope["method"] == "HEAD":  # the answer to GET; the protocol leaves its body out
             scope = {**scope, "method": "GET"}
         if scope["method"] != "POST" or _is_bare(headers):

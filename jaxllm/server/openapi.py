@@ -43,9 +43,11 @@ def complete(document: Schema, ctx: Context) -> Schema:
     _name_model(document, schemas, ctx)
     _bound_tokens(document, max((llm.model_config.vocab_size for llm in _llms(ctx)), default=1 << 20) - 1)
     schemas["Error"] = {
-        "type": "object", "required": ["error"], "additionalProperties": False,
+        "type": "object",
+        "required": ["error"],
+        "additionalProperties": False,
         "properties": {"error": _ERROR, "type": {"const": "error", "description": "Of Anthropic's routes."}},
-    }  # fmt: skip
+    }
     for operations in document["paths"].values():
         for operation in operations.values():
             _describe_answers(operation)

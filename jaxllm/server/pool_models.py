@@ -22,9 +22,13 @@ if TYPE_CHECKING:
     from jaxllm.server.context import Context
 
 _SUMMED = (
-    "generation_tokens_total", "prompt_tokens_total", "num_requests_running", "num_requests_waiting",
-    "num_preemptions", "compilations",
-)  # fmt: skip
+    "generation_tokens_total",
+    "prompt_tokens_total",
+    "num_requests_running",
+    "num_requests_waiting",
+    "num_preemptions",
+    "compilations",
+)
 _WORST = ("ttft_p50", "ttft_p99", "itl_p50", "itl_p99", "kv_cache_usage_perc", "prefix_cache_hit_rate")
 _GUESSED_LOAD_SECONDS = 5.0
 _TIMEOUT_HEADERS = ("x-request-timeout", "x-stainless-read-timeout", "x-stainless-timeout")  # the last two: OpenAI's
@@ -87,9 +91,11 @@ class PoolModels:
         if known is None or known.llm is not llm:
             names = (model.name, *model.entry.aliases)
             known = dataclasses.replace(
-                base, llm=llm, settings=dataclasses.replace(base.settings, served_model_names=names),
+                base,
+                llm=llm,
+                settings=dataclasses.replace(base.settings, served_model_names=names),
                 metrics=self.families.of(llm, model.name),
-            )  # fmt: skip
+            )
             self._contexts[model.name] = known
         return known
 
@@ -97,10 +103,12 @@ class PoolModels:
         left = load_seconds_left(self.pool, model)
         if left > timeout:
             raise ApiError(
-                503, f"the model {model.name!r} is loading ({model.stage or 'waiting'}); about {left:.0f} s are left, "
-                f"more than the {timeout:g} s of this request; ask again then", code="loading",
+                503,
+                f"the model {model.name!r} is loading ({model.stage or 'waiting'}); about {left:.0f} s are left, "
+                f"more than the {timeout:g} s of this request; ask again then",
+                code="loading",
                 headers={"retry-after": str(math.ceil(left))},
-            )  # fmt: skip
+            )
 
     def waiting_for(self, name: str | None) -> str:
         """What a request of this model waits for, in words."""
@@ -156,9 +164,11 @@ def as_load_error(model: PooledModel, error: BaseException) -> ApiError:
         return ApiError(503, str(error), code="unavailable", headers={"retry-after": str(error.retry_after)})
     what = str(error) if isinstance(error, ValueError) else type(error).__name__
     return ApiError(
-        503, f"the model {model.name!r} could not be loaded: {what}", code="model_failed",
+        503,
+        f"the model {model.name!r} could not be loaded: {what}",
+        code="model_failed",
         headers={"retry-after": "5"},
-    )  # fmt: skip
+    )
 
 
 def _timeout(request: Request, longest: float) -> float:

@@ -75,9 +75,13 @@ def _set_keep_alive(models: Models | None, body: Any) -> None:
 
 
 def _stream_when_loaded(
-    request: Request, body: Any, make: MakeCall, request_id: str, models: Models,
+    request: Request,
+    body: Any,
+    make: MakeCall,
+    request_id: str,
+    models: Models,
     failed: Callable[[Exception], bytes],
-) -> Response:  # fmt: skip
+) -> Response:
     """A stream that begins at once: comments say how far the model is, then comes the answer, or an error event."""
     opened: list[Generation] = []
 

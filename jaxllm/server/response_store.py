@@ -59,6 +59,8 @@ class ResponseStore:
 
 def _missing(response_id: str) -> ApiError:
     return ApiError(
-        404, f"response {response_id[:100]!r} is not stored here (any more); send the whole conversation",
-        param="previous_response_id", code="response_not_found",
-    )  # fmt: skip
+        404,
+        f"response {response_id[:100]!r} is not stored here (any more); send the whole conversation",
+        param="previous_response_id",
+        code="response_not_found",
+    )

@@ -37,8 +37,9 @@ def sampling_params(ctx: Context, body: SamplingFields, **others: Any) -> Sampli
 
 def _check_stream(body: GenerationFields) -> None:
     if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options needs stream: true; set it or leave stream_options out",
-                       param="stream_options")  # fmt: skip
+        raise ApiError(
+            400, "stream_options needs stream: true; set it or leave stream_options out", param="stream_options"
+        )
     if body.prompt_logprobs is not None and body.stream:
         raise ApiError(400, "prompt_logprobs are not streamed; leave stream out", param="prompt_logprobs")
 

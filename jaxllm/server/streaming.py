@@ -42,9 +42,13 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, events: AsyncIterator[bytes], on_close: Callable[[], None], headers: Mapping[str, str] | None = None, *,
+        self,
+        events: AsyncIterator[bytes],
+        on_close: Callable[[], None],
+        headers: Mapping[str, str] | None = None,
+        *,
         failed: Callable[[Exception], bytes] | None = None,
-    ):  # fmt: skip
+    ):
         super().__init__(headers={"cache-control": "no-store", **(headers or {})})
         del self.headers["content-length"]
         self._events, self._on_close, self._failed = events, on_close, failed or failed_event

@@ -198,8 +198,9 @@ def vocab_padding(config: ModelConfig, rules: ShardingRules, mesh: Mapping[str, 
     return -config.vocab_size % num_parts(rules.parameters.get("vocab"), mesh)
 
 
-def check_divides(name: str, shape: tuple[int, ...], dims: tuple[str, ...], axes: tuple[Axes, ...],
-                  mesh: Mapping[str, int]) -> None:  # fmt: skip
+def check_divides(
+    name: str, shape: tuple[int, ...], dims: tuple[str, ...], axes: tuple[Axes, ...], mesh: Mapping[str, int]
+) -> None:
     """Raise ValueError where a dim of one array does not divide by its mesh axes."""
     for dim, size, axis in zip(dims, shape, axes, strict=True):
         if size % (parts := num_parts(axis, mesh)):

@@ -113,9 +113,14 @@ def random_arrivals(
 
 
 def at_rate(
-    arrivals: Iterable[Arrival], rate: float, process: Process = "poisson", *, burstiness: float = 1.0,
-    burst_size: int = 8, seed: int = 0,
-) -> Iterator[Arrival]:  # fmt: skip
+    arrivals: Iterable[Arrival],
+    rate: float,
+    process: Process = "poisson",
+    *,
+    burstiness: float = 1.0,
+    burst_size: int = 8,
+    seed: int = 0,
+) -> Iterator[Arrival]:
     """The same requests at `rate` per second on average.
 
     Args:

@@ -100,9 +100,13 @@ def request_of(arrival: Arrival, outcome: Outcome, *, streamed: bool = True, lim
     """The request of an arrival, which nobody has yet."""
     prompt = arrival.prompt
     return Request(
-        f"{arrival.number}", prompt, _PARAMS, limit or len(prompt) + arrival.output_len, streamed=streamed,
+        f"{arrival.number}",
+        prompt,
+        _PARAMS,
+        limit or len(prompt) + arrival.output_len,
+        streamed=streamed,
         listener=outcome,
-    )  # fmt: skip
+    )
 
 
 def run_until(paper: PaperEngine, time: float) -> None:

@@ -123,9 +123,16 @@ class ModelledRunner:
     num_compilations_after_warmup = 0
 
     def __init__(
-        self, model: PaperModel, shapes: RunnerShapes, memory: PaperMemory, *, cost: ModelCost, time: IterationTime,
-        clock: VirtualClock, host_s: float,
-    ):  # fmt: skip
+        self,
+        model: PaperModel,
+        shapes: RunnerShapes,
+        memory: PaperMemory,
+        *,
+        cost: ModelCost,
+        time: IterationTime,
+        clock: VirtualClock,
+        host_s: float,
+    ):
         self.model, self.shapes, self.memory = model, shapes, memory
         self.clock = clock
         self.host_s = host_s

@@ -80,9 +80,13 @@ class Policy:
 
 
 def paper_engine(
-    config: EngineConfig, cfg: ModelConfig, hardware: Hardware, *, policy: Policy | None = None,
+    config: EngineConfig,
+    cfg: ModelConfig,
+    hardware: Hardware,
+    *,
+    policy: Policy | None = None,
     clock: VirtualClock | None = None,
-) -> PaperEngine:  # fmt: skip
+) -> PaperEngine:
     """Build one, by the `clock` of a host that it shares with others, if given.
 
     Raises ValueError in one line where it could not run.
@@ -94,17 +98,24 @@ def paper_engine(
     shapes = _shapes(config, cfg, hardware, cost, tp=tp, dp=dp)
     pools = [
         PagePool(
-            shapes.num_pages, shapes.page_size, enable_prefix_caching=config.enable_prefix_caching,
+            shapes.num_pages,
+            shapes.page_size,
+            enable_prefix_caching=config.enable_prefix_caching,
             window=cfg.cache_window,
         )
         for _ in range(dp)
-    ]  # fmt: skip
+    ]
     memory = PaperMemory(pools, int(cost.kv_bytes * cfg.num_layers * shapes.page_size))
     profile, efficiency = hardware.profile, hardware.efficiency
     time: IterationTime = profile or RooflineTime(
-        cost=cost, chip=hardware.chip, num_layers=cfg.num_layers, hidden_size=cfg.hidden_size, tp=tp,
-        eight_bit=config.activation_dtype == "int8", efficiency=efficiency,
-    )  # fmt: skip
+        cost=cost,
+        chip=hardware.chip,
+        num_layers=cfg.num_layers,
+        hidden_size=cfg.hidden_size,
+        tp=tp,
+        eight_bit=config.activation_dtype == "int8",
+        efficiency=efficiency,
+    )
     host_s = 0.0 if profile else efficiency.host_s  # what was measured has the host's time in it
     runner = ModelledRunner(PaperModel(cfg), shapes, memory, cost=cost, time=time, clock=clock, host_s=host_s)
     schedulers = schedulers_for(memory, shapes, chunked_prefill=policy.chunked_prefill)
@@ -139,8 +150,10 @@ def _cost(config: EngineConfig, cfg: ModelConfig, sizes: dict[str, int]) -> Mode
         return cost
     share = WEIGHT_BYTES[config.quantization] / ITEM_BYTES[dtype]
     return dataclasses.replace(
-        cost, block_bytes=cost.block_bytes * share, expert_bytes=cost.expert_bytes * share,
-    )  # fmt: skip
+        cost,
+        block_bytes=cost.block_bytes * share,
+        expert_bytes=cost.expert_bytes * share,
+    )
 
 
 def weight_bytes(cost: ModelCost, cfg: ModelConfig) -> float:
@@ -168,11 +181,19 @@ def _shapes(
         )
     dtype = jnp.dtype("bfloat16")
     return RunnerShapes(
-        max_num_seqs=config.max_num_seqs, max_num_batched_tokens=config.token_budget, max_model_len=longest,
-        vocab_size=cfg.vocab_size, num_pages=num_pages, page_size=config.page_size,
-        token_buckets=(config.token_budget,), row_buckets=(config.max_num_seqs,),
-        max_decode_steps=config.max_decode_steps, kv_dtype=dtype, residual_dtype=dtype, num_replicas=dp,
-    )  # fmt: skip
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.token_budget,
+        max_model_len=longest,
+        vocab_size=cfg.vocab_size,
+        num_pages=num_pages,
+        page_size=config.page_size,
+        token_buckets=(config.token_budget,),
+        row_buckets=(config.max_num_seqs,),
+        max_decode_steps=config.max_decode_steps,
+        kv_dtype=dtype,
+        residual_dtype=dtype,
+        num_replicas=dp,
+    )
 
 
 def _num_pages(config: EngineConfig, cfg: ModelConfig, hardware: Hardware, cost: ModelCost, tp: int) -> int:

@@ -37,8 +37,12 @@ def _sweep(figure: Any, report: dict[str, Any]) -> None:
     rates = [point["request_rate"] for point in points]
     left, right = figure.subplots(1, 2)
     left.plot(rates, [100 * point["slo_attainment"] for point in points], marker="o")
-    left.set(title=f"{report['model']} on {report['num_devices']} x {report['chip']}", xlabel="requests/s",
-             ylabel="requests within the SLO, %", ylim=(0, 102))  # fmt: skip
+    left.set(
+        title=f"{report['model']} on {report['num_devices']} x {report['chip']}",
+        xlabel="requests/s",
+        ylabel="requests within the SLO, %",
+        ylim=(0, 102),
+    )
     if report["highest_rate"] is not None:
         left.axvline(report["highest_rate"], color="grey", linestyle=":")
     for metric, color in (("ttft", "tab:blue"), ("itl", "tab:orange")):
@@ -74,6 +78,8 @@ def _search(figure: Any, report: dict[str, Any], limit: int = 16) -> None:
     colors = ["tab:blue" if "mesh" in row else "tab:orange" for row in rows]
     axes.barh([name_of(row) for row in rows], [row["goodput_per_device"] for row in rows], color=colors)
     slo = ", ".join(f"{name} {limit:g} ms" for name, limit in report["slo"].items())
-    axes.set(title=f"{report['model']} on {report['num_devices']} x {report['chip']}: {slo}",
-             xlabel="requests/s per device within the SLO (orange: prefill and decode apart)")  # fmt: skip
+    axes.set(
+        title=f"{report['model']} on {report['num_devices']} x {report['chip']}: {slo}",
+        xlabel="requests/s per device within the SLO (orange: prefill and decode apart)",
+    )
     axes.grid(alpha=0.3, axis="x")

@@ -207,9 +207,16 @@ class Pooled:
     """
 
     def __init__(
-        self, models: Mapping[str, float], make_engine: MakeEngine, *, num_instances: int, policy: str = "token",
-        bytes_per_s: float, tbt: float = 0.1, prefetch: bool = True,
-    ):  # fmt: skip
+        self,
+        models: Mapping[str, float],
+        make_engine: MakeEngine,
+        *,
+        num_instances: int,
+        policy: str = "token",
+        bytes_per_s: float,
+        tbt: float = 0.1,
+        prefetch: bool = True,
+    ):
         self.models = list(models)
         self.samples = {name: make_engine(name, VirtualClock()) for name in models}
         self._costs = PaperCosts(self.samples, models, bytes_per_s)

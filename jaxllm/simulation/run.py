@@ -66,9 +66,11 @@ def set_up(engine: Mapping[str, Any], sim: SimulationConfig, *, progress: bool =
     config = EngineConfig(**given)
     model = model_config(config.model, progress=progress)
     efficiency = Efficiency(
-        compute=sim.compute_efficiency, memory=sim.memory_efficiency, collective_s=1e-6 * sim.collective_us,
+        compute=sim.compute_efficiency,
+        memory=sim.memory_efficiency,
+        collective_s=1e-6 * sim.collective_us,
         host_s=1e-3 * sim.host_ms,
-    )  # fmt: skip
+    )
     chip = _measured_chip(profile) if profile else find_chip(sim.chip)
     return Setup(config, model, Hardware(chip=chip, efficiency=efficiency, profile=profile), sim)
 
@@ -88,9 +90,7 @@ def _as_measured(profile: Profile, given: dict[str, Any]) -> dict[str, Any]:
 
 def _measured_chip(profile: Profile) -> Chip:
     rate, bandwidth = profile.flops_per_s / profile.num_devices, profile.bytes_per_s / profile.num_devices
-    return Chip(
-        name="profile", title=profile.device, flops=rate, flops_8bit=rate, bandwidth=bandwidth, memory=None
-    )  # fmt: skip
+    return Chip(name="profile", title=profile.device, flops=rate, flops_8bit=rate, bandwidth=bandwidth, memory=None)
 
 
 def make_arrivals(setup: Setup) -> Iterator[Arrival]:
@@ -111,9 +111,7 @@ def make_arrivals(setup: Setup) -> Iterator[Arrival]:
             )
         arrivals = random_arrivals(count, sim.input_len, sim.output_len, spread=sim.length_spread, seed=seed)
     rate = math.inf if sim.request_rate is None else sim.request_rate
-    return at_rate(
-        arrivals, rate, sim.arrivals, burstiness=sim.burstiness, burst_size=sim.burst_size, seed=seed
-    )  # fmt: skip
+    return at_rate(arrivals, rate, sim.arrivals, burstiness=sim.burstiness, burst_size=sim.burst_size, seed=seed)
 
 
 def make_fleet(setup: Setup) -> Fleet:
@@ -147,9 +145,13 @@ def _pool(setup: Setup) -> Pooled:
     weights = {name: weight_bytes(paper.runner.cost, setups[name].model) for name, paper in samples.items()}
     devices = max(paper.num_devices for paper in samples.values())
     return Pooled(
-        weights, make, num_instances=setup.sim.replicas, policy=pool.policy, tbt=pool.tpot,
+        weights,
+        make,
+        num_instances=setup.sim.replicas,
+        policy=pool.policy,
+        tbt=pool.tpot,
         bytes_per_s=devices * link_bandwidth(setup.sim.host_link, setup.hardware.chip),
-    )  # fmt: skip
+    )
 
 
 def one_engine(setup: Setup, mesh: str, policy: Policy | None = None) -> PaperEngine:

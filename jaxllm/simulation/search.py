@@ -46,9 +46,13 @@ def _splits(sim: SimulationConfig, count: int) -> Iterator[SimulationConfig]:
         for prefill_tp in (tp for tp in _divisors(part) if tp & (tp - 1) == 0):
             for decode_tp in (tp for tp in _divisors(count - part) if tp & (tp - 1) == 0):
                 yield dataclasses.replace(
-                    sim, search=False, prefill_mesh=f"tp={prefill_tp}", prefill_replicas=part // prefill_tp,
-                    decode_mesh=f"tp={decode_tp}", decode_replicas=(count - part) // decode_tp,
-                )  # fmt: skip
+                    sim,
+                    search=False,
+                    prefill_mesh=f"tp={prefill_tp}",
+                    prefill_replicas=part // prefill_tp,
+                    decode_mesh=f"tp={decode_tp}",
+                    decode_replicas=(count - part) // decode_tp,
+                )
 
 
 def search(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
@@ -73,10 +77,16 @@ def search(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
         raise ValueError(f"nothing that {sim.num_devices} devices can be arranged to runs this: {problem}")
     found.sort(key=lambda one: -one[0])
     rows = [
-        {**layout, "goodput_per_device": score, "slo_attainment": report["slo_attainment"],
-         "ttft_ms": report["ttft_ms"], "tpot_ms": report["tpot_ms"], "itl_ms": report["itl_ms"]}
+        {
+            **layout,
+            "goodput_per_device": score,
+            "slo_attainment": report["slo_attainment"],
+            "ttft_ms": report["ttft_ms"],
+            "tpot_ms": report["tpot_ms"],
+            "itl_ms": report["itl_ms"],
+        }
         for score, layout, report in found
-    ]  # fmt: skip
+    ]
     best = {key: value for key, value in found[0][2].items() if key != "sweep"}
     return {**best, "search": rows}
 

@@ -54,9 +54,12 @@ class Steered:
     """
 
     def __init__(
-        self, inner: Scheduling, runner: ModelledRunner, gate: Gate | None = None,
+        self,
+        inner: Scheduling,
+        runner: ModelledRunner,
+        gate: Gate | None = None,
         plan_with: Callable[[Scheduling], IterationPlan | None] = lambda inner: inner.schedule(),
-    ):  # fmt: skip
+    ):
         self.inner, self.runner, self.gate = inner, runner, gate
         self.plan_with = plan_with
         self.horizon = math.inf

@@ -124,9 +124,15 @@ class Accounting:
     _num_compilations: int = 0
 
     def arrived(
-        self, plan: IterationPlan, results: Sequence[tuple[Chunk, Any]], *, dispatched: float, now: float,
-        num_compilations: int, drafts: LoopDrafts | None = None,
-    ) -> IterationRecord:  # fmt: skip
+        self,
+        plan: IterationPlan,
+        results: Sequence[tuple[Chunk, Any]],
+        *,
+        dispatched: float,
+        now: float,
+        num_compilations: int,
+        drafts: LoopDrafts | None = None,
+    ) -> IterationRecord:
         """The results of `plan` are here: what it did.
 
         Args:
@@ -160,9 +166,13 @@ class Accounting:
         return sum(r.num_tokens for r in mostly) / seconds if seconds else 0.0
 
     def _record(
-        self, plan: IterationPlan, results: Sequence[tuple[Chunk, Any]], seconds: float, compiled: bool,
+        self,
+        plan: IterationPlan,
+        results: Sequence[tuple[Chunk, Any]],
+        seconds: float,
+        compiled: bool,
         drafts: LoopDrafts | None,
-    ) -> IterationRecord:  # fmt: skip
+    ) -> IterationRecord:
         chunks = plan.chunks
         counts = [chunk.count for chunk in chunks]
         if drafts is not None:

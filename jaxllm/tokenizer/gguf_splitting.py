@@ -96,9 +96,7 @@ _RULES: dict[str, Splitting] = {
     "qwen35": Splitting(
         (_cl100k(word=r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+", signs=r" ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"),), nfc=True
     ),
-    "deepseek-llm": Splitting(
-        (r"[\r\n]", rf"\s?[{_CASED}]+", rf"\s?[{_PUNCTUATION}]+", r"\s+$", _HAN, r"\p{N}+")
-    ),
+    "deepseek-llm": Splitting((r"[\r\n]", rf"\s?[{_CASED}]+", rf"\s?[{_PUNCTUATION}]+", r"\s+$", _HAN, r"\p{N}+")),
     "deepseek-coder": Splitting((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _HAN, _DIGIT)),
     "deepseek-v3 hunyuan-dense joyai-llm hy_v4": _DEEPSEEK_V3,
     "spark2_5": Splitting((r"\p{N}{1,3}", _KANA, _SPARK, _DIGIT)),
@@ -114,9 +112,7 @@ _RULES: dict[str, Splitting] = {
     "gpt-4o llama4 kanana2 talkie minimax-m2": _GPT4O,
     "granite-embed-multi-97m": replace(_GPT4O, ignore_merges=True),
     "tiny_aya cohere2moe": _THOUSANDS,
-    "kimi-k2": Splitting(
-        (r"\p{Han}+|" + _by_case(f"{_ANY_CASE}?", r"\p{N}{1,3}", signs=_SIGNS, but=r"&&[^\p{Han}]"),)
-    ),
+    "kimi-k2": Splitting((r"\p{Han}+|" + _by_case(f"{_ANY_CASE}?", r"\p{N}{1,3}", signs=_SIGNS, but=r"&&[^\p{Han}]"),)),
     "superbpe": Splitting((r"\p{N}+", r"(?=(\d{3})+(?!\d))")),
     "bailingmoe bailingmoe2 llada-moe": _BAILING,
     "seed-coder": Splitting((_cl100k(signs=r" ?[^\s\p{L}\p{N}\r\n]+"),)),
@@ -127,5 +123,5 @@ _RULES: dict[str, Splitting] = {
     ),
     "minicpm5": Splitting((r"\p{N}{1,3}", _cl100k(r"\p{N}+")), ignore_merges=True),
     "jais-2": Splitting((_cl100k(r"\p{N}{1,3}", ends=rf"\s*[\r\n]+|{_CASCADE}"),)),
-}  # fmt: skip
+}
 SPLITTINGS: dict[str, Splitting] = {name: rule for names, rule in _RULES.items() for name in names.split()}

@@ -177,8 +177,9 @@ class Tokenizer:
         self._warned_of_bos = True
         _LOG.warning(
             "a prompt begins with %s, and the tokenizer puts another one before it; leave it out of the text "
-            "(said once)", self.special_tokens.get("bos_token", "the beginning-of-sequence token"),
-        )  # fmt: skip
+            "(said once)",
+            self.special_tokens.get("bos_token", "the beginning-of-sequence token"),
+        )
 
 
 def _refuse_lone_surrogates(text: str) -> None:

@@ -113,9 +113,13 @@ class LossModel:
         ) -> jax.Array:
             dtype = jnp.float32 if on_cpu else self.dtype  # XLA's CPU backend has no narrow products of batches
             return packed_attention(
-                q_TKGH.astype(dtype), kv_TK2H.astype(dtype), batch.documents, span=self.span, spec=spec,
+                q_TKGH.astype(dtype),
+                kv_TK2H.astype(dtype),
+                batch.documents,
+                span=self.span,
+                spec=spec,
                 sinks_KG=sinks_KG,
-            )  # fmt: skip
+            )
 
         context = Context(
             attend,
@@ -155,8 +159,9 @@ class LossModel:
         if self.head is None:
             return lambda x_CD: decoder.logits(x_CD, self.placement.shard)
         table_VD = parameters[self.head]
-        return lambda x_CD: jnp.einsum("CD,VD->CV", decoder.normed(x_CD).astype(jnp.float32), table_VD,
-                                       precision="highest")  # fmt: skip
+        return lambda x_CD: jnp.einsum(
+            "CD,VD->CV", decoder.normed(x_CD).astype(jnp.float32), table_VD, precision="highest"
+        )
 
     def _over_chunks(self, logits: Callable[[jax.Array], jax.Array], x_TD: jax.Array, batch: TokenBatch) -> Sums:
         """Few logits exist at a time: chunks of rows, whose logits the derivative computes again."""

@@ -90,8 +90,11 @@ def _stream(config: TrainConfig, files: Splits, tokenizer: Tokenizer, limit: int
 
 
 def _documents(config: TrainConfig, files: Splits, tokenizer: Tokenizer, limit: int, work: Path) -> Material:
-    examples = {name: list(read_examples(path)) for name, path in
-                (("train", files.train), ("valid", files.valid), ("test", files.test)) if path}  # fmt: skip
+    examples = {
+        name: list(read_examples(path))
+        for name, path in (("train", files.train), ("valid", files.valid), ("test", files.test))
+        if path
+    }
     labels = _labels(examples["train"]) if config.task == "classify" else None
     if config.balance_labels:
         examples["train"] = _balanced(examples["train"], config.seed)

@@ -110,20 +110,36 @@ def _sizes(config: TrainConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 _COMMON = {
-    "length": "max_position_embeddings", "vocab": "vocab_size", "layers": "num_hidden_layers",
-    "heads": "num_attention_heads", "kv_heads": "num_key_value_heads", "hidden": "hidden_size",
-    "ffn": "intermediate_size", "head_dim": "head_dim",
-}  # fmt: skip
-_GPT2 = {"length": "n_positions", "vocab": "vocab_size", "layers": "n_layer", "heads": "n_head", "hidden": "n_embd",
-         "ffn": "n_inner"}  # fmt: skip
+    "length": "max_position_embeddings",
+    "vocab": "vocab_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "hidden": "hidden_size",
+    "ffn": "intermediate_size",
+    "head_dim": "head_dim",
+}
+_GPT2 = {
+    "length": "n_positions",
+    "vocab": "vocab_size",
+    "layers": "n_layer",
+    "heads": "n_head",
+    "hidden": "n_embd",
+    "ffn": "n_inner",
+}
 _SMALL = {"rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": True, "hidden_act": "silu"}
 _BASES = {
     "llama": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **_SMALL},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **_SMALL},
     "gpt2": {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
-    "mixtral": {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 8,
-                "num_experts_per_tok": 2, **_SMALL},
-}  # fmt: skip
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        **_SMALL,
+    },
+}
 
 
 def _base(name: str) -> dict[str, Any]:
@@ -152,8 +168,14 @@ def _shape(config: TrainConfig, *, preset: bool) -> dict[str, int | None]:
     if ffn is None and hidden:
         ffn = 4 * hidden if config.architecture == "gpt2" else -(-8 * hidden // 3 // 32) * 32
     head_dim = hidden // heads if heads and hidden else None
-    return {"layers": layers, "heads": heads, "kv_heads": config.num_kv_heads or heads, "hidden": hidden, "ffn": ffn,
-            "head_dim": head_dim}  # fmt: skip
+    return {
+        "layers": layers,
+        "heads": heads,
+        "kv_heads": config.num_kv_heads or heads,
+        "hidden": hidden,
+        "ffn": ffn,
+        "head_dim": head_dim,
+    }
 
 
 def _id(tokenizer: Tokenizer, text: str) -> int | None:

@@ -65,9 +65,11 @@ def train(config: TrainConfig, on_step: Callable[[int, Write], None] | None = No
 def _join(config: TrainConfig) -> None:
     """Several processes each run the whole program, on their own part of the mesh."""
     engine = EngineConfig(
-        mesh=config.mesh, coordinator_address=config.coordinator_address, num_processes=config.num_processes,
+        mesh=config.mesh,
+        coordinator_address=config.coordinator_address,
+        num_processes=config.num_processes,
         process_id=config.process_id,
-    )  # fmt: skip
+    )
     if (member := member_of(engine)) is not None and not jax.distributed.is_initialized():
         start_runtime(member, engine)
 
@@ -81,13 +83,19 @@ def _check_output(config: TrainConfig, output: Path) -> None:
 
 
 def _train(
-    config: TrainConfig, output: Path, placement: Placement, origin: Origin, material: Material,
+    config: TrainConfig,
+    output: Path,
+    placement: Placement,
+    origin: Origin,
+    material: Material,
     on_step: Callable[[int, Write], None] | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     parts = placement.parts("tokens")
     if config.spans % parts:
-        raise ValueError(f"batch_size={config.spans} does not divide by the {parts} devices that share tokens; use a "
-                         f"multiple of {parts}")  # fmt: skip
+        raise ValueError(
+            f"batch_size={config.spans} does not divide by the {parts} devices that share tokens; use a "
+            f"multiple of {parts}"
+        )
     cfg = read_config(origin.hf)
     model = abstract_model(cfg, placement, _compute_dtype(config, placement))
     if model.kv_copies > 1:
@@ -96,9 +104,13 @@ def _train(
     adapter = Adapter.of(config, model, origin.hf) if config.lora_rank else None
     trained = choose_trained(config, model, origin.parameters(whole, config.seed), adapter, len(material.labels or ()))
     loss = LossModel(
-        model, material.span, Objective(config.z_loss, config.router_balance if cfg.experts else 0.0), config.remat,
-        trained.product, HEAD if material.labels else None,
-    )  # fmt: skip
+        model,
+        material.span,
+        Objective(config.z_loss, config.router_balance if cfg.experts else 0.0),
+        config.remat,
+        trained.product,
+        HEAD if material.labels else None,
+    )
     steps = config.steps or _steps(config, material)
     schedule = learning_rate(config, steps)
     optimizer = make_optimizer(config, schedule, trained.matrices)
@@ -151,9 +163,13 @@ def _compute_dtype(config: TrainConfig, placement: Placement) -> jnp.dtype:
 
 
 def _write(
-    config: TrainConfig, output: Path, origin: Origin, material: Material, adapter: Adapter | None,
+    config: TrainConfig,
+    output: Path,
+    origin: Origin,
+    material: Material,
+    adapter: Adapter | None,
     parameters: dict[str, jax.Array],
-) -> None:  # fmt: skip
+) -> None:
     if adapter and material.labels is None:
         values = on_host({name: value for name, value in parameters.items() if name.startswith("lora.")})
         if jax.process_index() == 0:

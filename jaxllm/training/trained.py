@@ -86,8 +86,13 @@ def choose_trained(
         chosen |= {name: jax.device_put(value, whole) for name, value in fresh.items()}
         chosen_shardings |= dict.fromkeys(fresh, whole)
         matrices |= fresh.keys()
-    return Trained(chosen, frozen, chosen_shardings, frozenset(matrices & chosen.keys()),
-                   adapter.product if adapter else lambda parameters: plain_product)  # fmt: skip
+    return Trained(
+        chosen,
+        frozen,
+        chosen_shardings,
+        frozenset(matrices & chosen.keys()),
+        adapter.product if adapter else lambda parameters: plain_product,
+    )
 
 
 def _is_matrix(name: str, variable: nnx.Variable) -> bool:
@@ -134,10 +139,13 @@ class Adapter:
             for name, target in targets.items()
         }
         lora = LoraConfig(
-            r=config.lora_rank, lora_alpha=config.alpha, use_rslora=config.use_rslora, target_modules=wanted,
+            r=config.lora_rank,
+            lora_alpha=config.alpha,
+            use_rslora=config.use_rslora,
+            target_modules=wanted,
             base_model_name_or_path=config.model,
             task_type="SEQ_CLS" if config.task == "classify" else "CAUSAL_LM",
-        )  # fmt: skip
+        )
         dtype = dict(nnx.to_flat_state(model.state))["embedding",].get_value().dtype
         return cls({name: targets[name] for name in targets if any(chosen[name])}, chosen, lora, dtype)
 

@@ -163,10 +163,15 @@ class Trainer:
             self._busy, self._tokens = self._busy + seconds, self._tokens + count
         speed = count / seconds
         entry = {
-            "step": number, "loss": loss, "learning_rate": float(np.asarray(self.schedule(number - 1))),
-            "grad_norm": float(report.grad_norm), "tokens": count, "seconds": seconds, "tokens_per_s": speed,
+            "step": number,
+            "loss": loss,
+            "learning_rate": float(np.asarray(self.schedule(number - 1))),
+            "grad_norm": float(report.grad_norm),
+            "tokens": count,
+            "seconds": seconds,
+            "tokens_per_s": speed,
             "mfu": self._mfu(speed),
-        }  # fmt: skip
+        }
         if self.material.labels is not None:
             entry["accuracy"] = float(report.correct)
         self._last["train_loss"] = loss

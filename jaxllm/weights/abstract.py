@@ -82,9 +82,13 @@ class AbstractModel:
         """How a parameter is kept."""
         contracted, inputs = variable.get_metadata("contracted"), variable.get_metadata("inputs")
         return choose_storage(
-            variable.get_value(), contracted, self.placement, use_panels=self.is_packed, scheme=self.schemes.get(path),
+            variable.get_value(),
+            contracted,
+            self.placement,
+            use_panels=self.is_packed,
+            scheme=self.schemes.get(path),
             inputs=inputs,
-        )  # fmt: skip
+        )
 
     def shardings(self) -> Any:
         """NamedShardings in the shape of the state; refuses sizes that do not divide."""
@@ -196,8 +200,11 @@ def stored_schemes(quantization: str, model: AbstractModel, checkpoint: Checkpoi
 def _fits(model: AbstractModel, path: tuple, scheme: Scheme | JoinedScheme) -> bool:
     """Whether the mesh cuts between groups; files that have always been expanded are expanded where it does not."""
     try:
-        replace(model, state=nnx.from_flat_state([(path, dict(nnx.to_flat_state(model.state))[path])]),
-                schemes={path: scheme}).shardings()  # fmt: skip
+        replace(
+            model,
+            state=nnx.from_flat_state([(path, dict(nnx.to_flat_state(model.state))[path])]),
+            schemes={path: scheme},
+        ).shardings()
     except ValueError as error:
         log.info("expanded while it is read: %s", error)
         return False

@@ -27,9 +27,15 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def convert(
-    source: str, target: Path, *, to: str, dtype: str = "auto", mesh: str = "tp=1", sharding_rules: str = "megatron",
+    source: str,
+    target: Path,
+    *,
+    to: str,
+    dtype: str = "auto",
+    mesh: str = "tp=1",
+    sharding_rules: str = "megatron",
     quantize: str | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write the model `source` (anything `--model` names) to the new folder `target`.
 
     Args:

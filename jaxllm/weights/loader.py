@@ -115,9 +115,13 @@ def _read_box(source: Source, box: Box, dtype: jnp.dtype, checkpoint: Checkpoint
 
 
 def _read_quantized(
-    source: Source, scheme: Scheme | JoinedScheme, inputs: tuple[int, ...],
-    tensors: Mapping[str, QuantizedTensor] | None, read: Callable[[Box], np.ndarray], box: Box,
-) -> np.ndarray | Pieces:  # fmt: skip
+    source: Source,
+    scheme: Scheme | JoinedScheme,
+    inputs: tuple[int, ...],
+    tensors: Mapping[str, QuantizedTensor] | None,
+    read: Callable[[Box], np.ndarray],
+    box: Box,
+) -> np.ndarray | Pieces:
     """A box as it is to be kept: as the checkpoint's `tensors` have it, or (None) rounded; plain where it is plain."""
     one = scheme.at(box[scheme.axis].start) if isinstance(scheme, JoinedScheme) else scheme
     if one is None:

@@ -48,14 +48,22 @@ class Plan:
         """The `quantization_config` of the result."""
         s = self.scheme
         weights = {
-            "num_bits": s.bits, "type": "float" if s.codes == "float8_e4m3fn" else "int", "symmetric": True,
-            "strategy": "group" if s.group else "channel", "group_size": s.group or None, "dynamic": False,
-        }  # fmt: skip
+            "num_bits": s.bits,
+            "type": "float" if s.codes == "float8_e4m3fn" else "int",
+            "symmetric": True,
+            "strategy": "group" if s.group else "channel",
+            "group_size": s.group or None,
+            "dynamic": False,
+        }
         group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
         return {
-            "quant_method": "compressed-tensors", "format": _FORMATS[s.codes], "quantization_status": "compressed",
-            "config_groups": {"group_0": group}, "ignore": list(self.ignored), "kv_cache_scheme": None,
-        }  # fmt: skip
+            "quant_method": "compressed-tensors",
+            "format": _FORMATS[s.codes],
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": group},
+            "ignore": list(self.ignored),
+            "kv_cache_scheme": None,
+        }
 
 
 def plan_rounding(kind: str, checkpoint: Checkpoint) -> Plan:

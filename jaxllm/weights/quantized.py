@@ -125,9 +125,14 @@ class Quantized:
         parts = _parts(sharding, self.inputs)
         named: dict[str, Any] = dict(zip(_NAMES, leaves, strict=True))
         return QuantizedMatrix(
-            **named, scheme=self.scheme, axis=self.axis, inner=inner, parts=parts, dtype=jnp.dtype(want.dtype).name,
+            **named,
+            scheme=self.scheme,
+            axis=self.axis,
+            inner=inner,
+            parts=parts,
+            dtype=jnp.dtype(want.dtype).name,
             is_alone=sharding.mesh.size == 1,
-        )  # fmt: skip
+        )
 
     def _shapes(self, shape: Sequence[int]) -> list[tuple[int, ...] | None]:
         lead, size, kept = self._cut(self.merged(shape))

@@ -165,9 +165,16 @@ class QuantizedInPanels:
         dropped = {*self.logical.inputs, *((0,) if self._are_experts(want.shape) else ())}
         remaining = tuple(size for i, size in enumerate(want.shape) if i not in dropped)
         return QuantizedPanels(
-            leaves["codes"], leaves["scales"], leaves.get("minima"), leaves.get("order"), None, self.meaning, remaining,
-            jnp.dtype(want.dtype).name, self._rounding(),
-        )  # fmt: skip
+            leaves["codes"],
+            leaves["scales"],
+            leaves.get("minima"),
+            leaves.get("order"),
+            None,
+            self.meaning,
+            remaining,
+            jnp.dtype(want.dtype).name,
+            self._rounding(),
+        )
 
     def _rounding(self) -> Rounding:
         a = self.scheme.activations

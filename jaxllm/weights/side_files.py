@@ -16,9 +16,16 @@ if TYPE_CHECKING:
     from jaxllm.tokenizer import Tokenizer
 
 _COPIED = (
-    "tokenizer*", "*.jinja", "merges.txt", "vocab.json", "special_tokens_map.json", "added_tokens.json",
-    "chat_template.json", "*.tiktoken", "LICENSE*",
-)  # fmt: skip
+    "tokenizer*",
+    "*.jinja",
+    "merges.txt",
+    "vocab.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "*.tiktoken",
+    "LICENSE*",
+)
 _COPIED_FOLDERS = ("additional_chat_templates",)
 
 

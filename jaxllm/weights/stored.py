@@ -100,9 +100,14 @@ class Panels:
 
 
 def choose_storage(
-    want: jax.ShapeDtypeStruct, contracted: tuple[int, ...], placement: Placement, *, use_panels: bool,
-    scheme: Scheme | JoinedScheme | None = None, inputs: tuple[int, ...] = (),
-) -> Storage:  # fmt: skip
+    want: jax.ShapeDtypeStruct,
+    contracted: tuple[int, ...],
+    placement: Placement,
+    *,
+    use_panels: bool,
+    scheme: Scheme | JoinedScheme | None = None,
+    inputs: tuple[int, ...] = (),
+) -> Storage:
     """How a parameter is kept.
 
     Args:

@@ -9,9 +9,16 @@ import pytest
 
 NUM_ADAPTERS = 4
 ENGINE = {
-    "dtype": "float32", "enable_lora": True, "max_loras": 2, "max_cpu_loras": 3, "max_lora_rank": 8,
-    "max_model_len": 128, "kv_cache_memory_bytes": 1 << 20, "max_num_seqs": 8, "max_num_batched_tokens": 64,
-}  # fmt: skip
+    "dtype": "float32",
+    "enable_lora": True,
+    "max_loras": 2,
+    "max_cpu_loras": 3,
+    "max_lora_rank": 8,
+    "max_model_len": 128,
+    "kv_cache_memory_bytes": 1 << 20,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+}
 
 
 @dataclass(frozen=True)

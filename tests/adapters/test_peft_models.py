@@ -85,8 +85,10 @@ def test_logits_equal_pefts(name, tmp_path):
     adapter = arrays(decoder, tmp_path / "adapter", 4)
     np.testing.assert_allclose(decoder.logits(adapted_product(adapter)), expected, atol=1e-4, rtol=1e-4)
 
-    slots = {name: LowRank(jnp.stack([0 * m.a + 7, m.a]), jnp.stack([0 * m.b + 7, m.b]), m.stacked, m.module_of)
-             for name, m in adapter.items()}  # fmt: skip
+    slots = {
+        name: LowRank(jnp.stack([0 * m.a + 7, m.a]), jnp.stack([0 * m.b + 7, m.b]), m.stacked, m.module_of)
+        for name, m in adapter.items()
+    }
     of_slots = decoder.logits(slotted_product(slots, jnp.full(len(TOKENS), 2)))
     np.testing.assert_allclose(of_slots, expected, atol=1e-4, rtol=1e-4)
     np.testing.assert_allclose(

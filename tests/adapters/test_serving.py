@@ -40,9 +40,13 @@ def test_tokens_are_pefts_and_four_adapters_and_the_base_in_one_batch_equal_each
     given = torch.tensor([ids])
     with torch.no_grad():
         out = model.generate(
-            input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=12, do_sample=False,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            input_ids=given,
+            attention_mask=torch.ones_like(given),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
     alone = [tokens(llm, PROMPT, one)[0] for one in requests]
     assert alone[2] == out[0, len(ids) :].tolist()
     assert len(set(map(tuple, alone))) == len(requests)  # each changes something

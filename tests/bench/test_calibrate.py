@@ -35,9 +35,14 @@ def measured(noise: float) -> list[Measured]:
 
 def profile(noise: float = 0.0) -> Profile:
     return Profile(
-        device="here", model="m", num_devices=1, flops_per_s=1e12, bytes_per_s=1e10, programs=fit_all(measured(noise)),
+        device="here",
+        model="m",
+        num_devices=1,
+        flops_per_s=1e12,
+        bytes_per_s=1e10,
+        programs=fit_all(measured(noise)),
         engine={"max_num_seqs": 8, "num_pages": 100, "page_size": 16},
-    )  # fmt: skip
+    )
 
 
 def test_planted_terms_are_found():

@@ -32,12 +32,15 @@ def test_a_replay_counts_what_was_shared(tmp_path: Path, capsys: pytest.CaptureF
     assert "2 requests" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["replay", "--trace", "{}", "--num-pages", "2"], "raise kv_cache_memory_bytes"),
-    (["replay", "--trace", "{}", "--page-size", "0"], "--page-size is 0; it must be at least 1"),
-    (["prefix"], "set --host-kv-bytes"),
-    (["prefix", "--host-kv-bytes", "1", "--from-disk"], "set --disk-kv-path"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["replay", "--trace", "{}", "--num-pages", "2"], "raise kv_cache_memory_bytes"),
+        (["replay", "--trace", "{}", "--page-size", "0"], "--page-size is 0; it must be at least 1"),
+        (["prefix"], "set --host-kv-bytes"),
+        (["prefix", "--host-kv-bytes", "1", "--from-disk"], "set --disk-kv-path"),
+    ],
+)
 def test_what_cannot_be_measured_is_refused(
     arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

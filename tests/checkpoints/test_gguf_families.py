@@ -161,9 +161,14 @@ def test_logits_equal_transformers(name: str, saved_model, tmp_path: Path) -> No
     with torch.no_grad():
         expected = model(torch.tensor([prompt])).logits[0].numpy()
     llm = LLM(
-        str(path), dtype="float32", skip_tokenizer_init=True, max_num_seqs=32, max_num_batched_tokens=64,
-        max_model_len=64, kv_cache_memory_bytes=8 << 20,
-    )  # fmt: skip
+        str(path),
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_num_seqs=32,
+        max_num_batched_tokens=64,
+        max_model_len=64,
+        kv_cache_memory_bytes=8 << 20,
+    )
     np.testing.assert_allclose(engine_logits(llm.engine, prompt), expected, atol=1e-3, rtol=0)
 
 

@@ -144,10 +144,16 @@ def test_collectives_reports_the_mesh(jaxllm):
 
 @pytest.mark.parametrize(
     "argv",
-    [[], ["generat"], ["generate", "x", "--frobnicate"], ["generate", "x", "--max-tokens", "many"], ["bench"],
-     ["generate", "x", "--dtype", "int3"]],
+    [
+        [],
+        ["generat"],
+        ["generate", "x", "--frobnicate"],
+        ["generate", "x", "--max-tokens", "many"],
+        ["bench"],
+        ["generate", "x", "--dtype", "int3"],
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_wrong_usage_exits_with_2(argv, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(argv)

@@ -55,13 +55,21 @@ def test_every_field_is_a_flag_with_its_name_type_and_help(name):
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("mesh", 3, "text"), ("max_num_seqs", 2.0, "whole number"), ("max_num_seqs", True, "whole number"),
-        ("seed", None, "whole number"), ("deterministic", 1, "True or False"), ("dtype", ["float32"], "one of auto"),
-        ("kv_dtype", "int4", "one of auto"), ("gpu_memory_utilization", "0.9", "a number"), ("tokenizer", 1, "text"),
-        ("preemption_mode", None, "one of auto"), ("disk_kv_path", 7, "text"), ("process_id", "1", "whole number"),
+        ("mesh", 3, "text"),
+        ("max_num_seqs", 2.0, "whole number"),
+        ("max_num_seqs", True, "whole number"),
+        ("seed", None, "whole number"),
+        ("deterministic", 1, "True or False"),
+        ("dtype", ["float32"], "one of auto"),
+        ("kv_dtype", "int4", "one of auto"),
+        ("gpu_memory_utilization", "0.9", "a number"),
+        ("tokenizer", 1, "text"),
+        ("preemption_mode", None, "one of auto"),
+        ("disk_kv_path", 7, "text"),
+        ("process_id", "1", "whole number"),
         ("default_chat_template_kwargs", "{}", "a table"),
     ],
-)  # fmt: skip
+)
 def test_a_value_of_another_type_is_refused_by_name(name, value, words):
     with pytest.raises(ValueError, match=f"^{name}=.*{words}"):
         EngineConfig(**{name: value})

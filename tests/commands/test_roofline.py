@@ -27,8 +27,11 @@ def test_json_has_the_promised_shape(capsys: pytest.CaptureFixture[str]) -> None
     assert all(keys <= set(point) for point in got["points"])
     order = [(p["phase"], p["batch"], p["context"], p["chunk"]) for p in got["points"]]
     assert order == [
-        ("decode", 32, 1024, 1), ("decode", 32, 4096, 1), ("prefill", 1, 1024, 512), ("prefill", 1, 4096, 512),
-    ]  # fmt: skip
+        ("decode", 32, 1024, 1),
+        ("decode", 32, 4096, 1),
+        ("prefill", 1, 1024, 512),
+        ("prefill", 1, 4096, 512),
+    ]
     first = got["points"][0]
     assert first["intensity"] == pytest.approx(first["flops"] / first["bytes"])
     assert first["time_ms"] == pytest.approx(1e3 * first["bytes"] / 3.35e12)
@@ -56,8 +59,9 @@ def test_table_for_a_person(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 x NVIDIA H100 SXM: 1,980 TFLOP/s, 6.7 TB/s, ridge at 296 FLOP/byte" in out
     assert "beyond 25,705 tokens" in out
     assert [line.split()[0] for line in out.splitlines() if line.startswith(("decode", "prefill"))] == [
-        "decode", "prefill",
-    ]  # fmt: skip
+        "decode",
+        "prefill",
+    ]
 
 
 def test_a_checkpoint_is_a_model_too(capsys: pytest.CaptureFixture[str], tiny_llama: Path) -> None:
@@ -93,15 +97,18 @@ def test_plot_is_a_png_with_every_point(
         assert [x for x, _ in drawn[f"{label}, with attention"]] == [p["with_attention"]["intensity"] for p in points]
 
 
-@pytest.mark.parametrize(("args", "message"), [
-    (["--chip", "h300"], "no chip 'h300'"),
-    (["--context", "1k,many"], "--context '1k,many' is not understood at 'many'"),
-    (["--context", "0"], "not understood"),
-    (["--batch", "0"], "--batch is 0; it must be at least 1"),
-    (["--mesh", "tp=3"], "use tp=1, 2, 4, 8, 16 or 32"),
-    (["--mesh", "dp=2,tp=4"], "give --batch per replica"),
-    (["--plot", "/no/such/folder/x.png"], "cannot write --plot"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--chip", "h300"], "no chip 'h300'"),
+        (["--context", "1k,many"], "--context '1k,many' is not understood at 'many'"),
+        (["--context", "0"], "not understood"),
+        (["--batch", "0"], "--batch is 0; it must be at least 1"),
+        (["--mesh", "tp=3"], "use tp=1, 2, 4, 8, 16 or 32"),
+        (["--mesh", "dp=2,tp=4"], "give --batch per replica"),
+        (["--plot", "/no/such/folder/x.png"], "cannot write --plot"),
+    ],
+)
 def test_what_cannot_be_done_is_one_line(capsys: pytest.CaptureFixture[str], args: list[str], message: str) -> None:
     assert main([*ARGS, *args]) == 1
     streams = capsys.readouterr()

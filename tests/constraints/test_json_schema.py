@@ -15,16 +15,24 @@ CLOSED = [
     ({"type": "object", "properties": {"a": {"type": "integer"}}}, {"a": 1}, {"a": 1, "b": 2}),
     ({"properties": {"a": {}}}, {"a": 1}, {"z": 1}),
     ({"type": "array", "items": {"type": "object", "properties": {"a": {}}}}, [{"a": 1}], [{"b": 1}]),
-    ({"allOf": [{"$ref": "#/$defs/A"}, {"properties": {"b": {"type": "integer"}}, "required": ["b"]}],
-      "$defs": {"A": {"type": "object", "properties": {"a": {"type": "integer"}}}}}, {"b": 2},
-     {"b": 1, "c": 1}),
-    ({"type": "object", "properties": {"a": {}}, "anyOf": [{"required": ["a"]}, {"properties": {"b": {}}}]},
-     {"a": 1, "b": 1}, {"a": 1, "c": 1}),
+    (
+        {
+            "allOf": [{"$ref": "#/$defs/A"}, {"properties": {"b": {"type": "integer"}}, "required": ["b"]}],
+            "$defs": {"A": {"type": "object", "properties": {"a": {"type": "integer"}}}},
+        },
+        {"b": 2},
+        {"b": 1, "c": 1},
+    ),
+    (
+        {"type": "object", "properties": {"a": {}}, "anyOf": [{"required": ["a"]}, {"properties": {"b": {}}}]},
+        {"a": 1, "b": 1},
+        {"a": 1, "c": 1},
+    ),
     ({"type": "object", "properties": {"d": {"type": "object"}}}, {"d": {"free": 1}}, {"free": 1}),
     ({"type": "object", "additionalProperties": {"type": "integer"}}, {"any": 1}, {"any": "text"}),
     ({"type": "object", "properties": {"a": {}}, "additionalProperties": True}, {"b": 1}, [1]),
     ({"type": "object", "properties": {}, "required": ["a"]}, {"a": 1}, {"a": 1, "b": 1}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("schema", "fits", "does_not"), CLOSED)
@@ -46,9 +54,26 @@ EXACT = [
     {"type": "integer", "format": "int32"},
 ]
 VALUES = [
-    None, True, 0, 1, 2, 3, 4, -1, 2**31, 2**31 - 1, "a", "b", [], {}, {"a": 1}, {"aa": 1}, {"c": 1}, {"a": "x"},
+    None,
+    True,
+    0,
+    1,
+    2,
+    3,
+    4,
+    -1,
+    2**31,
+    2**31 - 1,
+    "a",
+    "b",
+    [],
+    {},
+    {"a": 1},
+    {"aa": 1},
+    {"c": 1},
+    {"a": "x"},
     *([list(p) for n in (1, 2, 3) for p in itertools.product([1, 2, 3], repeat=n)]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("schema", EXACT)

@@ -22,9 +22,13 @@ def theirs(tiny_llama: Path) -> LlamaForCausalLM:
 
 def make_llm(folder: Path, **kwargs: Any) -> LLM:
     settings: dict[str, Any] = {
-        "dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8,
+        "dtype": "float32",
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "page_size": 8,
         "kv_cache_memory_bytes": 8 << 20,
-    }  # fmt: skip
+    }
     return LLM(str(folder), **settings | kwargs)
 
 
@@ -120,11 +124,15 @@ def test_texts_and_logprobs_come_with_the_tokens(llm: LLM) -> None:
         assert sum(own) == pytest.approx(sequence.cum_logprob)
 
 
-@pytest.mark.parametrize(("kwargs", "words"), [
-    ({"beam_width": 0}, "between 1 and 10"), ({"beam_width": 11}, "between 1 and 10"),
-    ({"max_tokens": 0}, "at least 1"),
-    ({"temperature": 0.5}, "leave it at 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"beam_width": 0}, "between 1 and 10"),
+        ({"beam_width": 11}, "between 1 and 10"),
+        ({"max_tokens": 0}, "at least 1"),
+        ({"temperature": 0.5}, "leave it at 0"),
+    ],
+)
 def test_bad_parameters_are_refused(kwargs: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         BeamSearchParams(**{"beam_width": 2, "max_tokens": 4} | kwargs)

@@ -119,12 +119,14 @@ def test_tpu_program_is_counted_where_a_topology_is_named_and_drawn_where_a_file
 
 @pytest.mark.parametrize(
     ("text", "size", "num_bytes"),
-    [("%a = f32[4,8]{1,0} all-reduce(%b), replica_groups=[2,4]<=[8], to_apply=%add", 4, 128),
-     ("%a = bf16[4,8]{1,0} all-gather(%b), replica_groups={{0,1},{2,3}}, dimensions={0}", 2, 64),
-     ("%a = bf16[4]{0:T(8)S(1)} all-reduce(%b), replica_groups=mesh['a'=3,'b'=2] {'b','a'}, x=1", 6, 8),
-     ("%a = (f32[2]{0}, f32[8]{0}) all-gather-start(%b), replica_groups={{0,1,2,3}}, dimensions={0}", 4, 32),
-     ("%a = f32[2]{0} collective-permute(%b), source_target_pairs={{0,1},{1,0}}", 2, 8)],
-)  # fmt: skip
+    [
+        ("%a = f32[4,8]{1,0} all-reduce(%b), replica_groups=[2,4]<=[8], to_apply=%add", 4, 128),
+        ("%a = bf16[4,8]{1,0} all-gather(%b), replica_groups={{0,1},{2,3}}, dimensions={0}", 2, 64),
+        ("%a = bf16[4]{0:T(8)S(1)} all-reduce(%b), replica_groups=mesh['a'=3,'b'=2] {'b','a'}, x=1", 6, 8),
+        ("%a = (f32[2]{0}, f32[8]{0}) all-gather-start(%b), replica_groups={{0,1,2,3}}, dimensions={0}", 4, 32),
+        ("%a = f32[2]{0} collective-permute(%b), source_target_pairs={{0,1},{1,0}}", 2, 8),
+    ],
+)
 def test_collective_is_read_in_every_spelling(text, size, num_bytes):
     (found,) = find_collectives("  " + text)
     assert (found.group_size, found.num_bytes) == (size, num_bytes)

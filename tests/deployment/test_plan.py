@@ -49,9 +49,16 @@ def refusal(call, *args) -> str:
 
 @pytest.mark.parametrize(
     ("name", "named"),
-    [("", "v5e:2x4"), ("v5e", "v5e:2x4"), ("v9:2x2", "v9:2x2"), ("v5e:4x4x4", "2 sizes"), ("v5p:2x2", "3 sizes"),
-     ("v5e:64x64", "256 chips"), ("v5e:0x4", "for example")],
-)  # fmt: skip
+    [
+        ("", "v5e:2x4"),
+        ("v5e", "v5e:2x4"),
+        ("v9:2x2", "v9:2x2"),
+        ("v5e:4x4x4", "2 sizes"),
+        ("v5p:2x2", "3 sizes"),
+        ("v5e:64x64", "256 chips"),
+        ("v5e:0x4", "for example"),
+    ],
+)
 def test_topology_that_is_not_one_is_refused_with_an_example(name, named):
     assert named in refusal(parse_topology, name)
 
@@ -135,9 +142,11 @@ def test_temporaries_that_grow_with_the_cache_count_per_page(one_layer, monkeypa
 
 @pytest.mark.parametrize(
     ("message", "wanted", "limit"),
-    [("total memory required for HLO temporaries (512.00G) exceeds available HBM (15.75G).", 512, 15.75),
-     ("Ran out of memory in memory space hbm. Used 20.5G of 31.25G hbm. Exceeded", 20.5, 31.25)],
-)  # fmt: skip
+    [
+        ("total memory required for HLO temporaries (512.00G) exceeds available HBM (15.75G).", 512, 15.75),
+        ("Ran out of memory in memory space hbm. Used 20.5G of 31.25G hbm. Exceeded", 20.5, 31.25),
+    ],
+)
 def test_compiler_that_ran_out_of_memory_is_understood(message, wanted, limit):
     assert parse_overflow(message) == (int(wanted * GIB), int(limit * GIB))
     assert parse_overflow("something else") is None
@@ -158,8 +167,10 @@ def test_decode_bound_of_llama_2_13b_on_eight_v5e_is_the_published_one(batch, pu
 def test_bound_names_its_largest_term():
     chip, none = CHIPS["v5e"], DeviceWork(weight_bytes=0, kv_bytes=0, flops=0)
     assert lower_bound(replace(none, flops=197e9), chip) | {"terms_ms": 0} == {
-        "ms": pytest.approx(1.0), "bound_by": "FLOPs", "terms_ms": 0,
-    }  # fmt: skip
+        "ms": pytest.approx(1.0),
+        "bound_by": "FLOPs",
+        "terms_ms": 0,
+    }
     both = lower_bound(replace(none, kv_bytes=819e6, weight_bytes=2 * 819e6, flops=197e9), chip)
     assert both["ms"] == pytest.approx(3.0) and both["bound_by"] == "weights"
     # A ring over two axes of v5e, both ways: 2 V / (2 * 45 GB/s * 2) for V = 90 MB.

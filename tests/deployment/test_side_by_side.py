@@ -52,9 +52,13 @@ def test_two_engines_side_by_side_say_what_one_says_alone_also_from_a_warm_cache
     outputs = []
     for _ in range(2):
         process = subprocess.run(
-            [sys.executable, "-c", CODE, str(tiny_llama)], cwd=ROOT, env=environment, capture_output=True, text=True,
+            [sys.executable, "-c", CODE, str(tiny_llama)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
             timeout=patience(180),
-        )  # fmt: skip
+        )
         assert process.returncode == 0, process.stderr
         outputs.append(json.loads(process.stdout))
     assert any((tmp_path / "xla").iterdir()), "the second run read what the first compiled"

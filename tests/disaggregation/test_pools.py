@@ -23,13 +23,22 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
     "three_heads": {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 48, "intermediate_size": 96},
     "routed_windowed": {
-        "family": "Mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 20,
+        "family": "Mixtral",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 20,
     },
     "latent": {
-        "family": "DeepseekV3", "num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": None,
-        "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "first_k_dense_replace": 1,
+        "family": "DeepseekV3",
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 24,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "first_k_dense_replace": 1,
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +52,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 def make_llm(folder: Path, **kwargs: Any) -> LLM:
     settings: dict[str, Any] = {
-        "dtype": "float32", "max_model_len": 192, "max_num_seqs": 4, "max_num_batched_tokens": 32,
-        "kv_cache_memory_bytes": 2 << 20, "skip_tokenizer_init": True, "max_decode_steps": 2,
-    }  # fmt: skip
+        "dtype": "float32",
+        "max_model_len": 192,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "kv_cache_memory_bytes": 2 << 20,
+        "skip_tokenizer_init": True,
+        "max_decode_steps": 2,
+    }
     return LLM(str(folder), **settings | kwargs)
 
 
@@ -107,9 +121,12 @@ def test_what_the_receiver_has_does_not_travel(folder) -> None:
 def test_a_receiver_without_room_is_waited_for_and_loses_nothing(folder) -> None:
     one = make_llm(folder("dense"))
     two = make_llm(
-        folder("dense"), prefill_mesh="tp=1", decode_mesh="tp=1", kv_cache_memory_bytes=13 * 16 * 256,
+        folder("dense"),
+        prefill_mesh="tp=1",
+        decode_mesh="tp=1",
+        kv_cache_memory_bytes=13 * 16 * 256,
         prefill_kv_cache_memory_bytes=2 << 20,
-    )  # fmt: skip
+    )
     check_equal(two.generate(prompts() * 2, GREEDY), one.generate(prompts() * 2, GREEDY))
     check_idle(two)
 

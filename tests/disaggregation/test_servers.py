@@ -27,8 +27,14 @@ from tests.helpers.tiny_llama import write_tiny_llama
 from tests.server.live import KEY, Live, serving, wait_until
 
 HEADERS = {"authorization": f"Bearer {KEY}"}
-ASK = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None,
-       "remote_host": None, "remote_port": None}  # fmt: skip
+ASK = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
 PROMPT = "The quick brown fox jumps over the lazy dog, and then over another one that had slept there for days. " * 2
 
 

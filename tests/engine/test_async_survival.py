@@ -53,8 +53,9 @@ class Order:
 
     async def one(self) -> None:
         """Any call; it is answered rightly, refused, or ended by a failure of the device, and soon."""
-        kind = self.rng.choice([self.generate, self.generate, self.leave, self.refused, self.poisoned, self.embed,
-                                self.beam_search])  # fmt: skip
+        kind = self.rng.choice(
+            [self.generate, self.generate, self.leave, self.refused, self.poisoned, self.embed, self.beam_search]
+        )
         try:
             await asyncio.wait_for(kind(), SECONDS)
         except ENDS:

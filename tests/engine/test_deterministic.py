@@ -19,9 +19,14 @@ Answer = tuple[list[int], bytes]
 def llm(tiny_llama: Path) -> LLM:
     """bfloat16, where a different order of additions shows; too few pages for all, so that some are preempted."""
     return LLM(
-        str(tiny_llama), deterministic=True, max_model_len=128, max_num_seqs=6, max_num_batched_tokens=32, page_size=8,
+        str(tiny_llama),
+        deterministic=True,
+        max_model_len=128,
+        max_num_seqs=6,
+        max_num_batched_tokens=32,
+        page_size=8,
         kv_cache_memory_bytes=20 << 12,
-    )  # fmt: skip
+    )
 
 
 def requests() -> list[tuple[list[int], SamplingParams]]:

@@ -16,10 +16,23 @@ from jaxllm.config import EngineConfig
 from jaxllm.weights.source import model_identity
 from tests.helpers.logits import engine_logits
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0 + i / 4 for i in range(8)],
-            "long_factor": [1.5 + 2 * i for i in range(8)]}  # fmt: skip
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0 + i / 4 for i in range(8)],
+    "long_factor": [1.5 + 2 * i for i in range(8)],
+}
 
 
 def save(config: Any, folder: Path) -> Any:
@@ -35,9 +48,14 @@ def save(config: Any, folder: Path) -> Any:
 
 def engine(folder: Path, max_model_len: int) -> LLM:
     return LLM(
-        str(folder), dtype="float32", skip_tokenizer_init=True, max_model_len=max_model_len, max_num_seqs=64,
-        max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 20,
-    )  # fmt: skip
+        str(folder),
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_model_len=max_model_len,
+        max_num_seqs=64,
+        max_num_batched_tokens=64,
+        kv_cache_memory_bytes=1 << 20,
+    )
 
 
 @pytest.mark.parametrize(("length", "is_long"), [(30, False), (60, True)])

@@ -22,9 +22,14 @@ BROKEN = 255
 GOOD = [[7] * 20, [97, 98, 99], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]]
 BAD = [97] * 12 + [BROKEN] + [98] * 14
 SETTINGS: dict[str, Any] = {
-    "dtype": "float32", "max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8,
-    "kv_cache_memory_bytes": 2 << 20, "use_tqdm": False,
-}  # fmt: skip
+    "dtype": "float32",
+    "max_model_len": 256,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "page_size": 8,
+    "kv_cache_memory_bytes": 2 << 20,
+    "use_tqdm": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +51,14 @@ def prompts(*ids: list[int]) -> list[dict[str, Any]]:
     return [{"prompt_token_ids": i} for i in ids]
 
 
-@pytest.mark.parametrize("asked", [
-    {"temperature": 0.0}, {"temperature": 0.8, "seed": 2**40 + 1}, {"temperature": 0.0, "logprobs": 2},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.8, "seed": 2**40 + 1},
+        {"temperature": 0.0, "logprobs": 2},
+    ],
+)
 def test_its_request_ends_with_an_error_and_its_neighbours_are_unharmed(llm: LLM, asked: dict[str, Any]) -> None:
     params = SamplingParams(max_tokens=30, ignore_eos=True, **asked)
     alone = [llm.generate(p, params)[0].outputs[0].token_ids for p in GOOD]

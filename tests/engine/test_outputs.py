@@ -71,8 +71,9 @@ def test_text_ends_at_the_first_stop_string_however_tokens_arrive(tokenizer, tex
 
 
 @settings(max_examples=400, deadline=None)
-@given(ids=st.lists(st.sampled_from([*b"abc", 0xC3, 0xA9, 0xFF, EOS_ID]), max_size=30), stops=STOPS,
-       include=st.booleans())  # fmt: skip
+@given(
+    ids=st.lists(st.sampled_from([*b"abc", 0xC3, 0xA9, 0xFF, EOS_ID]), max_size=30), stops=STOPS, include=st.booleans()
+)
 def test_stable_text_only_ever_grows_into_the_final_text(tokenizer, ids, stops, include):
     builder, seen = builder_for(tokenizer, stop=stops, include_stop_str_in_output=include), [""]
     for token in ids:
@@ -232,9 +233,7 @@ def test_logprobs_end_with_the_token_that_completed_the_stop_string(tokenizer):
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    text=TEXTS, stops=STOPS, back=st.integers(0, 60), sizes=st.lists(st.integers(1, 5), min_size=60, max_size=60)
-)  # fmt: skip
+@given(text=TEXTS, stops=STOPS, back=st.integers(0, 60), sizes=st.lists(st.integers(1, 5), min_size=60, max_size=60))
 def test_deltas_join_to_the_whole_also_when_tokens_come_again(tokenizer, text, stops, back, sizes):
     builder, expected = builder_for(tokenizer, stop=stops), builder_for(tokenizer, stop=stops)
     ids = tokenizer.encode(text)

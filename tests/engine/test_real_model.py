@@ -50,9 +50,16 @@ def test_greedy_tokens_equal_the_naive_loop_alone_and_in_a_mixed_batch(
     smollm2_path: Path, prompts: list[list[int]], likeliest: Callable, budget: int, page_size: int, tp: int
 ) -> None:
     llm = LLM(
-        str(smollm2_path), dtype="float32", mesh=f"tp={tp}", max_num_batched_tokens=budget, page_size=page_size,
-        max_model_len=256, max_num_seqs=4, kv_cache_memory_bytes=200 << 20, enable_prefix_caching=False,
-    )  # fmt: skip
+        str(smollm2_path),
+        dtype="float32",
+        mesh=f"tp={tp}",
+        max_num_batched_tokens=budget,
+        page_size=page_size,
+        max_model_len=256,
+        max_num_seqs=4,
+        kv_cache_memory_bytes=200 << 20,
+        enable_prefix_caching=False,
+    )
     params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
     given = [{"prompt_token_ids": prompt} for prompt in prompts]
     together = [o.outputs[0].token_ids for o in llm.generate(given, params)]
@@ -72,11 +79,18 @@ def test_logits_equal_transformers_on_the_same_weights(smollm2_path: Path, refer
     cfg = llm.model_config
     theirs = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=cfg.vocab_size, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-            num_attention_heads=9, num_key_value_heads=3, rms_norm_eps=1e-5, rope_theta=100000.0,
-            tie_word_embeddings=True, max_position_embeddings=8192,
+            vocab_size=cfg.vocab_size,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            rms_norm_eps=1e-5,
+            rope_theta=100000.0,
+            tie_word_embeddings=True,
+            max_position_embeddings=8192,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     state = {name: torch.from_numpy(np.ascontiguousarray(w)) for name, w in reference.hf_state().items()}
     missing = theirs.load_state_dict(state, strict=False)
     assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys  # tied

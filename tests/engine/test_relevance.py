@@ -11,11 +11,24 @@ import torch
 from jaxllm import LLM, SamplingParams
 from tests.helpers.byte_tokenizer import VOCAB_SIZE, write_byte_tokenizer
 
-SIZES = {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.2,
-         "pad_token_id": 0}  # fmt: skip
-ENGINE = {"dtype": "float32", "max_model_len": 200, "kv_cache_memory_bytes": 16 << 20, "max_num_batched_tokens": 64,
-          "use_tqdm": False}  # fmt: skip
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+ENGINE = {
+    "dtype": "float32",
+    "max_model_len": 200,
+    "kv_cache_memory_bytes": 16 << 20,
+    "max_num_batched_tokens": 64,
+    "use_tqdm": False,
+}
 TEXTS = ["a short one", "a text that is longer than one chunk of a scoring pass, so that two are needed for it to end"]
 
 
@@ -25,8 +38,15 @@ def save(folder: Path, family: str, num_labels: int, **config):
     torch.manual_seed(0)
     sizes = dict(SIZES)
     if family == "GPT2":
-        sizes = {"vocab_size": VOCAB_SIZE, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256,
-                 "initializer_range": 0.2, "pad_token_id": 0}  # fmt: skip
+        sizes = {
+            "vocab_size": VOCAB_SIZE,
+            "n_embd": 64,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 256,
+            "initializer_range": 0.2,
+            "pad_token_id": 0,
+        }
     name = "Gemma3Text" if family == "Gemma3" else family
     settings = getattr(transformers, f"{name}Config")(**sizes, num_labels=num_labels, **config)
     model = getattr(transformers, f"{name}ForSequenceClassification")(settings).eval()

@@ -20,9 +20,14 @@ from tests.helpers.tiny_llama import write_tiny_llama
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
 SIZES: dict[str, Any] = {
-    "dtype": "float32", "max_model_len": 192, "max_num_seqs": 4, "max_num_batched_tokens": 64, "page_size": 8,
-    "max_decode_steps": 4, "kv_cache_memory_bytes": 1 << 21,
-}  # fmt: skip
+    "dtype": "float32",
+    "max_model_len": 192,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 64,
+    "page_size": 8,
+    "max_decode_steps": 4,
+    "kv_cache_memory_bytes": 1 << 21,
+}
 
 
 def eager(folder: Path, **kwargs: Any) -> LLM:
@@ -50,16 +55,27 @@ def speculating(folder: Path) -> LLM:
 
 def some_params(rng: random.Random) -> SamplingParams:
     asked: dict[str, Any] = {
-        "max_tokens": rng.randrange(1, 60), "ignore_eos": True, "seed": rng.randrange(100),
+        "max_tokens": rng.randrange(1, 60),
+        "ignore_eos": True,
+        "seed": rng.randrange(100),
         "temperature": rng.choice([0.0, 0.0, 0.3, 1.0]),
-    }  # fmt: skip
+    }
     others = {
-        "top_k": 2, "top_p": 0.7, "min_p": 0.2, "presence_penalty": 0.5, "frequency_penalty": 0.3,
-        "repetition_penalty": 1.2, "logprobs": 3, "logit_bias": {98: 4.0, 101: -3.0},
-        "stop_token_ids": list(range(97, 100)), "min_tokens": asked["max_tokens"] // 2,
-        "allowed_token_ids": list(range(96, 106)), "bad_words": ["ab", "c"], "num_speculative_tokens": rng.randrange(4),
+        "top_k": 2,
+        "top_p": 0.7,
+        "min_p": 0.2,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.3,
+        "repetition_penalty": 1.2,
+        "logprobs": 3,
+        "logit_bias": {98: 4.0, 101: -3.0},
+        "stop_token_ids": list(range(97, 100)),
+        "min_tokens": asked["max_tokens"] // 2,
+        "allowed_token_ids": list(range(96, 106)),
+        "bad_words": ["ab", "c"],
+        "num_speculative_tokens": rng.randrange(4),
         "structured_outputs": {"regex": "(ab|cd|abcd)*"},
-    }  # fmt: skip
+    }
     chosen = rng.sample(sorted(others), rng.randrange(4))
     return SamplingParams(**asked, **{name: others[name] for name in chosen})
 

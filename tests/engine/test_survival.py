@@ -82,15 +82,31 @@ def oracle(fake: FakeModel) -> LLM:
 
 
 BAD: list[tuple[Any, Any]] = [
-    ({"prompt": "x", "priority": None}, {}), ({"prompt": "x", "priority": "high"}, {}),
-    ({"prompt": "x", "priority": 1.5}, {}), ({"prompt": "x", "cache_salt": 7}, {}),
-    ({"prompt": "x", "cache_salt": "\ud800"}, {}), ({"prompt": "x", "cache_salt": ["a"]}, {}),
-    ({"prompt": "x\udc00"}, {}), ({"prompt": 5}, {}), ({"prompt_token_ids": 5}, {}), ({"prompt_token_ids": [1.5]}, {}),
-    ({"prompt_token_ids": [None]}, {}), ({"prompt_token_ids": [[1], [2]]}, {}), ({"prompt_token_ids": "abc"}, {}),
-    ({"prompt_token_ids": [2**70]}, {}), ({"prompt_token_ids": np.array([[1, 2], [3, 4]])}, {}), ("", {}), ([], {}),
-    ({"prompt": "x", "images": ["y"]}, {}), ({"prompt_token_ids": [1] * 200}, {}), ("x", {"stop_token_ids": [999]}),
-    ("x", {"logit_bias": {999: 1.0}}), ("x", {"structured_outputs": {"regex": "("}}), (b"x", {}), ([5, "x"], {}),
-]  # fmt: skip
+    ({"prompt": "x", "priority": None}, {}),
+    ({"prompt": "x", "priority": "high"}, {}),
+    ({"prompt": "x", "priority": 1.5}, {}),
+    ({"prompt": "x", "cache_salt": 7}, {}),
+    ({"prompt": "x", "cache_salt": "\ud800"}, {}),
+    ({"prompt": "x", "cache_salt": ["a"]}, {}),
+    ({"prompt": "x\udc00"}, {}),
+    ({"prompt": 5}, {}),
+    ({"prompt_token_ids": 5}, {}),
+    ({"prompt_token_ids": [1.5]}, {}),
+    ({"prompt_token_ids": [None]}, {}),
+    ({"prompt_token_ids": [[1], [2]]}, {}),
+    ({"prompt_token_ids": "abc"}, {}),
+    ({"prompt_token_ids": [2**70]}, {}),
+    ({"prompt_token_ids": np.array([[1, 2], [3, 4]])}, {}),
+    ("", {}),
+    ([], {}),
+    ({"prompt": "x", "images": ["y"]}, {}),
+    ({"prompt_token_ids": [1] * 200}, {}),
+    ("x", {"stop_token_ids": [999]}),
+    ("x", {"logit_bias": {999: 1.0}}),
+    ("x", {"structured_outputs": {"regex": "("}}),
+    (b"x", {}),
+    ([5, "x"], {}),
+]
 
 
 @contextlib.contextmanager
@@ -220,10 +236,20 @@ class Order:
 
     def run(self, num_calls: int) -> None:
         calls: list[Callable[[], None]] = [
-            self.generate, self.beam_search, self.open_stream, self.open_stream, self.read_stream, self.read_stream,
-            self.leave_stream, self.refused, self.poisoned, self.failing, self.interrupted, self.interrupted,
+            self.generate,
+            self.beam_search,
+            self.open_stream,
+            self.open_stream,
+            self.read_stream,
+            self.read_stream,
+            self.leave_stream,
+            self.refused,
+            self.poisoned,
+            self.failing,
             self.interrupted,
-        ]  # fmt: skip
+            self.interrupted,
+            self.interrupted,
+        ]
         for _ in range(num_calls):
             self.rng.choice(calls)()
         if self.rng.random() < 0.2:

@@ -27,9 +27,13 @@ PAGE_BYTES = 2 * 2 * 8 * 2 * 16 * 4  # layers, K and V, tokens, heads, width, fl
 
 def make_llm(folder: Path, **kwargs: Any) -> LLM:
     settings: dict[str, Any] = {
-        "dtype": "float32", "max_model_len": 1100, "max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8,
+        "dtype": "float32",
+        "max_model_len": 1100,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "page_size": 8,
         "kv_cache_memory_bytes": 8 << 20,
-    }  # fmt: skip
+    }
     return LLM(str(folder), **settings | kwargs)
 
 
@@ -209,9 +213,13 @@ def test_any_mix_of_features_under_preemption_and_abort_gives_the_same_tokens(
 ) -> None:
     rng = random.Random(seed)
     small = make_small(
-        tiny_llama, enable_prefix_caching=seed != 1, preemption_mode=("swap", "swap", "recompute")[seed],
-        host_kv_bytes=(12, 200, 12)[seed] * PAGE_BYTES, disk_kv_bytes=1 << 20, disk_kv_path=str(tmp_path),
-    )  # fmt: skip
+        tiny_llama,
+        enable_prefix_caching=seed != 1,
+        preemption_mode=("swap", "swap", "recompute")[seed],
+        host_kv_bytes=(12, 200, 12)[seed] * PAGE_BYTES,
+        disk_kv_bytes=1 << 20,
+        disk_kv_path=str(tmp_path),
+    )
     shared = [rng.randrange(256) for _ in range(30)]
     done: list[Request] = []
     aborted: set[str] = set()
@@ -232,9 +240,7 @@ def test_any_mix_of_features_under_preemption_and_abort_gives_the_same_tokens(
         small.engine.step()
     assert sum(r.num_preemptions for r in done) > 0
     given = [{"prompt_token_ids": r.token_ids[: r.num_prompt]} for r in done]
-    limits = [
-        SamplingParams(temperature=0.0, max_tokens=r.limit - r.num_prompt, ignore_eos=True) for r in done
-    ]  # fmt: skip
+    limits = [SamplingParams(temperature=0.0, max_tokens=r.limit - r.num_prompt, ignore_eos=True) for r in done]
     for request, tokens in zip(done, ids(plain.generate(given, limits)), strict=True):
         count = len(request.output_ids) if request.request_id in aborted else None
         assert request.output_ids == tokens[:count]
@@ -242,11 +248,17 @@ def test_any_mix_of_features_under_preemption_and_abort_gives_the_same_tokens(
     small.engine.pool.check([])
 
 
-@pytest.mark.parametrize(("kwargs", "words"), [
-    ({"host_kv_bytes": -1}, "0 for none"), ({"host_kv_bytes": 100}, "less than one page; use at least 4096"),
-    ({"disk_kv_bytes": 1, "disk_kv_path": "x"}, "set both"), ({"host_kv_bytes": 9999, "disk_kv_bytes": 1}, "set both"),
-    ({"preemption_mode": "drop"}, "auto, recompute, swap"), ({"preemption_mode": "swap"}, "set host_kv_bytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"host_kv_bytes": -1}, "0 for none"),
+        ({"host_kv_bytes": 100}, "less than one page; use at least 4096"),
+        ({"disk_kv_bytes": 1, "disk_kv_path": "x"}, "set both"),
+        ({"host_kv_bytes": 9999, "disk_kv_bytes": 1}, "set both"),
+        ({"preemption_mode": "drop"}, "auto, recompute, swap"),
+        ({"preemption_mode": "swap"}, "set host_kv_bytes"),
+    ],
+)
 def test_bad_sizes_are_refused_with_the_way_out(tiny_llama: Path, kwargs: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make_llm(tiny_llama, **kwargs)
@@ -258,9 +270,16 @@ def test_a_model_with_windows_everywhere_holds_few_pages_and_gives_the_same_toke
 
     torch.manual_seed(0)
     config = transformers.MistralConfig(
-        vocab_size=258, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=20, initializer_range=0.2, dtype="float32",
-    )  # fmt: skip
+        vocab_size=258,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=20,
+        initializer_range=0.2,
+        dtype="float32",
+    )
     transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
     given, params = prompts((70, 33)), SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
     tokens = []
@@ -380,9 +399,15 @@ llm.generate([{{"prompt_token_ids": list(range(33))}}], SamplingParams(temperatu
 
 def test_a_server_that_shuts_down_leaves_its_pages_on_the_disk(tiny_llama: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
-        "dtype": "float32", "max_model_len": 128, "max_num_seqs": 2, "page_size": 8, "host_kv_bytes": 100 * PAGE_BYTES,
-        "kv_cache_memory_bytes": 8 << 20, "disk_kv_bytes": 4 << 20, "disk_kv_path": str(tmp_path),
-    }  # fmt: skip
+        "dtype": "float32",
+        "max_model_len": 128,
+        "max_num_seqs": 2,
+        "page_size": 8,
+        "host_kv_bytes": 100 * PAGE_BYTES,
+        "kv_cache_memory_bytes": 8 << 20,
+        "disk_kv_bytes": 4 << 20,
+        "disk_kv_path": str(tmp_path),
+    }
 
     async def answer(llm: AsyncLLM) -> list[int]:
         last = [output async for output in llm.generate(prompts()[0], GREEDY)][-1]  # type: ignore[arg-type]

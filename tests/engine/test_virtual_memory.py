@@ -182,12 +182,21 @@ def test_any_mix_of_features_under_preemption_and_abort_gives_the_naive_tokens(s
     rng = random.Random(seed)
     budget, seqs = rng.choice([4, 8, 16, 64]), rng.choice([1, 2, 4, 6])
     h = make(
-        num_pages=rng.choice([9, 12, 20, 60]), page_size=rng.choice([2, 4, 8]), seqs=seqs, budget=max(budget, seqs),
-        steps=rng.choice([1, 2, 8]), depth=rng.choice([1, 2, 3]), caching=rng.random() < 0.7,
-        window=rng.choice([None, None, 3, 5, 16]), host=rng.choice([0, 3, 10, 100]), disk=rng.random() < 0.5,
-        preemption=rng.choice(["swap", "recompute"]), lossy=rng.random() < 0.3, seed=seed,
+        num_pages=rng.choice([9, 12, 20, 60]),
+        page_size=rng.choice([2, 4, 8]),
+        seqs=seqs,
+        budget=max(budget, seqs),
+        steps=rng.choice([1, 2, 8]),
+        depth=rng.choice([1, 2, 3]),
+        caching=rng.random() < 0.7,
+        window=rng.choice([None, None, 3, 5, 16]),
+        host=rng.choice([0, 3, 10, 100]),
+        disk=rng.random() < 0.5,
+        preemption=rng.choice(["swap", "recompute"]),
+        lossy=rng.random() < 0.3,
+        seed=seed,
         drafts=rng.choice([0, 3]),
-    )  # fmt: skip
+    )
     shared = [rng.randrange(5) for _ in range(30)]
     pending, requests, aborted = 14, [], set()
     while pending or h.scheduler.has_work or h.in_flight:

@@ -20,9 +20,19 @@ from jaxllm.telemetry.accounting import IterationRecord
 
 def record(tokens: int = 0, decodes: int = 0, seconds: float = 1.0) -> IterationRecord:
     return IterationRecord(
-        num_tokens=tokens + decodes, num_decodes=decodes, num_steps=1, request_ids=(), num_prefill_tokens=tokens,
-        num_sampled=decodes, flops=float(tokens), bytes=0.0, seconds=seconds, compiled=False, mfu=None, mbu=None,
-    )  # fmt: skip
+        num_tokens=tokens + decodes,
+        num_decodes=decodes,
+        num_steps=1,
+        request_ids=(),
+        num_prefill_tokens=tokens,
+        num_sampled=decodes,
+        flops=float(tokens),
+        bytes=0.0,
+        seconds=seconds,
+        compiled=False,
+        mfu=None,
+        mbu=None,
+    )
 
 
 class Linear:
@@ -37,10 +47,13 @@ class Linear:
 
 def engine(*records: IterationRecord, unfinished: Any = (), running: Any = (), waiting: int = 0) -> Any:
     made = SimpleNamespace(
-        records=deque(records), accounting=SimpleNamespace(model=Linear()), unfinished=list(unfinished),
+        records=deque(records),
+        accounting=SimpleNamespace(model=Linear()),
+        unfinished=list(unfinished),
         scheduler=SimpleNamespace(running=list(running), num_waiting=waiting),
-        runner=SimpleNamespace(shapes=SimpleNamespace(spare_slot=4)), memory=SimpleNamespace(pools=[PagePool(64, 16)]),
-    )  # fmt: skip
+        runner=SimpleNamespace(shapes=SimpleNamespace(spare_slot=4)),
+        memory=SimpleNamespace(pools=[PagePool(64, 16)]),
+    )
     made.scoring_engine = made
     return made
 
@@ -99,9 +112,15 @@ def test_an_engine_with_an_slo_refuses_what_would_miss_it(tiny_llama) -> None:
             pass
 
     llm = AsyncLLM(
-        str(tiny_llama), slo="ttft:0.01ms", dtype="float32", max_model_len=128, max_num_seqs=2, use_tqdm=False,
-        max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 20,
-    )  # fmt: skip
+        str(tiny_llama),
+        slo="ttft:0.01ms",
+        dtype="float32",
+        max_model_len=128,
+        max_num_seqs=2,
+        use_tqdm=False,
+        max_num_batched_tokens=64,
+        kv_cache_memory_bytes=1 << 20,
+    )
     try:
         with pytest.raises(Unavailable, match="SLO"):  # nothing is known before the first prefills have run
             for first in range(4):

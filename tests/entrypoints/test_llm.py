@@ -21,9 +21,13 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 def make_llm(folder: Path, **kwargs: Any) -> LLM:
     settings: dict[str, Any] = {
-        "dtype": "float32", "max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8,
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "page_size": 8,
         "kv_cache_memory_bytes": 8 << 20,
-    }  # fmt: skip
+    }
     return LLM(str(folder), **settings | kwargs)
 
 
@@ -52,17 +56,24 @@ def test_greedy_tokens_equal_transformers(llm: LLM, theirs: LlamaForCausalLM) ->
     for prompt, output in zip(given, outputs, strict=True):
         with torch.inference_mode():
             expected = theirs.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12,
-                do_sample=False, eos_token_id=None, pad_token_id=0,
-            )[0, len(prompt) :].tolist()  # fmt: skip
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt)),
+                max_new_tokens=12,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )[0, len(prompt) :].tolist()
         assert output.outputs[0].token_ids == expected
         assert len(set(expected)) > 3, "a constant answer would hide errors"
 
 
 WAYS: list[dict[str, Any]] = [
-    {"page_size": 4, "max_num_batched_tokens": 8}, {"max_decode_steps": 1, "page_size": 32},
-    {"mesh": "tp=2", "sharding_rules": "column_only"}, {"mesh": "dp=2,tp=2"}, {"enable_prefix_caching": False},
-]  # fmt: skip
+    {"page_size": 4, "max_num_batched_tokens": 8},
+    {"max_decode_steps": 1, "page_size": 32},
+    {"mesh": "tp=2", "sharding_rules": "column_only"},
+    {"mesh": "dp=2,tp=2"},
+    {"enable_prefix_caching": False},
+]
 if os.environ.get("JAXLLM_FULL_TESTS"):
     WAYS += [{"max_num_batched_tokens": 8}, {"page_size": 32}, {"page_size": 4, "max_num_batched_tokens": 16}]
     WAYS += [{"max_num_seqs": 8}, {"mesh": "tp=2"}, {"mesh": "tp=4"}, {"mesh": "tp=2", "sharding_rules": "replicated"}]
@@ -252,17 +263,20 @@ def test_without_return_errors_a_bad_prompt_raises_and_leaves_nothing_behind(llm
     assert llm.engine.pool.num_free == llm.engine.pool.num_usable
 
 
-@pytest.mark.parametrize(("kwargs", "words"), [
-    ({"mesh": "tp=3"}, "use tp=1, 2 or 4"),
-    ({"mesh": "tp=16"}, "needs 16 devices but there are 8"),
-    ({"mesh": "xp=2"}, "axis=size"),
-    ({"sharding_rules": "nonsense"}, "megatron"),
-    ({"kv_cache_memory_bytes": 1000}, "raise kv_cache_memory_bytes to"),
-    ({"max_model_len": 100000}, "16384 positions"),
-    ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "raise the first"),
-    ({"dtype": "int3"}, "bfloat16"),
-    ({"speed": 11}, "unknown engine argument 'speed'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"mesh": "tp=3"}, "use tp=1, 2 or 4"),
+        ({"mesh": "tp=16"}, "needs 16 devices but there are 8"),
+        ({"mesh": "xp=2"}, "axis=size"),
+        ({"sharding_rules": "nonsense"}, "megatron"),
+        ({"kv_cache_memory_bytes": 1000}, "raise kv_cache_memory_bytes to"),
+        ({"max_model_len": 100000}, "16384 positions"),
+        ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "raise the first"),
+        ({"dtype": "int3"}, "bfloat16"),
+        ({"speed": 11}, "unknown engine argument 'speed'"),
+    ],
+)
 def test_bad_engine_arguments_say_what_to_do(tiny_llama: Path, kwargs: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words) as caught:
         make_llm(tiny_llama, **kwargs)

@@ -104,10 +104,17 @@ def load() -> Callable[..., Loaded]:
         from jaxllm.weights.loader import load_parameters
 
         config = EngineConfig(
-            model=str(folder), dtype="float32", mesh=mesh, sharding_rules=rules, max_model_len=64,
-            max_num_seqs=CHUNK, max_num_batched_tokens=CHUNK, page_size=4, max_decode_steps=4,
+            model=str(folder),
+            dtype="float32",
+            mesh=mesh,
+            sharding_rules=rules,
+            max_model_len=64,
+            max_num_seqs=CHUNK,
+            max_num_batched_tokens=CHUNK,
+            page_size=4,
+            max_decode_steps=4,
             kv_cache_memory_bytes=8 << 20,
-        )  # fmt: skip
+        )
         checkpoint = open_checkpoint(folder)
         cfg = read_config(checkpoint.config)
         model = make_model(config, cfg, Placement(make_mesh(mesh), load_rules(rules)))

@@ -39,10 +39,11 @@ ROPES: dict[str, dict[str, Any]] = {
     "rope_parameters null": {"rope_parameters": None, "rope_theta": 777.0},
     "no original length": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
     "original length beside": {
-        "rope_scaling": {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 64,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0},
+        "original_max_position_embeddings": 64,
     },
     "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
-}  # fmt: skip
+}
 
 
 def tiny(name: str) -> tuple[Any, dict[str, Any]]:
@@ -140,12 +141,23 @@ def test_nonsense_gives_one_line_that_names_the_field(name: str) -> None:
                     read_config(base | {key: value})
 
 
-@pytest.mark.parametrize("rope", [[1], "yarn", 3, {"rope_type": 3}, {"rope_type": "yarn", "factor": "4"},
-                                  {"rope_type": "yarn", "factor": float("nan")}, {"rope_type": "yarn", "factor": -2},
-                                  {"rope_type": "yarn", "factor": 2.0, "beta_fast": []},
-                                  {"rope_type": "yarn", "factor": 2.0, "mscale": "x", "mscale_all_dim": 1.0},
-                                  {"rope_type": "longrope", "short_factor": ["x"], "long_factor": [1.0]},
-                                  {"rope_type": "llama3", "factor": 8.0}, {"rope_theta": "big"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "rope",
+    [
+        [1],
+        "yarn",
+        3,
+        {"rope_type": 3},
+        {"rope_type": "yarn", "factor": "4"},
+        {"rope_type": "yarn", "factor": float("nan")},
+        {"rope_type": "yarn", "factor": -2},
+        {"rope_type": "yarn", "factor": 2.0, "beta_fast": []},
+        {"rope_type": "yarn", "factor": 2.0, "mscale": "x", "mscale_all_dim": 1.0},
+        {"rope_type": "longrope", "short_factor": ["x"], "long_factor": [1.0]},
+        {"rope_type": "llama3", "factor": 8.0},
+        {"rope_theta": "big"},
+    ],
+)
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
 def test_nonsense_in_the_rope_parameters_is_refused(key: str, rope: Any) -> None:
     _, base = tiny("qwen3")
@@ -230,22 +242,25 @@ def test_an_architecture_by_another_name_and_none_but_the_model_type() -> None:
     assert transformers.LlamaConfig.model_type == RULES["LlamaForCausalLM"].model_type
 
 
-@pytest.mark.parametrize(("name", "field", "neutral", "others"), [
-    ("qwen2", "use_mrope", False, (True, "yes")),
-    ("qwen3_moe", "qkv_bias", False, (True,)),
-    ("qwen3_moe", "use_qk_norm", True, (False,)),
-    ("qwen3_moe", "shared_expert_intermediate_size", 0, (64,)),
-    ("llama", "use_qk_norm", False, (True, 1)),
-    ("llama", "sliding_window", None, (4096,)),
-    ("llama", "layer_types", ["full_attention"] * 2, (["sliding_attention"] * 2,)),
-    ("llama", "partial_rotary_factor", 1.0, (0.5,)),
-    ("llama", "is_causal", True, (False,)),
-    ("phi3", "lm_head_bias", False, (True,)),
-    ("deepseek_v3", "moe_layer_freq", 1, (2,)),
-    ("deepseek_v3", "topk_method", "noaux_tc", ("greedy",)),
-    ("gemma2", "hidden_act", "gelu", ("silu",)),
-    ("gpt2", "add_cross_attention", False, (True,)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "field", "neutral", "others"),
+    [
+        ("qwen2", "use_mrope", False, (True, "yes")),
+        ("qwen3_moe", "qkv_bias", False, (True,)),
+        ("qwen3_moe", "use_qk_norm", True, (False,)),
+        ("qwen3_moe", "shared_expert_intermediate_size", 0, (64,)),
+        ("llama", "use_qk_norm", False, (True, 1)),
+        ("llama", "sliding_window", None, (4096,)),
+        ("llama", "layer_types", ["full_attention"] * 2, (["sliding_attention"] * 2,)),
+        ("llama", "partial_rotary_factor", 1.0, (0.5,)),
+        ("llama", "is_causal", True, (False,)),
+        ("phi3", "lm_head_bias", False, (True,)),
+        ("deepseek_v3", "moe_layer_freq", 1, (2,)),
+        ("deepseek_v3", "topk_method", "noaux_tc", ("greedy",)),
+        ("gemma2", "hidden_act", "gelu", ("silu",)),
+        ("gpt2", "add_cross_attention", False, (True,)),
+    ],
+)
 def test_a_field_of_other_code_passes_only_with_the_value_that_is_computed(name, field, neutral, others) -> None:
     _, base = tiny(name)
     base.pop(field, None)

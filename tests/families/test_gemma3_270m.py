@@ -41,13 +41,20 @@ def transformers_tokens(path: Path, prompt: list[int], num_tokens: int) -> list[
     hf = {key: value for key, value in checkpoint.config.items() if key not in ("architectures", "model_type")}
     config = transformers.Gemma3TextConfig(**hf)
     fresh = transformers.Gemma3ForCausalLM.from_pretrained(
-        None, config=config, state_dict={n: torch.tensor(checkpoint.read(n)) for n in checkpoint.tensors},
+        None,
+        config=config,
+        state_dict={n: torch.tensor(checkpoint.read(n)) for n in checkpoint.tensors},
         dtype=torch.float32,
-    )  # fmt: skip
+    )
     ids = torch.tensor([prompt])
     with torch.inference_mode():
         out = fresh.eval().generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, min_new_tokens=num_tokens,
-            do_sample=False, eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
     return out[0, len(prompt) :].tolist()

@@ -17,24 +17,39 @@ from tests.helpers.logits import engine_logits
 from tests.helpers.tiny_model import write_tiny_model
 
 LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
-}  # fmt: skip
+}
 
 
 ONE_KV_HEAD = {"num_key_value_heads": 1, "head_dim": 32}
 
 
-@pytest.mark.parametrize(("overrides", "mesh"), [
-    ({}, "tp=1"), ({"tie_word_embeddings": False, "num_key_value_heads": 4}, "tp=1"), (ONE_KV_HEAD, "tp=1"),
-    (ONE_KV_HEAD, "tp=4"), ({"rope_parameters": LLAMA3_ROPE}, "tp=1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "mesh"),
+    [
+        ({}, "tp=1"),
+        ({"tie_word_embeddings": False, "num_key_value_heads": 4}, "tp=1"),
+        (ONE_KV_HEAD, "tp=1"),
+        (ONE_KV_HEAD, "tp=4"),
+        ({"rope_parameters": LLAMA3_ROPE}, "tp=1"),
+    ],
+)
 def test_logits_equal_transformers(tmp_path: Path, overrides: dict[str, Any], mesh: str) -> None:
     folder = write_tiny_model(tmp_path, **overrides)
     llm = LLM(
-        str(folder), dtype="float32", mesh=mesh, max_num_seqs=64, max_num_batched_tokens=64, max_model_len=128,
+        str(folder),
+        dtype="float32",
+        mesh=mesh,
+        max_num_seqs=64,
+        max_num_batched_tokens=64,
+        max_model_len=128,
         kv_cache_memory_bytes=8 << 20,
-    )  # fmt: skip
+    )
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = np.random.default_rng(3).integers(0, 256, 50).tolist()
     with torch.inference_mode():
@@ -43,17 +58,29 @@ def test_logits_equal_transformers(tmp_path: Path, overrides: dict[str, Any], me
 
 
 BASE = {
-    "architectures": ["LlamaForCausalLM"], "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
-    "num_hidden_layers": 1, "num_attention_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 16,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 8,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 16,
+}
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"architectures": ["OtherForCausalLM"]}, "OtherForCausalLM"), ({"hidden_act": "mish"}, "hidden_act='mish'"),
-    ({"attention_bias": "yes"}, "attention_bias='yes'"), ({"attention_bias": 1}, "attention_bias=1"),
-    ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"), ({"num_key_value_heads": 3}, "num_kv_heads=3"),
-    ({"vocab_size": None}, "vocab_size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architectures": ["OtherForCausalLM"]}, "OtherForCausalLM"),
+        ({"hidden_act": "mish"}, "hidden_act='mish'"),
+        ({"attention_bias": "yes"}, "attention_bias='yes'"),
+        ({"attention_bias": 1}, "attention_bias=1"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"),
+        ({"num_key_value_heads": 3}, "num_kv_heads=3"),
+        ({"vocab_size": None}, "vocab_size"),
+    ],
+)
 def test_a_field_that_would_change_the_mathematics_is_refused_by_name(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read_config(BASE | change)

@@ -37,9 +37,18 @@ from jaxllm.ops.rope import rope_tables
 
 NUM_TOKENS = 7
 PLAIN = ModelConfig(
-    vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=4, num_kv_heads=2, head_dim=4,
-    rms_norm_eps=1e-5, rope_theta=10000.0, max_position_embeddings=64, tie_word_embeddings=False,
-)  # fmt: skip
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=1,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=4,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+)
 LATENT = LatentAttention(q_rank=6, kv_rank=8, nope_dim=4, rope_dim=4, value_dim=4)
 EXPERTS = RoutedExperts(
     num_experts=16, per_token=3, ffn_size=12, num_groups=4, groups_per_token=1, score="sigmoid", shared_size=12
@@ -118,8 +127,14 @@ PARTS: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "LinearScaling": (plain(rope_scaling=LinearScaling(factor=2.0)), {"factor": 3.0}),
     "YarnScaling": (
         plain(rope_scaling=YARN, head_dim=8),
-        {"factor": 2.0, "beta_fast": 1.0, "beta_slow": 0.5, "original_max_position": 64, "attention_factor": 2.0,
-         "truncate": True},
+        {
+            "factor": 2.0,
+            "beta_fast": 1.0,
+            "beta_slow": 0.5,
+            "original_max_position": 64,
+            "attention_factor": 2.0,
+            "truncate": True,
+        },
     ),
     "LongRopeScaling": (
         plain(rope_scaling=LONG),
@@ -128,16 +143,30 @@ PARTS: dict[str, tuple[ModelConfig, dict[str, Any]]] = {
     "DynamicScaling": (plain(rope_scaling=DYNAMIC), {"factor": 2.0, "original_max_position": 32}),
     "LocalAttention": (plain(local=LOCAL), {"window": 2, "layers": (), "rope_theta": 3.0}),
     "LatentAttention": (
-        plain(latent=LATENT), {"q_rank": None, "kv_rank": 6, "nope_dim": 6, "rope_dim": 2, "value_dim": 6}
+        plain(latent=LATENT),
+        {"q_rank": None, "kv_rank": 6, "nope_dim": 6, "rope_dim": 2, "value_dim": 6},
     ),
     "RoutedExperts": (
         plain(experts=EXPERTS),
-        {"num_experts": 12, "per_token": 2, "ffn_size": 10, "score": "softmax", "renormalize": True, "scale": 2.0,
-         "num_groups": 2, "groups_per_token": 2, "group_score": "top2", "correction_bias": True, "bias": True,
-         "shared_size": 10, "shared_gate": True, "dense_layers": (0,)},
+        {
+            "num_experts": 12,
+            "per_token": 2,
+            "ffn_size": 10,
+            "score": "softmax",
+            "renormalize": True,
+            "scale": 2.0,
+            "num_groups": 2,
+            "groups_per_token": 2,
+            "group_score": "top2",
+            "correction_bias": True,
+            "bias": True,
+            "shared_size": 10,
+            "shared_gate": True,
+            "dense_layers": (0,),
+        },
     ),
     "ClampedSwiglu": (plain(clamped_swiglu=CLAMPED), {"alpha": 1.0, "limit": 0.2}),
-}  # fmt: skip
+}
 
 
 def test_every_field_is_changed_somewhere_below() -> None:

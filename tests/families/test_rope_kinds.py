@@ -31,9 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 ONLY = {"phi3": ("default", "longrope")}  # by transformers' own validation
 ROTARY = {name: tiny for name, tiny in FAMILIES.items() if tiny.config != "GPT2Config" and not name.startswith("phi3_")}
-CASES = [
-    (name, kind) for name in ROTARY for kind in KINDS if kind.split("-")[0] in ONLY.get(name, tuple(KINDS))
-]  # fmt: skip
+CASES = [(name, kind) for name in ROTARY for kind in KINDS if kind.split("-")[0] in ONLY.get(name, tuple(KINDS))]
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES, ids=[f"{name}-{kind}" for name, kind in CASES])

@@ -60,10 +60,17 @@ def assert_same(ours: dict[Any, np.ndarray], theirs: dict[Any, np.ndarray]) -> N
         np.testing.assert_array_equal(ours[path], theirs[path], err_msg=str(path))
 
 
-@pytest.mark.parametrize(("name", "prefix"), [
-    ("llama", "model."), ("qwen3", "model."), ("gemma2", "model."), ("deepseek_v3", "model."), ("mixtral", "model."),
-    ("gpt2", "transformer."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [
+        ("llama", "model."),
+        ("qwen3", "model."),
+        ("gemma2", "model."),
+        ("deepseek_v3", "model."),
+        ("mixtral", "model."),
+        ("gpt2", "transformer."),
+    ],
+)
 def test_the_prefix_of_the_inner_model_may_be_left_out(name, prefix, rewritten, tiny_model) -> None:
     folder = rewritten(name, lambda tensors: {key.removeprefix(prefix): value for key, value in tensors.items()})
     assert_same(parameters(folder), parameters(tiny_model(name).folder))

@@ -24,10 +24,17 @@ from tests.helpers.fake_runner import FakeRunner
 
 T = TypeVar("T", LLM, AsyncLLM)
 HF_CONFIG = {
-    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64,
-    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
-}  # fmt: skip
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+}
 
 
 class FakeModel:
@@ -39,10 +46,18 @@ class FakeModel:
         config = EngineConfig(model="fake", dtype="float32", matmul_backend="xla")
         self.model = make_model(config, self.config, Placement(make_mesh("tp=1"), load_rules("megatron")))
         self.shapes = RunnerShapes(
-            max_num_seqs=4, max_num_batched_tokens=16, max_model_len=120, num_pages=60, page_size=4,
-            vocab_size=VOCAB_SIZE, token_buckets=(16,), row_buckets=(4,), max_decode_steps=4,
-            kv_dtype=jnp.dtype("float32"), residual_dtype=jnp.dtype("float32"),
-        )  # fmt: skip
+            max_num_seqs=4,
+            max_num_batched_tokens=16,
+            max_model_len=120,
+            num_pages=60,
+            page_size=4,
+            vocab_size=VOCAB_SIZE,
+            token_buckets=(16,),
+            row_buckets=(4,),
+            max_decode_steps=4,
+            kv_dtype=jnp.dtype("float32"),
+            residual_dtype=jnp.dtype("float32"),
+        )
 
     def engine(self, **shapes: Any) -> BuiltEngine:
         """A new engine; `shapes` change sizes."""

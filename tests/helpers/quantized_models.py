@@ -42,10 +42,19 @@ def model_of(kind: str) -> Any:
     """A random model of transformers, `dense` or `routed`, with weights that matter."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
-        "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
-        "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-    }  # fmt: skip
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     experts = {"moe_intermediate_size": 64, "num_experts": 4, "num_experts_per_tok": 2}
     if kind == "dense":
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
@@ -59,10 +68,7 @@ def model_of(kind: str) -> Any:
 
 def linears_of(tensors: Tensors) -> list[str]:
     """The blocks' linears, routers left out."""
-    return [
-        name for name in tensors
-        if name.endswith(("_proj.weight",)) and name.startswith("model.layers.")
-    ]  # fmt: skip
+    return [name for name in tensors if name.endswith(("_proj.weight",)) and name.startswith("model.layers.")]
 
 
 def quantize(kind: str, layout: Layout, config: dict[str, Any], folder: Path, skip: str = "never") -> Quantized:
@@ -79,8 +85,11 @@ def quantize(kind: str, layout: Layout, config: dict[str, Any], folder: Path, sk
         made, values = layout(tensors.pop(name))
         dense[name] = values.astype(np.float32)
         tensors |= {f"{name.removesuffix('.weight')}.{suffix}": tensor for suffix, tensor in made.items()}
-    save_file({name: np.ascontiguousarray(t) for name, t in dense.items()}, folder / "dense" / "model.safetensors",
-              {"format": "pt"})  # fmt: skip
+    save_file(
+        {name: np.ascontiguousarray(t) for name, t in dense.items()},
+        folder / "dense" / "model.safetensors",
+        {"format": "pt"},
+    )
     save(folder, tensors, json.loads((folder / "dense" / "config.json").read_text()) | {"quantization_config": config})
     reference = type(model).from_pretrained(folder / "dense", dtype=torch.float32).eval()
     return Quantized(folder, reference)
@@ -90,8 +99,9 @@ def save(folder: Path, tensors: Tensors, config: dict[str, Any]) -> None:
     """A folder as Hugging Face has it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    save_file({name: np.ascontiguousarray(t) for name, t in tensors.items()}, folder / "model.safetensors",
-              {"format": "pt"})  # fmt: skip
+    save_file(
+        {name: np.ascontiguousarray(t) for name, t in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
 
 
 def numpy_of(tensor: torch.Tensor) -> np.ndarray:
@@ -142,9 +152,13 @@ def awq(w_NK: np.ndarray, group: int = 32) -> tuple[Tensors, np.ndarray]:
 
 
 def gptq(
-    w_NK: np.ndarray, group: int = 32, bits: int = 4, version: int = 1, is_permuted: bool = False,
+    w_NK: np.ndarray,
+    group: int = 32,
+    bits: int = 4,
+    version: int = 1,
+    is_permuted: bool = False,
     is_symmetric: bool = False,
-) -> tuple[Tensors, np.ndarray]:  # fmt: skip
+) -> tuple[Tensors, np.ndarray]:
     """AutoGPTQ's (1) or GPTQModel's (2) layout."""
     n, k = w_NK.shape
     order = _RNG.permutation(k) if is_permuted else np.arange(k)

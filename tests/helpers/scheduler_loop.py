@@ -136,9 +136,21 @@ class Harness:
 
 
 def make(
-    num_pages=64, page_size=4, seqs=4, budget=16, steps=1, depth=2, caching=True, window=None, host=0, disk=False,
-    preemption="recompute", lossy=False, seed=0, drafts=0,
-) -> Harness:  # fmt: skip
+    num_pages=64,
+    page_size=4,
+    seqs=4,
+    budget=16,
+    steps=1,
+    depth=2,
+    caching=True,
+    window=None,
+    host=0,
+    disk=False,
+    preemption="recompute",
+    lossy=False,
+    seed=0,
+    drafts=0,
+) -> Harness:
     """A loop; `host` is the host tier's size in pages, without one there are no tiers."""
     pool = PagePool(num_pages, page_size, enable_prefix_caching=caching, window=window)
     store: dict[bytes, Any] = {}
@@ -147,15 +159,23 @@ def make(
         lower = HostPool(host, store.__setitem__ if disk else None)
         tiers = Tiers(lower, store if disk else None, page_bytes=1, preemption=preemption)
     scheduler = Scheduler(
-        pool, max_num_seqs=seqs, max_num_batched_tokens=budget, max_decode_steps=steps, tiers=tiers,
+        pool,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=budget,
+        max_decode_steps=steps,
+        tiers=tiers,
         num_drafts=drafts,
-    )  # fmt: skip
+    )
     return Harness(scheduler, FakeDevice(page_size, window), depth, disk=store, rng=random.Random(seed), lossy=lossy)
 
 
 def request(name: str, prompt: list[int], max_tokens: int = 8, stop=(), priority: int = 0) -> Request:
     """A greedy request."""
     return Request(
-        request_id=name, token_ids=prompt, params=SamplingParams(), limit=len(prompt) + max_tokens,
-        stop_ids=frozenset(stop), priority=priority,
-    )  # fmt: skip
+        request_id=name,
+        token_ids=prompt,
+        params=SamplingParams(),
+        limit=len(prompt) + max_tokens,
+        stop_ids=frozenset(stop),
+        priority=priority,
+    )

@@ -96,9 +96,10 @@ def test_a_file_that_was_cut_short_is_a_miss(tmp_path: Path, cut: int) -> None:
 def test_a_page_of_another_model_shape_or_key_is_a_miss(tmp_path: Path) -> None:
     DiskStore(tmp_path, 10**6, LAYOUT).write(b"k", page(1))
     others = [
-        PageFormat("other", LAYOUT.arrays), PageFormat("model", LAYOUT.arrays[:1]),
+        PageFormat("other", LAYOUT.arrays),
+        PageFormat("model", LAYOUT.arrays[:1]),
         PageFormat("model", (((2, 2, 4, 2, 4), "float32"), LAYOUT.arrays[1])),
-    ]  # fmt: skip
+    ]
     for layout in others:
         folder = tmp_path / str(others.index(layout))
         folder.mkdir()

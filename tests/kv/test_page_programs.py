@@ -45,9 +45,13 @@ def test_every_layout_has_one_logical_shape(rest: tuple[int, ...]) -> None:
     for copies in (1, 2):
         for interleaved in (False, True):
             layout = PageLayout(
-                row=CacheRow(halves=2, heads=2, width=8, is_cut=True), num_pages=1, page_size=4, kv_copies=copies,
-                dtype=jnp.dtype(jnp.float32), interleaved=interleaved,
-            )  # fmt: skip
+                row=CacheRow(halves=2, heads=2, width=8, is_cut=True),
+                num_pages=1,
+                page_size=4,
+                kv_copies=copies,
+                dtype=jnp.dtype(jnp.float32),
+                interleaved=interleaved,
+            )
             lying = layout.from_logical(logical)
             heads = 2 * copies
             assert lying.shape == ((3, 4, 2 * heads, *rest) if interleaved else (3, 2, 4, heads, *rest))

@@ -100,9 +100,12 @@ def test_heads_cut_over_devices_give_the_whole():
     kernel = functools.partial(cpu.attention, spec=shape.spec)
     heads, cached = PartitionSpec(None, "tp"), PartitionSpec(None, None, None, "tp")
     cut = jax.shard_map(
-        lambda q, pages, rows: kernel(q, pages, rows), mesh=mesh, in_specs=(heads, cached, PartitionSpec()),
-        out_specs=heads, check_vma=False,
-    )  # fmt: skip
+        lambda q, pages, rows: kernel(q, pages, rows),
+        mesh=mesh,
+        in_specs=(heads, cached, PartitionSpec()),
+        out_specs=heads,
+        check_vma=False,
+    )
     whole = jax.jit(kernel)(case.q, case.pages, case.rows)
     assert np.array_equal(np.asarray(jax.jit(cut)(case.q, case.pages, case.rows)), np.asarray(whole))
 

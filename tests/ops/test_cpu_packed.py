@@ -89,9 +89,14 @@ def test_engine_in_panels_gives_the_logprobs_of_the_engine_without(tiny_llama):
     seen = {}
     for backend in ("xla", "llvm"):
         llm = LLM(
-            str(tiny_llama), dtype="bfloat16", matmul_backend=backend, max_model_len=128, max_num_seqs=4,
-            max_num_batched_tokens=16, kv_cache_memory_bytes=1 << 20,
-        )  # fmt: skip
+            str(tiny_llama),
+            dtype="bfloat16",
+            matmul_backend=backend,
+            max_model_len=128,
+            max_num_seqs=4,
+            max_num_batched_tokens=16,
+            kv_cache_memory_bytes=1 << 20,
+        )
         assert llm.engine.runner.model.is_packed == (backend == "llvm")
         outputs = llm.generate(prompts, params)
         seen[backend] = [

@@ -36,9 +36,15 @@ def matrix(
     turned = codes if axis == 0 else np.ascontiguousarray(codes.T)
     packed = [pack_scales(factor if axis == 0 else factor.T, axis) for factor in factors]
     panels = QuantizedPanels(
-        jnp.asarray(pack_codes(turned, meaning, axis)), jnp.asarray(packed[0]),
-        jnp.asarray(packed[1]) if minima else None, None, None, meaning, (n,), dtype,
-    )  # fmt: skip
+        jnp.asarray(pack_codes(turned, meaning, axis)),
+        jnp.asarray(packed[0]),
+        jnp.asarray(packed[1]) if minima else None,
+        None,
+        None,
+        meaning,
+        (n,),
+        dtype,
+    )
     return panels, dense
 
 

@@ -71,9 +71,12 @@ def test_heads_cut_over_devices_give_the_whole(dtype):
     kernel = functools.partial(pallas_gpu.attention, spec=shape.spec, interpret=True)
     heads, cached = PartitionSpec(None, "tp"), PartitionSpec(None, None, None, "tp")
     cut = jax.shard_map(
-        lambda q, pages, rows: kernel(q, pages, rows), mesh=mesh, in_specs=(heads, cached, PartitionSpec()),
-        out_specs=heads, check_vma=False,
-    )  # fmt: skip
+        lambda q, pages, rows: kernel(q, pages, rows),
+        mesh=mesh,
+        in_specs=(heads, cached, PartitionSpec()),
+        out_specs=heads,
+        check_vma=False,
+    )
     whole = jax.jit(kernel)(case.q, case.pages, case.rows)
     np.testing.assert_allclose(jax.jit(cut)(case.q, case.pages, case.rows), whole, atol=2e-5, rtol=0)
 

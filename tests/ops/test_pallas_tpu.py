@@ -86,8 +86,12 @@ def test_rows_reach_the_kernel_as_it_means_them(kind, monkeypatch):
     table = jnp.asarray(1 + rng.permutation(60).reshape(6, 10), jnp.int32)
     pages = jnp.asarray(rng.standard_normal((61, 4, 4, 8), np.float32))
     if kind == "ragged":
-        rows: Any = RaggedRows(*(jnp.asarray(x, jnp.int32) for x in (
-            [0, 1, 2, 9, 0, 0], [1, 1, 7, 3, 0, 0], [33, 1, 40, 3, 0, 0], 2, table)))  # fmt: skip
+        rows: Any = RaggedRows(
+            *(
+                jnp.asarray(x, jnp.int32)
+                for x in ([0, 1, 2, 9, 0, 0], [1, 1, 7, 3, 0, 0], [33, 1, 40, 3, 0, 0], 2, table)
+            )
+        )
     else:
         rows = SingleRows(jnp.asarray([33, 0, 1, 40, 0, 5], jnp.int32), table)
     q = jnp.asarray(rng.standard_normal((16 if kind == "ragged" else 6, 2, 3, 8), np.float32))
@@ -95,10 +99,14 @@ def test_rows_reach_the_kernel_as_it_means_them(kind, monkeypatch):
     np.testing.assert_allclose(got, attention(q, pages, rows, spec=spec, backend=XLA), atol=1e-5)
 
 
-@pytest.mark.parametrize(("model", "dtype", "reason"), [
-    ("llama-3.1-8b", "int8", "cache with scales"), ("deepseek-v3", "bfloat16", "latent"),
-    ("gpt2", "bfloat16", "head width 64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "dtype", "reason"),
+    [
+        ("llama-3.1-8b", "int8", "cache with scales"),
+        ("deepseek-v3", "bfloat16", "latent"),
+        ("gpt2", "bfloat16", "head width 64"),
+    ],
+)
 def test_a_model_that_the_kernel_cannot_serve_falls_back_and_says_so_once(model, dtype, reason, caplog):
     select._say_once.cache_clear()  # another test may have said it
     cfg = preset(model)

@@ -22,10 +22,15 @@ from jaxllm.sharding.rules import load_rules
 from jaxllm.weights.abstract import make_model
 
 
-@pytest.mark.parametrize("scheme", [
-    Scheme(codes="uint4", group=32, has_minima=True), Scheme(codes="uint4", offset=8),
-    Scheme(codes="uint4", group=64, table=E2M1),
-], ids=["minima", "per-channel", "table"])  # fmt: skip
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        Scheme(codes="uint4", group=32, has_minima=True),
+        Scheme(codes="uint4", offset=8),
+        Scheme(codes="uint4", group=64, table=E2M1),
+    ],
+    ids=["minima", "per-channel", "table"],
+)
 def test_group_by_group_is_the_product(scheme):
     rng = np.random.default_rng(0)
     codes = jnp.asarray(rng.integers(0, 256, (64, 2, 24), np.uint8))

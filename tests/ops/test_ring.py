@@ -58,12 +58,18 @@ def run(spec: AttentionSpec, sinks: np.ndarray | None, size: int) -> tuple[np.nd
     order = zigzag(T, size)
     batch = RingBatch(RaggedRows(*ints, jnp.int32(2), table), token_row[order], position[order])  # type: ignore[arg-type]
     local = functools.partial(
-        ring_attention, write=write_pages, axis="cp", size=size, spec=spec, sinks_KG=sinks  # type: ignore[arg-type]
-    )  # fmt: skip
+        ring_attention,
+        write=write_pages,
+        axis="cp",
+        size=size,
+        spec=spec,
+        sinks_KG=sinks,  # type: ignore[arg-type]
+    )
     cut, whole = PartitionSpec("cp"), PartitionSpec()
     mesh = Mesh(np.array(jax.devices()[:size]), ("cp",))
-    ring = jax.shard_map(local, mesh=mesh, in_specs=(cut, cut, whole, whole, whole), out_specs=(cut, whole),
-                         check_vma=False)  # fmt: skip
+    ring = jax.shard_map(
+        local, mesh=mesh, in_specs=(cut, cut, whole, whole, whole), out_specs=(cut, whole), check_vma=False
+    )
     kv = kv_new.transpose(0, 2, 1, 3)
     out, written = jax.jit(ring)(q[order], kv[order], pages, slots[order], batch)
     back = np.asarray(out)[np.argsort(order)]

@@ -11,9 +11,14 @@ from jaxllm.pool.pool import Pool
 from tests.helpers.tiny_model import write_tiny_model
 
 ENGINE = {
-    "dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 4,
-    "kv_cache_memory_bytes": 640 << 10, "max_decode_steps": 2,
-}  # fmt: skip
+    "dtype": "float32",
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "page_size": 4,
+    "kv_cache_memory_bytes": 640 << 10,
+    "max_decode_steps": 2,
+}
 FAMILIES = {"llama": "Llama", "qwen": "Qwen3", "mistral": "Mistral", "olmo": "Olmo2"}
 BUDGET = 3_200_000
 

@@ -18,9 +18,18 @@ from jaxllm.roofline.collective_time import (
 from jaxllm.roofline.cost_model import Cost, ModelCost, iteration_cost, model_cost, step_seconds
 
 TINY = ModelConfig(
-    vocab_size=10, hidden_size=4, intermediate_size=6, num_layers=3, num_heads=2, num_kv_heads=1, head_dim=2,
-    rms_norm_eps=1e-5, rope_theta=1e4, max_position_embeddings=64, tie_word_embeddings=False,
-)  # fmt: skip
+    vocab_size=10,
+    hidden_size=4,
+    intermediate_size=6,
+    num_layers=3,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=2,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+)
 
 
 def test_tiny_model_counted_by_hand() -> None:
@@ -69,9 +78,17 @@ def test_kv_copies_and_dtypes_are_counted() -> None:
 
 def test_experts_are_read_as_far_as_tokens_are_sent_to_them() -> None:
     model = ModelCost(
-        token_flops=2, head_flops=0, pair_flops=0, block_bytes=10, head_bytes=0, embedding_row_bytes=0, kv_bytes=0,
-        attention=((None, 1),), expert_bytes=800, experts_touched=2 / 8,
-    )  # fmt: skip
+        token_flops=2,
+        head_flops=0,
+        pair_flops=0,
+        block_bytes=10,
+        head_bytes=0,
+        embedding_row_bytes=0,
+        kv_bytes=0,
+        attention=((None, 1),),
+        expert_bytes=800,
+        experts_touched=2 / 8,
+    )
     assert iteration_cost(model, [(1, 1)]).bytes == 10 + 200
     assert iteration_cost(model, [(1, 1)] * 8).bytes == pytest.approx(10 + 800 * (1 - 0.75**8))
     two_passes = model.cost(tokens=16, samples=0, pairs=0, keys=0, passes=2)

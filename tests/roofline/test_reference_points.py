@@ -72,9 +72,13 @@ def test_keys_and_values_outweigh_the_weights_of_llama_2_7b_at_about_27k_tokens(
 def test_step_time_of_llama_2_13b_on_eight_v5e_in_round_numbers(batch: int, published: float) -> None:
     """13 B parameters, 6.7 GB of keys and values per request at 8k, 0.82 TB/s per chip (then on the data sheet)."""
     seconds = step_seconds(
-        tokens=batch, kv_bytes=batch * 6.7e9, parameters=13e9, weight_bytes=26e9,
-        flops_per_s=8 * 197e12, bytes_per_s=8 * 0.82e12,
-    )  # fmt: skip
+        tokens=batch,
+        kv_bytes=batch * 6.7e9,
+        parameters=13e9,
+        weight_bytes=26e9,
+        flops_per_s=8 * 197e12,
+        bytes_per_s=8 * 0.82e12,
+    )
     assert 1e3 * seconds == pytest.approx(published, abs=0.006)  # 4.985 and 20.305 were cut, not rounded
 
 

@@ -18,9 +18,13 @@ from jaxllm.ops.cpu import ffi
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True)
 SIZES: dict[str, Any] = {
-    "dtype": "float32", "max_model_len": 128, "max_num_seqs": 4, "max_num_batched_tokens": 16, "page_size": 8,
+    "dtype": "float32",
+    "max_model_len": 128,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "page_size": 8,
     "kv_cache_memory_bytes": 1 << 20,
-}  # fmt: skip
+}
 
 
 def tokens(folder, **kwargs: Any) -> list[list[int]]:

@@ -31,8 +31,11 @@ def launch(processes: int, *command: str) -> subprocess.Popen[str]:
     launcher = [sys.executable, str(ROOT / "scripts/launch_local.py"), "--processes", str(processes)]
     return subprocess.Popen(
         [*launcher, "--devices-per-process", "1", "--", sys.executable, "-m", "jaxllm", *command],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def pids(launcher: subprocess.Popen[str]) -> list[int]:
@@ -85,11 +88,24 @@ def test_two_processes_load_what_was_evicted_instead_of_computing_it(tmp_path):
     script.write_text(TIERED)
     together = subprocess.run(
         [
-            sys.executable, str(ROOT / "scripts/launch_local.py"), "--processes", "2", "--devices-per-process", "1",
-            "--", sys.executable, str(script), model,
+            sys.executable,
+            str(ROOT / "scripts/launch_local.py"),
+            "--processes",
+            "2",
+            "--devices-per-process",
+            "1",
+            "--",
+            sys.executable,
+            str(script),
+            model,
         ],
-        cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
     assert together.returncode == 0, together.stderr
     said, hits = json.loads(together.stdout)
     first, *later = said
@@ -111,9 +127,16 @@ def test_a_disk_tier_over_two_processes_is_refused_on_both(tmp_path):
 @pytest.fixture(scope="module")
 def routed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(
-        tmp_path_factory.mktemp("routed"), family="Mixtral", num_attention_heads=6, num_key_value_heads=3, head_dim=16,
-        intermediate_size=48, num_layers=1, num_local_experts=4, num_experts_per_tok=2,
-    )  # fmt: skip
+        tmp_path_factory.mktemp("routed"),
+        family="Mixtral",
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        head_dim=16,
+        intermediate_size=48,
+        num_layers=1,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
 
 
 @pytest.fixture
@@ -154,13 +177,21 @@ def test_three_processes_serve_a_routed_model_until_one_is_lost(serving, routed)
     assert launcher.returncode not in (0, 130)
     assert "process 2 is gone" in err
     assert long[0] == long[-1] and len({*map(str, long)}) > 3
-    assert any("host" in line and "hit" in line and float(line.split()[-1]) > 0 for line in figures.splitlines()
-               if not line.startswith("#"))  # fmt: skip
+    assert any(
+        "host" in line and "hit" in line and float(line.split()[-1]) > 0
+        for line in figures.splitlines()
+        if not line.startswith("#")
+    )
 
     alone = LLM(
-        str(routed), mesh="tp=3", dtype="float32", max_model_len=64, max_num_seqs=4, max_num_batched_tokens=64,
+        str(routed),
+        mesh="tp=3",
+        dtype="float32",
+        max_model_len=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
         use_tqdm=False,
-    )  # fmt: skip
+    )
     params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=0)
     assert greedy == [alone.generate("hello", params)[0].outputs[0].text]
     params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.0, seed=7, n=2)

@@ -25,9 +25,10 @@ def naive(tokens: list[int], most: int, shortest: int, longest: int) -> list[int
 @pytest.mark.parametrize(("shortest", "longest"), [(1, 1), (1, 4), (3, 5)])
 def test_drafts_are_those_of_the_plain_search(monkeypatch, shortest: int, longest: int) -> None:
     monkeypatch.setattr(prompt_lookup, "_BLOCK", 16)  # matches lie across blocks
-    rng, config = random.Random(longest), SpeculativeConfig(
-        num_speculative_tokens=5, prompt_lookup_min=shortest, prompt_lookup_max=longest
-    )  # fmt: skip
+    rng, config = (
+        random.Random(longest),
+        SpeculativeConfig(num_speculative_tokens=5, prompt_lookup_min=shortest, prompt_lookup_max=longest),
+    )
     history = np.array([[rng.randrange(4) for _ in range(50)] for _ in range(7)], np.int32)
     look_up = jax.jit(lambda *args: prompt_lookup.look_up(*args, config))
     found = 0

@@ -27,9 +27,16 @@ from jaxllm.weights.loader import load_parameters
 def pair(request, tiny_llama, monkeypatch):
     """An engine with a host tier, and a runner that follows its every message."""
     config = EngineConfig(
-        model=str(tiny_llama), dtype="float32", mesh=request.param, max_model_len=64, max_num_seqs=2, page_size=8,
-        max_num_batched_tokens=16, matmul_backend="xla", host_kv_bytes=1 << 20,
-    )  # fmt: skip
+        model=str(tiny_llama),
+        dtype="float32",
+        mesh=request.param,
+        max_model_len=64,
+        max_num_seqs=2,
+        page_size=8,
+        max_num_batched_tokens=16,
+        matmul_backend="xla",
+        host_kv_bytes=1 << 20,
+    )
     checkpoint = open_checkpoint(tiny_llama)
     placement = Placement(make_mesh(config.mesh), load_rules("megatron"))
     model = make_model(config, read_config(checkpoint.config), placement)

@@ -21,18 +21,25 @@ SEQS, BUDGET = 4, 16
 def make(num_replicas: int = 3, num_pages: int = 40, steps: int = 4, drafts: int = 0) -> Replicas:
     def part(replica: int) -> Scheduler:
         return Scheduler(
-            PagePool(num_pages, 4), max_num_seqs=SEQS, max_num_batched_tokens=BUDGET, max_decode_steps=steps,
-            first_slot=replica * SEQS, num_drafts=drafts,
-        )  # fmt: skip
+            PagePool(num_pages, 4),
+            max_num_seqs=SEQS,
+            max_num_batched_tokens=BUDGET,
+            max_decode_steps=steps,
+            first_slot=replica * SEQS,
+            num_drafts=drafts,
+        )
 
     return Replicas([part(z) for z in range(num_replicas)])
 
 
 def request(name: str, prompt: list[int], max_tokens: int = 8, stop: tuple[int, ...] = ()) -> Request:
     return Request(
-        request_id=name, token_ids=prompt, params=SamplingParams(), limit=len(prompt) + max_tokens,
+        request_id=name,
+        token_ids=prompt,
+        params=SamplingParams(),
+        limit=len(prompt) + max_tokens,
         stop_ids=frozenset(stop),
-    )  # fmt: skip
+    )
 
 
 class Harness:

@@ -152,10 +152,15 @@ def test_any_order_of_add_abort_preempt_and_finish_gives_the_naive_tokens(seed: 
     rng = random.Random(seed)
     budget, seqs = rng.choice([4, 8, 16, 64]), rng.choice([1, 2, 4])
     h = make(
-        num_pages=rng.choice([9, 12, 20, 60]), page_size=rng.choice([2, 4, 8]), seqs=seqs, budget=max(budget, seqs),
-        steps=rng.choice([1, 2, 8]), depth=rng.choice([1, 2, 3]), caching=rng.random() < 0.7,
+        num_pages=rng.choice([9, 12, 20, 60]),
+        page_size=rng.choice([2, 4, 8]),
+        seqs=seqs,
+        budget=max(budget, seqs),
+        steps=rng.choice([1, 2, 8]),
+        depth=rng.choice([1, 2, 3]),
+        caching=rng.random() < 0.7,
         drafts=rng.choice([0, 0, 1, 4]),
-    )  # fmt: skip
+    )
     shared = [rng.randrange(5) for _ in range(20)]
     pending, requests, aborted = 12, [], set()
     while pending or h.scheduler.has_work or h.in_flight:

@@ -82,7 +82,7 @@ HISTORIES = [
         [ASK, {"role": "assistant", "tool_calls": [CALL | {"function": {"name": "f", "arguments": bad}}]}, RESULT]
         for bad in ("{bad", "[1]", "", "null", {"city": "Rome"}, None)
     ],
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("messages", HISTORIES)

@@ -68,8 +68,11 @@ def test_a_head_that_never_comes_is_cut_off(live, monkeypatch):
 
 
 def test_pages_of_other_origins_may_call_where_they_are_allowed(live, tiny_model):
-    ask = {"origin": "http://localhost:3000", "access-control-request-method": "POST",
-           "access-control-request-headers": "authorization,content-type"}  # fmt: skip
+    ask = {
+        "origin": "http://localhost:3000",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+    }
     answer = httpx.options(f"{live.url}/v1/chat/completions", headers=ask)
     assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "*"
     refused = httpx.post(f"{live.url}/v1/chat/completions", json={}, headers={"origin": ask["origin"]})

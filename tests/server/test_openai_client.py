@@ -94,8 +94,14 @@ def test_echo_with_logprobs_scores_the_prompt(client):
 
 def test_prompt_logprobs_equal_those_of_generation(client):
     """What the model generated greedily and reported must score the same when it is read as a prompt."""
-    first = client.completions.create(model="tiny", prompt=list(b"abcd"), max_tokens=8, temperature=0, logprobs=0,
-                                      extra_body={"return_token_ids": True}).choices[0]  # fmt: skip
+    first = client.completions.create(
+        model="tiny",
+        prompt=list(b"abcd"),
+        max_tokens=8,
+        temperature=0,
+        logprobs=0,
+        extra_body={"return_token_ids": True},
+    ).choices[0]
     ids = list(b"abcd") + first.token_ids
     again = client.completions.create(model="tiny", prompt=ids, max_tokens=0, echo=True, logprobs=0).choices[0]
     assert again.logprobs.token_logprobs[4:] == pytest.approx(first.logprobs.token_logprobs, abs=1e-4)
@@ -113,14 +119,24 @@ def test_stop_string_ends_and_is_cut_off(client):
     )
     assert answer.choices[0].text == "" and answer.choices[0].finish_reason == "stop"
     assert answer.choices[0].stop_reason == "AA"
-    kept = client.completions.create(model="tiny", prompt="x", max_tokens=9, temperature=0, logit_bias=bias,
-                                     stop=["AA"], extra_body={"include_stop_str_in_output": True})  # fmt: skip
+    kept = client.completions.create(
+        model="tiny",
+        prompt="x",
+        max_tokens=9,
+        temperature=0,
+        logit_bias=bias,
+        stop=["AA"],
+        extra_body={"include_stop_str_in_output": True},
+    )
     assert kept.choices[0].text == "AA"
 
 
 def test_chat_stream_has_role_first_reason_last_and_usage_alone(client):
-    chunks = list(client.chat.completions.create(model="tiny", messages=HI, max_tokens=10, temperature=0, stream=True,
-                                                 stream_options={"include_usage": True}))  # fmt: skip
+    chunks = list(
+        client.chat.completions.create(
+            model="tiny", messages=HI, max_tokens=10, temperature=0, stream=True, stream_options={"include_usage": True}
+        )
+    )
     whole = client.chat.completions.create(model="tiny", messages=HI, max_tokens=10, temperature=0)
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 10

@@ -222,8 +222,10 @@ def test_markdown_is_shown_and_nothing_in_it_runs_or_loads(tab: Browser):
     assert list(count.values()) == [1, 1, 1, 1, 1, 0, 0, 0], count
     assert tab.run("document.querySelector('pre > code').textContent") == "<b>x</b>\n"
     assert tab.run("[...document.querySelectorAll('.assistant a')].map((a) => a.getAttribute('href'))") == [
-        "https://a.example", None, "https://a.example/i.png",
-    ]  # fmt: skip
+        "https://a.example",
+        None,
+        "https://a.example/i.png",
+    ]
     assert tab.run("document.querySelector('.user .body').textContent") == "<b>q</b>"
     assert "<script>" in tab.run("answer()")
     assert tab.run("window.hacked") is None
@@ -248,8 +250,10 @@ def test_reasoning_is_folded_away_and_not_sent_back(tab: Browser, inline: bool):
 
 @needs_chromium
 def test_conversations_and_settings_survive_a_reload(tab: Browser):
-    tab.run("for (const [id, v] of [['system', 'Rhyme.'], ['top_p', '0.5'], ['max', '9']]) {"
-            "const e = document.getElementById(id); e.value = v; e.dispatchEvent(new Event('change')); }")  # fmt: skip
+    tab.run(
+        "for (const [id, v] of [['system', 'Rhyme.'], ['top_p', '0.5'], ['max', '9']]) {"
+        "const e = document.getElementById(id); e.value = v; e.dispatchEvent(new Event('change')); }"
+    )
     answered(tab, "first question", "first answer")
     tab.run("document.getElementById('reset').click()")
     answered(tab, "second question", "second answer")

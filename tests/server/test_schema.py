@@ -20,8 +20,10 @@ def test_document_names_the_model_its_vocabulary_and_its_vector_size(http):
     schemas = http.get("/openapi.json").json()["components"]["schemas"]
     assert schemas["ChatRequest"]["properties"]["model"]["enum"] == ["tiny", "alias", None]
     assert schemas["DetokenizeRequest"]["properties"]["tokens"]["items"] == {
-        "maximum": 257, "minimum": 0, "type": "integer",
-    }  # fmt: skip
+        "maximum": 257,
+        "minimum": 0,
+        "type": "integer",
+    }
     assert schemas["EmbeddingRequest"]["properties"]["dimensions"]["enum"] == [32, None]
     assert "x-token" not in str(schemas)
 
@@ -37,7 +39,7 @@ RULES = [
     ("CompletionRequest", {"max_tokens": 0, "echo": True}, {"max_tokens": 0, "echo": True, "stream": True}),
     ("CompletionRequest", {"logit_bias": {"1": 1}}, {"logit_bias": {"a": 1}}),
     ("TokenizeRequest", {"prompt": ""}, {"prompt": "", "messages": [{"role": "user", "content": "x"}]}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "valid", "invalid"), RULES)

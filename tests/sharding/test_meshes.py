@@ -64,11 +64,25 @@ def _write_routed(path: Path) -> Path:
 
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=128, num_experts=8, num_experts_per_tok=3,
-        moe_intermediate_size=32, norm_topk_prob=True, mlp_only_layers=[0], initializer_range=0.2,
-        tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, dtype="float32",
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        mlp_only_layers=[0],
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        dtype="float32",
+    )
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(path)
     return path
 
@@ -83,10 +97,19 @@ def prompts() -> list[dict[str, Any]]:
 def tokens(path: Path, mesh: str, rules: str) -> list[list[int]]:
     """Greedy tokens of the prompts, twice in one engine: the second time most of each prompt is cached."""
     llm = LLM(
-        str(path), mesh=mesh, sharding_rules=rules, dtype="float32", skip_tokenizer_init=True, max_model_len=64,
-        max_num_seqs=4, max_num_batched_tokens=16, page_size=4, max_decode_steps=4, kv_cache_memory_bytes=1 << 20,
+        str(path),
+        mesh=mesh,
+        sharding_rules=rules,
+        dtype="float32",
+        skip_tokenizer_init=True,
+        max_model_len=64,
+        max_num_seqs=4,
+        max_num_batched_tokens=16,
+        page_size=4,
+        max_decode_steps=4,
+        kv_cache_memory_bytes=1 << 20,
         use_tqdm=False,
-    )  # fmt: skip
+    )
     params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
     first, second = (
         [o.outputs[0].token_ids for o in llm.generate(prompts(), params, use_tqdm=False)] for _ in range(2)
@@ -130,10 +153,18 @@ def test_seeded_samples_logprobs_and_prompt_scores_do_not_depend_on_replicas(fol
 
     def run(mesh: str) -> list[Any]:
         llm = LLM(
-            str(folder("dense")), mesh=mesh, dtype="float32", skip_tokenizer_init=True, max_model_len=64,
-            max_num_seqs=4, max_num_batched_tokens=16, page_size=4, max_decode_steps=4, kv_cache_memory_bytes=1 << 20,
+            str(folder("dense")),
+            mesh=mesh,
+            dtype="float32",
+            skip_tokenizer_init=True,
+            max_model_len=64,
+            max_num_seqs=4,
+            max_num_batched_tokens=16,
+            page_size=4,
+            max_decode_steps=4,
+            kv_cache_memory_bytes=1 << 20,
             use_tqdm=False,
-        )  # fmt: skip
+        )
         return llm.generate(prompts(), params, use_tqdm=False)
 
     for one, other in zip(run("tp=1"), run("dp=2,tp=2"), strict=True):

@@ -47,9 +47,18 @@ def generate(path: str, mesh: str, rules: str, prompts: list[list[int]]) -> list
     from jaxllm import LLM, SamplingParams
 
     llm = LLM(
-        path, mesh=mesh, sharding_rules=rules, dtype="float32", max_num_batched_tokens=64, page_size=16, max_num_seqs=4,
-        max_model_len=128, kv_cache_memory_bytes=40 << 20, skip_tokenizer_init=True, use_tqdm=False,
-    )  # fmt: skip
+        path,
+        mesh=mesh,
+        sharding_rules=rules,
+        dtype="float32",
+        max_num_batched_tokens=64,
+        page_size=16,
+        max_num_seqs=4,
+        max_model_len=128,
+        kv_cache_memory_bytes=40 << 20,
+        skip_tokenizer_init=True,
+        use_tqdm=False,
+    )
     params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True)
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     llm.engine.pool.check([])
@@ -92,8 +101,12 @@ def test_nine_devices_hold_three_copies_of_each_key_value_head(
     (tmp_path / "heads.toml").write_text(f"[parameters]\n{cut}[activations]\n{cut}", encoding="utf-8")
     arguments = json.dumps([str(smollm2_path), "tp=9", str(tmp_path / "heads.toml"), prompts])
     done = subprocess.run(
-        [sys.executable, "-c", _NINE, arguments], capture_output=True, text=True, check=False,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "9"}, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+        [sys.executable, "-c", _NINE, arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "9"},
+        cwd=Path(__file__).parents[2],
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     check(json.loads(done.stdout.splitlines()[-1]))

@@ -18,8 +18,13 @@ WEIGHTS = 16e9
 
 
 def pool(num_models: int, policy: str = "token", **kwargs) -> Pooled:
-    config = EngineConfig(model="llama-3.1-8b", max_num_seqs=16, max_num_batched_tokens=2048, max_model_len=8192,
-                          kv_cache_memory_bytes=4 << 30)  # fmt: skip
+    config = EngineConfig(
+        model="llama-3.1-8b",
+        max_num_seqs=16,
+        max_num_batched_tokens=2048,
+        max_model_len=8192,
+        kv_cache_memory_bytes=4 << 30,
+    )
     models = {f"m{i}": WEIGHTS for i in range(num_models)}
     settings = {"num_instances": 1, "bytes_per_s": 64e9} | kwargs
     return Pooled(models, lambda _, clock: paper_engine(config, MODEL, H100, clock=clock), policy=policy, **settings)

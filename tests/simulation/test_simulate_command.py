@@ -11,9 +11,18 @@ from jaxllm.simulation.config import SimulationConfig, parse_slo, parse_sweep
 
 FLAGS = "simulate --model llama-3.1-8b --chip h100 --max-num-seqs 16".split()
 KEYS = {
-    "requests", "duration_s", "output_tokens_per_s", "goodput_per_device", "slo_attainment", "ttft_ms", "tpot_ms",
-    "itl_ms", "prefix_hit_tokens", "iterations", "utilization",
-}  # fmt: skip
+    "requests",
+    "duration_s",
+    "output_tokens_per_s",
+    "goodput_per_device",
+    "slo_attainment",
+    "ttft_ms",
+    "tpot_ms",
+    "itl_ms",
+    "prefix_hit_tokens",
+    "iterations",
+    "utilization",
+}
 
 
 def simulate(capsys, *flags: str) -> dict:

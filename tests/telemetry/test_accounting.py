@@ -98,9 +98,13 @@ def test_an_iteration_behind_a_compilation_does_not_count_as_slow() -> None:
 @pytest.fixture(scope="module")
 def llm(tiny_llama: Path) -> LLM:
     settings: dict[str, Any] = {
-        "dtype": "float32", "max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 32, "page_size": 8,
+        "dtype": "float32",
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 32,
+        "page_size": 8,
         "kv_cache_memory_bytes": 8 << 20,
-    }  # fmt: skip
+    }
     return LLM(str(tiny_llama), **settings)
 
 
@@ -216,5 +220,8 @@ def test_latency_of_a_trace_is_that_of_its_lengths_in_batches_that_arrive_togeth
 
 def test_records_can_be_summed() -> None:
     assert summed([]).rates(CEILINGS) == {
-        "prefill_tokens_per_s": 0.0, "generation_tokens_per_s": 0.0, "mfu": None, "mbu": None,
-    }  # fmt: skip
+        "prefill_tokens_per_s": 0.0,
+        "generation_tokens_per_s": 0.0,
+        "mfu": None,
+        "mbu": None,
+    }

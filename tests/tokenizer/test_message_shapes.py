@@ -27,7 +27,8 @@ STYLES = {
         "{% if 'tool_calls' in m %}" + CALL + "{% else %}{{ m.content }}{% endif %};{% endfor %}"
     ),
     "wants null content and text": (
-        "{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}assistant:" + TEXT_CALL
+        "{% for m in messages %}{% if m['role'] == 'assistant' and m['content'] is none %}assistant:"
+        + TEXT_CALL
         + ";{% else %}{{ m['role'] + ':' + m['content'] + ';' }}{% endif %}{% endfor %}"
     ),
     "walks through arguments": (
@@ -40,7 +41,7 @@ STYLES = {
         "{% for m in messages %}{{ m.role }}:{{ m.content or '' }}{% for c in m.tool_calls or [] %}"
         "[{{ c.function.name }}:{{ c.function.arguments }}]{% endfor %};{% endfor %}"
     ),
-}  # fmt: skip
+}
 
 
 def call(
@@ -117,10 +118,13 @@ TEXT_ONLY = "{% for m in messages %}{{ m.role }}:{{ m.content }};{% endfor %}"
 @pytest.mark.parametrize(
     ("source", "system", "user"),
     [
-        (READS_PARTS, "ab", "cd"), (ONLY_PARTS, "ab", "cd"), (USERS_PARTS, "a\nb", "cd"), (TEXT_ONLY, "a\nb", "c\nd"),
+        (READS_PARTS, "ab", "cd"),
+        (ONLY_PARTS, "ab", "cd"),
+        (USERS_PARTS, "a\nb", "cd"),
+        (TEXT_ONLY, "a\nb", "c\nd"),
         ("{% for m in messages %}{{ m.role }}:{{ m.content | tojson }};{% endfor %}", '"a\\nb"', '"c\\nd"'),
     ],
-)  # fmt: skip
+)
 def test_parts_go_to_templates_that_read_them_and_are_lines_of_text_otherwise(source, system, user):
     messages = [{"role": "system", "content": parts("a", "b")}, {"role": "user", "content": parts("c", "d")}]
     assert render(source, messages) == f"system:{system};user:{user};"
@@ -217,14 +221,15 @@ def test_what_was_sent_is_left_alone():
     [
         (
             "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}",
-            [QUESTION, call(), result()], r"refused these messages: no tools \(at messages\[2\] \(role 'tool'\)\)",
+            [QUESTION, call(), result()],
+            r"refused these messages: no tools \(at messages\[2\] \(role 'tool'\)\)",
         ),
         ("{{ messages[0].content.what.ever }}", [QUESTION], r"messages\[0\].*needs 'what'.*--chat-template"),
         ("{{ missing + 'x' }}", [QUESTION], r"needs 'missing' is undefined; set it in chat_template_kwargs"),
         ("{{ 1 + messages[0].content }}", [QUESTION], r"cannot render messages\[0\] \(role 'user'\): .*--chat-templ"),
         ("{{ messages[2].content + 1 }}", [QUESTION] * 3, r"cannot render"),
     ],
-)  # fmt: skip
+)
 def test_failure_names_the_message_and_what_to_do_without_python_words(source, messages, words):
     with pytest.raises(ValueError, match=words) as caught:
         render(source, messages)

@@ -29,8 +29,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def instructions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve instructions in a JSON list."""
     file = tmp_path_factory.mktemp("instructions") / "data.json"
-    entries = [{"instruction": f"Say {i}.", "input": "" if i % 2 else "now", "output": f"{i} " * (i % 4 + 1)} for i in
-               range(12)]  # fmt: skip
+    entries = [
+        {"instruction": f"Say {i}.", "input": "" if i % 2 else "now", "output": f"{i} " * (i % 4 + 1)}
+        for i in range(12)
+    ]
     file.write_text(json.dumps(entries), encoding="utf-8")
     return file
 
@@ -41,10 +43,21 @@ def train_small(folder: Path, **fields: Any) -> dict[str, Any]:
     from jaxllm.training.run import train
 
     settings: dict[str, Any] = {
-        "output": str(folder), "num_layers": 2, "num_heads": 2, "hidden_size": 32, "context_length": 16,
-        "batch_size": 8, "steps": 6, "eval_every": 3, "eval_batches": 2, "warmup_steps": 2,
-        "compute_dtype": "float32", "plot": False, "sample_every": 0, "dtype": "float32",
-    }  # fmt: skip
+        "output": str(folder),
+        "num_layers": 2,
+        "num_heads": 2,
+        "hidden_size": 32,
+        "context_length": 16,
+        "batch_size": 8,
+        "steps": 6,
+        "eval_every": 3,
+        "eval_batches": 2,
+        "warmup_steps": 2,
+        "compute_dtype": "float32",
+        "plot": False,
+        "sample_every": 0,
+        "dtype": "float32",
+    }
     report = train(TrainConfig(**settings | fields))
     lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return {**report, "log": [json.loads(line) for line in lines]}

@@ -55,9 +55,11 @@ def test_fifty_steps_have_torchs_losses(tiny_llama):
     trained = choose_trained(config, model, values, None, 0)
     assert not any(name.endswith(("scale", "norm")) for name in trained.matrices) and "embedding" in trained.matrices
     step = TrainStep(
-        LossModel(model, SPAN, Objective()), make_optimizer(config, learning_rate(config, STEPS), trained.matrices),
-        trained.shardings, config.max_grad_norm,
-    )  # fmt: skip
+        LossModel(model, SPAN, Objective()),
+        make_optimizer(config, learning_rate(config, STEPS), trained.matrices),
+        trained.shardings,
+        config.max_grad_norm,
+    )
     # A text with an order to learn, so that the losses fall far enough to tell one optimiser from another.
     tokens = (np.arange(4000) * 7 % 41 + 5 + (np.arange(4000) // 100) % 3).astype(np.int32)
     stream = Stream(tokens, np.array([]), spans=SPANS, span=SPAN, seed=1)

@@ -48,7 +48,7 @@ TURN = {"role": "user", "content": "hi"}
         ("a.tsv", "ham\thi\nham\tho\n", "classify", r"a\.tsv:1: classification needs at least two labels"),
         ("a.jsonl", '{"text": "x"}\n', "classify", r"a\.jsonl:1: classification needs at least two labels"),
     ],
-)  # fmt: skip
+)
 def test_bad_data_is_one_line_with_file_and_line(tmp_path, tokenizer, name, content, task, message):
     file = tmp_path / name
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -102,8 +102,9 @@ def test_no_token_of_a_stream_predicts_another_document():
     stream = Stream(np.arange(64), ends, spans=2, span=16, seed=0)
     for index in range(stream.num_batches(0)):
         batch = stream.batch(0, index)
-        for token, target, weight, position in zip(batch.tokens, batch.targets, batch.weights, batch.positions,
-                                                    strict=True):  # fmt: skip
+        for token, target, weight, position in zip(
+            batch.tokens, batch.targets, batch.weights, batch.positions, strict=True
+        ):
             assert weight == (target not in ends) and target == token + 1
             assert position <= token - max([0, *ends[ends <= token]])
 
@@ -144,8 +145,12 @@ def test_tokenizers_made_here_give_every_text_back_and_load_again(kind, tmp_path
 
 def test_forms_are_recognised_by_their_keys(tmp_path):
     file = tmp_path / "a.jsonl"
-    lines = [{"text": "a", "label": 1}, {"prompt": "p", "completion": "c"}, {"instruction": "i", "output": "o"},
-             [TURN, {"role": "assistant", "content": "x"}]]  # fmt: skip
+    lines = [
+        {"text": "a", "label": 1},
+        {"prompt": "p", "completion": "c"},
+        {"instruction": "i", "output": "o"},
+        [TURN, {"role": "assistant", "content": "x"}],
+    ]
     file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     first, second, third, fourth = read_examples(file)
     assert (first.text, first.label, second.completion) == ("a", "1", "c")

@@ -106,11 +106,22 @@ def test_what_comes_out_is_a_model_of_transformers_and_of_ours(run, tmp_path, ar
 
 def test_a_classifier_is_one_of_transformers(run, tiny_llama, tmp_path):
     data = tmp_path / "labels.tsv"
-    data.write_text("".join(f"{'spam' if i % 3 == 0 else 'ham'}\ttext {i} {'win ' * (i % 3 == 0)}\n" for i in
-                            range(24)), encoding="utf-8")  # fmt: skip
+    data.write_text(
+        "".join(f"{'spam' if i % 3 == 0 else 'ham'}\ttext {i} {'win ' * (i % 3 == 0)}\n" for i in range(24)),
+        encoding="utf-8",
+    )
     scratch = {"num_layers": None, "num_heads": None, "hidden_size": None, "context_length": None}
-    report = run("classifier", task="classify", model=str(tiny_llama), data=str(data), learning_rate=1e-3,
-                 steps=12, eval_every=12, eval_fraction=0.25, **scratch)  # fmt: skip
+    report = run(
+        "classifier",
+        task="classify",
+        model=str(tiny_llama),
+        data=str(data),
+        learning_rate=1e-3,
+        steps=12,
+        eval_every=12,
+        eval_fraction=0.25,
+        **scratch,
+    )
     folder = tmp_path / "classifier"
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

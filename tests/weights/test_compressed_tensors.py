@@ -53,9 +53,13 @@ def layout(name: str, **activations: Any) -> tuple[made.Layout, dict[str, Any]]:
 
     group = {"targets": ["Linear"], "weights": arguments, "input_activations": activations or None}
     config = {
-        "quant_method": "compressed-tensors", "format": kind, "ignore": ["lm_head", "re:.*mlp.gate$"],
-        "config_groups": {"group_0": group}, "quantization_status": "compressed", "kv_cache_scheme": None,
-    }  # fmt: skip
+        "quant_method": "compressed-tensors",
+        "format": kind,
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+        "config_groups": {"group_0": group},
+        "quantization_status": "compressed",
+        "kv_cache_scheme": None,
+    }
     return compress, config
 
 
@@ -103,7 +107,15 @@ def test_activations_are_rounded_as_the_library_does(tmp_path: Path) -> None:
     quantized = made.quantize("dense", *layout("fp8", **activations), tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     want = made.Quantized(tmp_path, theirs).logits(PROMPT)
-    llm = LLM(str(tmp_path), dtype="float32", max_model_len=48, max_num_seqs=2, max_num_batched_tokens=32, page_size=4,
-              kv_cache_memory_bytes=1 << 20, skip_tokenizer_init=True)  # fmt: skip
+    llm = LLM(
+        str(tmp_path),
+        dtype="float32",
+        max_model_len=48,
+        max_num_seqs=2,
+        max_num_batched_tokens=32,
+        page_size=4,
+        kv_cache_memory_bytes=1 << 20,
+        skip_tokenizer_init=True,
+    )
     got = engine_logits(llm.engine, PROMPT)
     assert np.abs(got - want).max() < 0.25 * np.abs(quantized.logits(PROMPT) - want).max()

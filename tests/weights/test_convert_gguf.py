@@ -107,9 +107,11 @@ def test_named_templates_come_along(saved_model, tmp_path: Path) -> None:
 def test_a_template_cannot_be_written_outside_the_folder(saved_model, tmp_path: Path) -> None:
     templates = [{"name": "default", "template": TEMPLATE}]
     source = write_model(
-        saved_model("llama")[0], tmp_path / "m.gguf", "llama",
+        saved_model("llama")[0],
+        tmp_path / "m.gguf",
+        "llama",
         more=lambda w: (w.add_chat_template(templates), w.add_string("tokenizer.chat_template.../../x", "x")),
-    )  # fmt: skip
+    )
     with pytest.raises(ValueError, match="no file name"):
         convert(str(source), tmp_path / "out" / "hf", to="safetensors")
     assert list((tmp_path / "out").iterdir()) == []

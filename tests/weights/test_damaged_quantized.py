@@ -17,8 +17,34 @@ from tests.helpers import quantized_models as made
 from tests.weights.test_compressed_tensors import layout
 from tests.weights.test_quantized_formats import AWQ, FP8, GPTQ, parameters
 
-NONSENSE: list[Any] = [0, 1, -1, 3, 16, 64, 128, "x", "", None, [], {}, True, 2.5, [128, 128], [16, 16], "gptq", "awq",
-                       "gptq_v2", "static", "e5m2", "tensor", "channel", "block", "float", "marlin"]  # fmt: skip
+NONSENSE: list[Any] = [
+    0,
+    1,
+    -1,
+    3,
+    16,
+    64,
+    128,
+    "x",
+    "",
+    None,
+    [],
+    {},
+    True,
+    2.5,
+    [128, 128],
+    [16, 16],
+    "gptq",
+    "awq",
+    "gptq_v2",
+    "static",
+    "e5m2",
+    "tensor",
+    "channel",
+    "block",
+    "float",
+    "marlin",
+]
 QUIET = {"quantization_status", "kv_cache_scheme", "ignore", "dynamic", "version"}  # say nothing of the numbers
 
 
@@ -59,9 +85,15 @@ def tensors_of(path: Path) -> made.Tensors:
     return {name: file.read(name).copy() for name in file.tensors}
 
 
-@pytest.mark.parametrize(("name", "make", "config"), [
-    ("awq", made.awq, AWQ), ("gptq", made.gptq, GPTQ), ("fp8", made.fp8_blocks, FP8), ("w4a16", *layout("w4a16")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "make", "config"),
+    [
+        ("awq", made.awq, AWQ),
+        ("gptq", made.gptq, GPTQ),
+        ("fp8", made.fp8_blocks, FP8),
+        ("w4a16", *layout("w4a16")),
+    ],
+)
 def test_no_damage_loads_as_other_weights(name: str, make: made.Layout, config: dict[str, Any], tmp_path: Path) -> None:
     made.quantize("dense", make, config, tmp_path)
     want = parameters(tmp_path, "tp=1")

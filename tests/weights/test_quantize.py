@@ -47,8 +47,11 @@ def test_the_library_reads_what_was_written(kind: str, error: float, dense: Path
 
 def test_what_cannot_be_rounded_is_refused_in_one_line(dense: Path, tmp_path: Path) -> None:
     for kind, words in [
-        ("int3", "int3"), ("int8:32", "int8:32"), ("int4:48", "o_proj.weight: its 64 inputs"), ("", "int4:GROUP"),
-    ]:  # fmt: skip
+        ("int3", "int3"),
+        ("int8:32", "int8:32"),
+        ("int4:48", "o_proj.weight: its 64 inputs"),
+        ("", "int4:GROUP"),
+    ]:
         with pytest.raises(ValueError, match=words if "o_proj" not in words else "its 64 inputs do not divide"):
             convert(str(dense), tmp_path / "new", to="safetensors", quantize=kind)
     with pytest.raises(ValueError, match="safetensors"):

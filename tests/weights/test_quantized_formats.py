@@ -79,26 +79,51 @@ def test_parameters_are_the_values_that_the_codes_stand_for(name, kind, tmp_path
             np.testing.assert_allclose(value, want[path], rtol=1e-5, atol=1e-6, err_msg=f"{path} {mesh}")
 
 
-@pytest.mark.parametrize(("name", "kind", "mesh"), [
-    ("awq", "dense", "tp=2"), ("gptq desc_act", "dense", "tp=2"), ("fp8 blocks", "routed", "tp=2"),
-    ("gptq symmetric", "routed", "tp=1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kind", "mesh"),
+    [
+        ("awq", "dense", "tp=2"),
+        ("gptq desc_act", "dense", "tp=2"),
+        ("fp8 blocks", "routed", "tp=2"),
+        ("gptq symmetric", "routed", "tp=1"),
+    ],
+)
 def test_logits_are_those_of_the_values(name, kind, mesh, tmp_path):
     layout, config = FORMATS[name]
     quantized = made.quantize(kind, layout, config, tmp_path)
-    llm = LLM(str(tmp_path), dtype="float32", mesh=mesh, max_model_len=48, max_num_seqs=2, max_num_batched_tokens=32,
-              page_size=4, kv_cache_memory_bytes=1 << 20, skip_tokenizer_init=True,
-              quantization=config["quant_method"])  # fmt: skip
+    llm = LLM(
+        str(tmp_path),
+        dtype="float32",
+        mesh=mesh,
+        max_model_len=48,
+        max_num_seqs=2,
+        max_num_batched_tokens=32,
+        page_size=4,
+        kv_cache_memory_bytes=1 << 20,
+        skip_tokenizer_init=True,
+        quantization=config["quant_method"],
+    )
     assert len(llm.engine.runner.model.schemes) == 8
     got, want = engine_logits(llm.engine, PROMPT), quantized.logits(PROMPT)
     assert np.abs(got - want).max() < 1e-3 * np.abs(want).max()
 
 
 def test_gpt_oss_experts_are_kept_as_mxfp4(tmp_path):
-    sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
-             "max_position_embeddings": 64, "tie_word_embeddings": False, "eos_token_id": 2,
-             "pad_token_id": 0}  # fmt: skip
+    sizes = {
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "head_dim": 16,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
     transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)).save_pretrained(tmp_path / "dense")
     dense = {name: t.float().numpy() for name, t in load_file(tmp_path / "dense" / "model.safetensors").items()}
     tensors = dict(dense)

@@ -113,9 +113,15 @@ def test_engine_in_quantised_panels_gives_the_logprobs_of_the_engine_without(tin
     seen = {}
     for backend in ("xla", "llvm"):
         llm = LLM(
-            str(tiny_llama), dtype="float32", quantization="int4", matmul_backend=backend, max_model_len=128,
-            max_num_seqs=4, max_num_batched_tokens=16, kv_cache_memory_bytes=1 << 20,
-        )  # fmt: skip
+            str(tiny_llama),
+            dtype="float32",
+            quantization="int4",
+            matmul_backend=backend,
+            max_model_len=128,
+            max_num_seqs=4,
+            max_num_batched_tokens=16,
+            kv_cache_memory_bytes=1 << 20,
+        )
         kept = jax.tree.leaves(llm.engine.runner.model.parameters, is_leaf=lambda x: isinstance(x, QuantizedPanels))
         assert any(isinstance(value, QuantizedPanels) for value in kept) == (backend == "llvm")
         seen[backend] = [

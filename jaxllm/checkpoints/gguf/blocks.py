@@ -121,10 +121,14 @@ KINDS = {
     "Q8_0": Kind(Scheme(codes="int8", **_HALVES), _bytes, _half(0)),  # type: ignore[arg-type]
     "IQ4_NL": Kind(Scheme(codes="uint4", table=tuple(map(float, _IQ4_NL)), **_HALVES), _nibbles(2), _half(0)),  # type: ignore[arg-type]
     "MXFP4": Kind(Scheme(codes="uint4", table=E2M1, group=32, scale_dtype="float8_e8m0fnu"), _nibbles(1), _exponent),
-    "Q2_K": Kind(Scheme(codes="uint4", group=16, has_minima=True),
-                 lambda blocks: _split(blocks[..., 16:80], (0, 2, 4, 6), 3, 32), _q2_scales, _q2_minima),
+    "Q2_K": Kind(
+        Scheme(codes="uint4", group=16, has_minima=True),
+        lambda blocks: _split(blocks[..., 16:80], (0, 2, 4, 6), 3, 32),
+        _q2_scales,
+        _q2_minima,
+    ),
     "Q3_K": Kind(Scheme(codes="uint4", group=16, offset=8), _q3_codes, _q3_scales),
     "Q4_K": Kind(Scheme(codes="uint4", group=32, has_minima=True), _q4k_codes, _k_scale, _k_minimum),
     "Q5_K": Kind(Scheme(codes="int8", group=32, has_minima=True), _q5k_codes, _k_scale, _k_minimum),
     "Q6_K": Kind(Scheme(codes="int8", group=16), _q6_codes, _q6_scales),
-}  # fmt: skip
+}

@@ -74,17 +74,27 @@ _REPEATED = {
     "embedding_length_out": "hidden_size",
 }
 # Of what some families have besides, these count something that must be there.
-_WHOLE = frozenset({
-    "attention.kv_lora_rank", "attention.q_lora_rank", "expert_count", "expert_used_count",
-    "expert_feed_forward_length", "expert_shared_feed_forward_length",
-})  # fmt: skip
+_WHOLE = frozenset(
+    {
+        "attention.kv_lora_rank",
+        "attention.q_lora_rank",
+        "expert_count",
+        "expert_used_count",
+        "expert_feed_forward_length",
+        "expert_shared_feed_forward_length",
+    }
+)
 _SOFTMAX, _SOFTMAX_CHOSEN = 1, 3  # expert_gating_func
 
 _TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 _TURN_ENDS = ("eos", "eot", "eom")
 _SAMPLING = {
-    "temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty",
-}  # fmt: skip
+    "temp": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
 
 
 def hf_config(family: Family, metadata: Mapping[str, Any], *, vocab_size: int) -> dict[str, Any]:

@@ -140,19 +140,28 @@ DEEPSEEK2 = Family(
         "leading_dense_block_count": "first_k_dense_replace",
     },
     defaults={
-        "q_lora_rank": None, "n_shared_experts": 0, "routed_scaling_factor": 1.0, "norm_topk_prob": False,
-        "n_group": None, "topk_group": None, "first_k_dense_replace": 0,
+        "q_lora_rank": None,
+        "n_shared_experts": 0,
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": False,
+        "n_group": None,
+        "topk_group": None,
+        "first_k_dense_replace": 0,
     },
     more=_deepseek,
-    reads=frozenset({
-        "attention.key_length", "attention.value_length", "attention.key_length_mla", "attention.value_length_mla",
-        "rope.dimension_count", "expert_gating_func",
-    }),
-)  # fmt: skip
+    reads=frozenset(
+        {
+            "attention.key_length",
+            "attention.value_length",
+            "attention.key_length_mla",
+            "attention.value_length_mla",
+            "rope.dimension_count",
+            "expert_gating_func",
+        }
+    ),
+)
 
-DEEPSEEK3 = replace(
-    DEEPSEEK2, architecture="DeepseekV3ForCausalLM", model_type="deepseek_v3", more=_deepseek3
-)  # fmt: skip
+DEEPSEEK3 = replace(DEEPSEEK2, architecture="DeepseekV3ForCausalLM", model_type="deepseek_v3", more=_deepseek3)
 GLM4_MOE = Family(
     architecture="Glm4MoeForCausalLM",
     model_type="glm4_moe",
@@ -162,14 +171,18 @@ GLM4_MOE = Family(
     | {stem: rule for stem, rule in DEEPSEEK2.rules.items() if stem.endswith(("exps", "shexp", "_inp", "_probs_b"))},
     keys={key: name for key, name in DEEPSEEK2.keys.items() if "lora" not in key},
     defaults={
-        "n_shared_experts": 0, "routed_scaling_factor": 1.0, "norm_topk_prob": False, "n_group": 1, "topk_group": 1,
+        "n_shared_experts": 0,
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": False,
+        "n_group": 1,
+        "topk_group": 1,
         "first_k_dense_replace": 0,
     },
     biases={"attention_bias": (("attn_q", "attn_qkv"), ATTENTION[:3])},
     flags={"use_qk_norm": "attn_q_norm.weight"},
     reads=frozenset({"expert_gating_func"}),
     has_partial_rotary=True,
-)  # fmt: skip
+)
 QWEN2_MOE = Family(
     architecture="Qwen2MoeForCausalLM",
     model_type="qwen2_moe",

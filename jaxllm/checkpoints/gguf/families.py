@@ -70,9 +70,7 @@ def _smollm3(values: Values, config: dict[str, Any]) -> dict[str, Any]:
     return {"no_rope_layers": [int((i + 1) % 4 != 0) for i in range(config["num_hidden_layers"])]}
 
 
-_llama = Family(
-    architecture="LlamaForCausalLM", model_type="llama", rules=LLAMA | UNROTATED, biases=LLAMA_BIASES
-)  # fmt: skip
+_llama = Family(architecture="LlamaForCausalLM", model_type="llama", rules=LLAMA | UNROTATED, biases=LLAMA_BIASES)
 _GLM: dict[str, Any] = {
     "biases": {"attention_bias": (("attn_q", "attn_qkv"), ATTENTION[:3])},
     "has_partial_rotary": True,
@@ -92,9 +90,7 @@ _olmo2 = Family(
 )
 FAMILIES: dict[str, Family] = {
     "llama": _llama,
-    "qwen2": Family(
-        architecture="Qwen2ForCausalLM", model_type="qwen2", rules=LLAMA, constants=NO_WINDOW
-    ),
+    "qwen2": Family(architecture="Qwen2ForCausalLM", model_type="qwen2", rules=LLAMA, constants=NO_WINDOW),
     "qwen3": Family(
         architecture="Qwen3ForCausalLM",
         model_type="qwen3",
@@ -104,9 +100,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen2moe": QWEN2_MOE,
     "qwen3moe": QWEN3_MOE,
-    "gemma": Family(
-        architecture="GemmaForCausalLM", model_type="gemma", rules=LLAMA, constants=GEMMA, norm_offset=1.0
-    ),
+    "gemma": Family(architecture="GemmaForCausalLM", model_type="gemma", rules=LLAMA, constants=GEMMA, norm_offset=1.0),
     "gemma2": Family(
         architecture="Gemma2ForCausalLM",
         model_type="gemma2",
@@ -160,23 +154,26 @@ FAMILIES: dict[str, Family] = {
         constants={"activation_function": "gelu_new"},
         epsilon="attention.layer_norm_epsilon",
         rename={
-            "hidden_size": "n_embd", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
-            "max_position_embeddings": "n_positions", "intermediate_size": "n_inner",
+            "hidden_size": "n_embd",
+            "num_hidden_layers": "n_layer",
+            "num_attention_heads": "n_head",
+            "max_position_embeddings": "n_positions",
+            "intermediate_size": "n_inner",
             "rms_norm_eps": "layer_norm_epsilon",
             **dict.fromkeys(("num_key_value_heads", "head_dim", "rope_theta", "hidden_act")),
         },
         layer="transformer.h",
         tops={
-            "token_embd": "transformer.wte", "position_embd": "transformer.wpe", "output_norm": "transformer.ln_f",
+            "token_embd": "transformer.wte",
+            "position_embd": "transformer.wpe",
+            "output_norm": "transformer.ln_f",
             "output": "lm_head",
         },
     ),
     "olmo2": _olmo2,
     "deepseek2": DEEPSEEK2,
     "gpt-oss": GPT_OSS,
-    "smollm3": replace(
-        _llama, architecture="SmolLM3ForCausalLM", model_type="smollm3", more=_smollm3
-    ),
+    "smollm3": replace(_llama, architecture="SmolLM3ForCausalLM", model_type="smollm3", more=_smollm3),
     "granite": GRANITE,
     "granitemoe": GRANITE_MOE,
     "glm4moe": GLM4_MOE,
@@ -212,7 +209,7 @@ FAMILIES: dict[str, Family] = {
         reads=frozenset({WINDOW_PATTERN}),
         **_COHERE,
     ),
-}  # fmt: skip
+}
 # The same architecture with experts, a window or a correction of the router's choice is another class there.
 WITH_EXPERTS = {"llama": MIXTRAL}
 WITH_WINDOW = {

@@ -23,8 +23,10 @@ GRANITE = Family(
         "logit_scale": "logits_scaling",
     },
     defaults={
-        "attention_multiplier": None, "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
+        "attention_multiplier": None,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
         "logits_scaling": 1.0,
     },
     more=_granite,
-)  # fmt: skip
+)

@@ -25,11 +25,25 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.alpha": (0.0, 1.0),
 }
 _BETAS = {"rope.scaling.yarn_beta_fast": "beta_fast", "rope.scaling.yarn_beta_slow": "beta_slow"}
-ROPE_KEYS = frozenset({
-    _TYPE, _FACTOR, _LENGTH, _OLD_FACTOR, _ATTENTION, _YARN_ATTENTION, _LOG, *_NEUTRAL, *_BETAS,
-    "rope.scaling.finetuned", "rope.freq_base", "rope.freq_base_swa", "rope.dimension_count",
-    "rope.dimension_count_swa", "rope.dimension_sections",
-})  # fmt: skip
+ROPE_KEYS = frozenset(
+    {
+        _TYPE,
+        _FACTOR,
+        _LENGTH,
+        _OLD_FACTOR,
+        _ATTENTION,
+        _YARN_ATTENTION,
+        _LOG,
+        *_NEUTRAL,
+        *_BETAS,
+        "rope.scaling.finetuned",
+        "rope.freq_base",
+        "rope.freq_base_swa",
+        "rope.dimension_count",
+        "rope.dimension_count_swa",
+        "rope.dimension_sections",
+    }
+)
 
 
 def rope_config(family: Family, values: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,23 @@ _WHERE = "quantization_config"
 
 def linears(config: Mapping[str, Any], checkpoint: Checkpoint) -> Linears:
     """See `Format`."""
-    known(config, _WHERE, "quant_method", "bits", "w_bit", "group_size", "q_group_size", "zero_point", "version",
-          "modules_to_not_convert", "backend", "do_fuse", "exllama_config", "modules_to_fuse",
-          "fuse_max_seq_len")  # fmt: skip
+    known(
+        config,
+        _WHERE,
+        "quant_method",
+        "bits",
+        "w_bit",
+        "group_size",
+        "q_group_size",
+        "zero_point",
+        "version",
+        "modules_to_not_convert",
+        "backend",
+        "do_fuse",
+        "exllama_config",
+        "modules_to_fuse",
+        "fuse_max_seq_len",
+    )
     version = config.get("version")
     only({"version": version.lower() if isinstance(version, str) else version}, _WHERE, "version", "gemm")
     only(config, _WHERE, "zero_point", True)

@@ -17,9 +17,16 @@ _SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def columns_of(
-    config: Mapping[str, Any], checkpoint: Checkpoint, *, bits: int, group: Any, is_awq: bool,
-    is_symmetric: bool = False, zero_shift: int = 0, is_permuted: bool = False,
-) -> Linears:  # fmt: skip
+    config: Mapping[str, Any],
+    checkpoint: Checkpoint,
+    *,
+    bits: int,
+    group: Any,
+    is_awq: bool,
+    is_symmetric: bool = False,
+    zero_shift: int = 0,
+    is_permuted: bool = False,
+) -> Linears:
     """Every layer that has a `qweight`. Raises CheckpointError naming one whose tensors do not fit together."""
     if type(group) is not int or group == 0 or group < -1:
         raise CheckpointError(f"quantization_config has group_size={group!r}; expected a number of inputs, or -1")
@@ -40,15 +47,22 @@ def columns_of(
         if is_permuted and not is_awq:
             need(checkpoint, layer, "g_idx")
         scheme = Scheme(
-            codes="uint4" if bits == 4 else "int8", group=0 if own == shape[1] else own,
+            codes="uint4" if bits == 4 else "int8",
+            group=0 if own == shape[1] else own,
             scale_dtype=checkpoint.tensors[f"{layer}.scales"].dtype if is_symmetric else "float32",
             offset=8 if is_symmetric and bits == 4 else 0,
-            has_minima=not is_symmetric, is_permuted=has_order,
-        )  # fmt: skip
+            has_minima=not is_symmetric,
+            is_permuted=has_order,
+        )
         tensors[f"{layer}.weight"] = ColumnsOfCodes(
-            files=Files(read=checkpoint.read, release=checkpoint.release), shape=shape, scheme=scheme, prefix=layer,
-            bits=bits, is_awq=is_awq, zero_shift=zero_shift,
-        )  # fmt: skip
+            files=Files(read=checkpoint.read, release=checkpoint.release),
+            shape=shape,
+            scheme=scheme,
+            prefix=layer,
+            bits=bits,
+            is_awq=is_awq,
+            zero_shift=zero_shift,
+        )
         used |= {f"{layer}.{suffix}" for suffix in _SUFFIXES}
     if not tensors:
         raise CheckpointError(f"quantization_config says {config.get('quant_method')}, but no layer has a qweight")
@@ -68,10 +82,12 @@ def _check(layer: str, checkpoint: Checkpoint, shape: tuple[int, int], group: in
     rows, columns = shape
     if rows % (32 // bits):
         raise CheckpointError(f"layer {layer}: {rows} outputs do not fill words of {32 // bits} zeros")
-    check_shape(layer, "scales", need(checkpoint, layer, "scales", ("float16", "bfloat16", "float32")),
-                (columns // group, rows))  # fmt: skip
-    check_shape(layer, "qzeros", need(checkpoint, layer, "qzeros", ("int32", "uint32")),
-                (columns // group, rows * bits // 32))  # fmt: skip
+    check_shape(
+        layer, "scales", need(checkpoint, layer, "scales", ("float16", "bfloat16", "float32")), (columns // group, rows)
+    )
+    check_shape(
+        layer, "qzeros", need(checkpoint, layer, "qzeros", ("int32", "uint32")), (columns // group, rows * bits // 32)
+    )
 
 
 def _is_permuted(layer: str, columns: int, group: int, checkpoint: Checkpoint) -> bool:

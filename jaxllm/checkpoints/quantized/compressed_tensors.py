@@ -19,17 +19,35 @@ from jaxllm.config.quantization import Activations, Scheme
 _FLOATS = ("bfloat16", "float16", "float32")
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _SUFFIXES = (
-    "weight", "weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale",
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "weight_g_idx",
+    "input_scale",
     "input_zero_point",
-)  # fmt: skip
+)
 _CACHE = re.compile(r".*\.self_attn\.(?:[qkv]_scale|[qkv]_zero_point|(?:k|v)_proj\.output_scale)")
 
 
 def linears(config: Mapping[str, Any], checkpoint: Checkpoint) -> Linears:
     """See `Format`."""
-    known(config, "quantization_config", "quant_method", "config_groups", "format", "ignore", "kv_cache_scheme",
-          "quantization_status", "global_compression_ratio", "version", "sparsity_config", "transform_config",
-          "run_compressed")  # fmt: skip
+    known(
+        config,
+        "quantization_config",
+        "quant_method",
+        "config_groups",
+        "format",
+        "ignore",
+        "kv_cache_scheme",
+        "quantization_status",
+        "global_compression_ratio",
+        "version",
+        "sparsity_config",
+        "transform_config",
+        "run_compressed",
+    )
     only(config, "quantization_config", "quantization_status", "compressed", "frozen")
     if config.get("sparsity_config", {}).get("format", "dense") != "dense":
         raise CheckpointError("quantization_config has a sparsity_config, which is not supported")
@@ -121,9 +139,15 @@ def check_rank(layer: str, name: str, info: TensorInfo) -> None:
 
 
 def _described(
-    layer: str, where: str, weights: Mapping[str, Any], activations: Any, shape: tuple[int, int], bits: int,
-    is_packed: bool, checkpoint: Checkpoint,
-) -> RowsOfCodes:  # fmt: skip
+    layer: str,
+    where: str,
+    weights: Mapping[str, Any],
+    activations: Any,
+    shape: tuple[int, int],
+    bits: int,
+    is_packed: bool,
+    checkpoint: Checkpoint,
+) -> RowsOfCodes:
     """The linear, its scales checked against its strategy."""
     rows, columns = shape
     info = need(checkpoint, layer, "weight_scale", _FLOATS)
@@ -149,18 +173,29 @@ def _described(
     order = _order(layer, weights, columns, strategy, checkpoint)
     codes = "uint4" if bits == 4 else "int8" if weights.get("type", "int") == "int" else "float8_e4m3fn"
     scheme = Scheme(
-        codes=codes, group=group, scale_dtype=info.dtype if is_symmetric else "float32",
+        codes=codes,
+        group=group,
+        scale_dtype=info.dtype if is_symmetric else "float32",
         offset=8 if bits == 4 and is_symmetric else 0,
-        has_minima=not is_symmetric, is_permuted=order is not None,
+        has_minima=not is_symmetric,
+        is_permuted=order is not None,
         activations=_activations(layer, activations, checkpoint),
-    )  # fmt: skip
+    )
     is_static = scheme.activations is not None and scheme.activations.is_static
     return RowsOfCodes(
-        files=Files(read=checkpoint.read, release=checkpoint.release), shape=shape, scheme=scheme,
-        codes_name=f"{layer}.weight_packed" if is_packed else f"{layer}.weight", scales_name=f"{layer}.weight_scale",
-        zeros_name=zeros, order_name=order, input_scale_name=f"{layer}.input_scale" if is_static else None,
-        packed_bits=bits if is_packed else 0, scale_shape=_scale_shape(info), block=(tall, wide), zero_bits=zero_bits,
-    )  # fmt: skip
+        files=Files(read=checkpoint.read, release=checkpoint.release),
+        shape=shape,
+        scheme=scheme,
+        codes_name=f"{layer}.weight_packed" if is_packed else f"{layer}.weight",
+        scales_name=f"{layer}.weight_scale",
+        zeros_name=zeros,
+        order_name=order,
+        input_scale_name=f"{layer}.input_scale" if is_static else None,
+        packed_bits=bits if is_packed else 0,
+        scale_shape=_scale_shape(info),
+        block=(tall, wide),
+        zero_bits=zero_bits,
+    )
 
 
 def _scale_shape(info: TensorInfo) -> tuple[int, ...]:

@@ -23,8 +23,19 @@ _WHERE = "quantization_config"
 
 def linears(config: Mapping[str, Any], checkpoint: Checkpoint) -> Linears:
     """See `Format`."""
-    known(config, _WHERE, "quant_method", "fmt", "weight_block_size", "activation_scheme", "modules_to_not_convert",
-          "ignored_layers", "scale_fmt", "dequantize", "kv_cache_scheme")  # fmt: skip
+    known(
+        config,
+        _WHERE,
+        "quant_method",
+        "fmt",
+        "weight_block_size",
+        "activation_scheme",
+        "modules_to_not_convert",
+        "ignored_layers",
+        "scale_fmt",
+        "dequantize",
+        "kv_cache_scheme",
+    )
     only(config, _WHERE, "fmt", "e4m3", "float8_e4m3fn")
     is_static = only(config, _WHERE, "activation_scheme", "dynamic", "static") == "static"
     block = None if config.get("weight_block_size") is None else block_of(_WHERE, config["weight_block_size"])
@@ -62,8 +73,12 @@ def _linear(
         check_shape(layer, "input_scale", need(checkpoint, layer, "input_scale", _FLOATS), (), (1,))
     activations = Activations(codes=_FP8, is_static=True) if is_static else None
     return RowsOfCodes(
-        files=Files(read=checkpoint.read, release=checkpoint.release), shape=(rows, columns),
+        files=Files(read=checkpoint.read, release=checkpoint.release),
+        shape=(rows, columns),
         scheme=Scheme(codes=_FP8, group=group, scale_dtype=info.dtype, activations=activations),
-        codes_name=f"{layer}.weight", scales_name=f"{layer}.{suffix}", scale_shape=info.shape, block=block or (1, 0),
+        codes_name=f"{layer}.weight",
+        scales_name=f"{layer}.{suffix}",
+        scale_shape=info.shape,
+        block=block or (1, 0),
         input_scale_name=f"{layer}.input_scale" if is_static else None,
-    )  # fmt: skip
+    )

@@ -29,7 +29,12 @@ def linears(config: Mapping[str, Any], checkpoint: Checkpoint) -> Linears:
     only(config, _WHERE, "pack_dtype", "int32")
     version = only(config, _WHERE, "checkpoint_format", "gptq", "gptq_v2")
     return columns_of(
-        config, checkpoint, bits=bits, group=config.get("group_size", 128), is_awq=False,
-        is_symmetric=only(config, _WHERE, "sym", True, False), zero_shift=1 if version == "gptq" else 0,
+        config,
+        checkpoint,
+        bits=bits,
+        group=config.get("group_size", 128),
+        is_awq=False,
+        is_symmetric=only(config, _WHERE, "sym", True, False),
+        zero_shift=1 if version == "gptq" else 0,
         is_permuted=only(config, _WHERE, "desc_act", False, True),
-    )  # fmt: skip
+    )

@@ -204,10 +204,17 @@ class _Call:
         group = max(g for g in range(1, min(whole, tiling.pairs) + 1) if whole % g == 0)
         values, _ = split_pages(self.pages)
         return _Static(
-            spec=self.spec, tiling=tiling, group=group, chunks=whole // group, splits=splits,
-            num_kv_heads=self.q.shape[1], page_size=values.shape[-3], parts=_parts(width),
-            value_parts=_parts(self.spec.value_width or width), dtype=self.q.dtype,
-        )  # fmt: skip
+            spec=self.spec,
+            tiling=tiling,
+            group=group,
+            chunks=whole // group,
+            splits=splits,
+            num_kv_heads=self.q.shape[1],
+            page_size=values.shape[-3],
+            parts=_parts(width),
+            value_parts=_parts(self.spec.value_width or width),
+            dtype=self.q.dtype,
+        )
 
     def _run(self, static: _Static, facts: jax.Array, table: jax.Array, base: jax.Array | None) -> Any:
         """Launch. Returns outputs like `q`, or with several splits their maxima, sums and weighted values."""

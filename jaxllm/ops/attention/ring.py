@@ -176,8 +176,9 @@ def _pass_all(queries: _Queries, keys: _Keys, states: Partial, spec: AttentionSp
     """Both pieces of queries to both pieces of keys that pass."""
 
     def pair(i: jax.Array, states: Partial) -> Partial:
-        of_queries, of_keys = (functools.partial(jax.lax.dynamic_index_in_dim, index=j, keepdims=False)
-                               for j in (i // 2, i % 2))  # fmt: skip
+        of_queries, of_keys = (
+            functools.partial(jax.lax.dynamic_index_in_dim, index=j, keepdims=False) for j in (i // 2, i % 2)
+        )
         q, state = jax.tree.map(of_queries, (queries, states))
         state = _pass(q, jax.tree.map(of_keys, keys), state, spec)
         return jax.tree.map(
@@ -261,8 +262,9 @@ def _cached(q: _Queries, pages: Any, rows: RaggedRows, spec: AttentionSpec) -> P
         mine = jnp.arange(tile * group) // group < begin[row] + count[row] - start
         state = jax.tree.map(
             lambda new, none: jnp.where(mine if new.ndim == 2 else mine[:, None], new, none),
-            state, _nothing((k, tile * group), width),
-        )  # fmt: skip
+            state,
+            _nothing((k, tile * group), width),
+        )
         return jax.tree.map(
             lambda whole, new: jax.lax.dynamic_update_slice_in_dim(whole, new, start * group, axis=1), out, state
         )

@@ -58,9 +58,16 @@ def attention(
     if sinks_KG is not None:
         operands["sinks"] = sinks_KG.astype(jnp.float32)
     sizes = Sizes(
-        heads=num_heads, group=group, width=width, value_width=spec.value_width or width, page_size=values.shape[2],
-        pages_per_row=pages_per_row, cache=_DTYPES[values.dtype.name], spec=spec, operands=(*operands, "out"),
-    )  # fmt: skip
+        heads=num_heads,
+        group=group,
+        width=width,
+        value_width=spec.value_width or width,
+        page_size=values.shape[2],
+        pages_per_row=pages_per_row,
+        cache=_DTYPES[values.dtype.name],
+        spec=spec,
+        operands=(*operands, "out"),
+    )
     if isinstance(rows, RaggedRows):
         part, num_parts = _part_of_chunks(sizes, num_rows, num_tokens)
     else:

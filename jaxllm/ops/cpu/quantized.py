@@ -152,10 +152,15 @@ def _matmul(x_MK: jax.Array, matrix: QuantizedPanels) -> jax.Array:
     b, c = matrix.codes.shape[-3], PANEL
     m, k = x_MK.shape
     sizes = QuantizedSizes(
-        m=m, k=k, num_panels=b, group=k // matrix.scales.shape[-2], codes=matrix.meaning,
-        scale=_SCALES[matrix.scales.dtype.name], has_minima=matrix.minima is not None,
+        m=m,
+        k=k,
+        num_panels=b,
+        group=k // matrix.scales.shape[-2],
+        codes=matrix.meaning,
+        scale=_SCALES[matrix.scales.dtype.name],
+        has_minima=matrix.minima is not None,
         is_chosen=matrix.number is not None,
-    )  # fmt: skip
+    )
     if matrix.rounding != "never" and ffi.has("avx512vnni"):
         kind, x = "bytes", _rounded(x_MK, sizes, by_group=matrix.rounding == "group")
     elif matrix.rounding != "never":

@@ -106,9 +106,12 @@ class _Call:
             return None
         token_bytes = self._ctx.llm.get_tokenizer().token_bytes
         return chat_logprobs(
-            part.token_ids, part.logprobs or [], self._body.top_logprobs or 0, token_bytes,
+            part.token_ids,
+            part.logprobs or [],
+            self._body.top_logprobs or 0,
+            token_bytes,
             as_ids=bool(self._body.return_tokens_as_token_ids),
-        )  # fmt: skip
+        )
 
     async def events(self, generation: Generation) -> AsyncIterator[bytes]:
         """The stream: the role, deltas, finish reasons, an optional usage chunk, the end."""
@@ -141,9 +144,12 @@ def _conversation(body: ChatRequest) -> Conversation:
     if body.documents is not None:
         variables["documents"] = body.documents
     return Conversation(
-        messages=plain_messages(body.messages), variables=variables, template=template_arguments(body),
-        extras=prompt_extras(body), use=ToolUse.chosen(body.tools, body.tool_choice, body.parallel_tool_calls),
-    )  # fmt: skip
+        messages=plain_messages(body.messages),
+        variables=variables,
+        template=template_arguments(body),
+        extras=prompt_extras(body),
+        use=ToolUse.chosen(body.tools, body.tool_choice, body.parallel_tool_calls),
+    )
 
 
 def template_arguments(body: ChatRequest | TokenizeRequest) -> dict[str, Any]:

@@ -88,9 +88,11 @@ class _Call:
 
 def _conversation(body: Prompted) -> Conversation:
     return Conversation(
-        messages=messages_of(body.system, body.messages), use=_use(body), variables=_thinking(body),
+        messages=messages_of(body.system, body.messages),
+        use=_use(body),
+        variables=_thinking(body),
         extras=prompt_extras(body),
-    )  # fmt: skip
+    )
 
 
 def _use(body: Prompted) -> ToolUse:

@@ -89,8 +89,9 @@ async def update_weights(body: UpdateWeightsRequest, request: Request) -> Respon
     """Replace a model's weights by others of the same shapes, without compiling; cached prefixes are dropped."""
     ctx = context_of(request)
     if body.flush_cache is False:
-        raise ApiError(400, "flush_cache false would keep what the old weights computed; leave it out",
-                       param="flush_cache")  # fmt: skip
+        raise ApiError(
+            400, "flush_cache false would keep what the old weights computed; leave it out", param="flush_cache"
+        )
     if ctx.models is None:
         ctx.check_model(body.model)
         await ctx.sleeper.update_weights(body.model_path)

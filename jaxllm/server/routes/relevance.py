@@ -60,9 +60,7 @@ async def rerank(body: RerankRequest, request: Request) -> Response:
     return _answer(ctx, "rerank", request, model, outputs, {"results": results})
 
 
-def _answer(
-    ctx: Context, kind: str, request: Request, model: str, outputs: list[Any], own: dict[str, Any]
-) -> Response:  # fmt: skip
+def _answer(ctx: Context, kind: str, request: Request, model: str, outputs: list[Any], own: dict[str, Any]) -> Response:
     count = sum(len(output.prompt_token_ids) for output in outputs)
     ctx.metrics.prompt_tokens.inc(count)
     head = {"id": f"{kind}-{request_id_of(request)}", "created": int(time.time()), "model": model}

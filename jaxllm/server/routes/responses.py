@@ -95,9 +95,11 @@ class _Call:
         effort = body.reasoning.effort if body.reasoning else None
         first = [{"role": "system", "content": body.instructions}] if body.instructions else []
         return Conversation(
-            messages=[*first, *self._messages], use=use, extras=prompt_extras(body),
+            messages=[*first, *self._messages],
+            use=use,
+            extras=prompt_extras(body),
             variables={"reasoning_effort": effort} if effort else {},
-        )  # fmt: skip
+        )
 
     async def start(self) -> Generation:
         return await self._turn.open(self._id, streamed=bool(self._body.stream))

@@ -29,9 +29,11 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
             return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools or []]
         prompt = tokenizer.chat_prompt(
-            plain_messages(body.messages), tools=tools or None, chat_template_kwargs=body.chat_template_kwargs,
+            plain_messages(body.messages),
+            tools=tools or None,
+            chat_template_kwargs=body.chat_template_kwargs,
             **template_arguments(body),
-        )  # fmt: skip
+        )
         return prompt["prompt_token_ids"]
 
     ids = await ctx.llm.in_thread(work)

@@ -106,8 +106,9 @@ def read_examples(path: Path) -> Iterator[Example]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate("".join(read_text(path)).split("\n") if path.stat().st_size < 1 << 24 else
-                                  _streamed(path), 1):  # fmt: skip
+    for number, line in enumerate(
+        "".join(read_text(path)).split("\n") if path.stat().st_size < 1 << 24 else _streamed(path), 1
+    ):
         if line.strip():
             yield f"{path}:{number}", line.removesuffix("\r")
 
