@@ -21,7 +21,6 @@ LINES = (Path(__file__).parent / "published_configs.jsonl").read_text().splitlin
 CONFIGS = {line["name"]: line["config"] for line in map(json.loads, LINES)}
 REFUSED = {
     "quantised by mlx": "'group_size': 64",
-    "a classifier on Qwen3": "Qwen3ForSequenceClassification",
     "Falcon": "FalconForCausalLM",
     "Mamba": "MambaForCausalLM",
 }

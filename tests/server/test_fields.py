@@ -33,7 +33,7 @@ SAMPLING = {
 OUTPUT = {
     "n": 2, "prompt_logprobs": 1, "return_token_ids": True, "request_id": "mine", "stream": True,
     "stream_options": {"include_usage": True}, "response_format": {"type": "json_object"},
-    "return_tokens_as_token_ids": True,
+    "return_tokens_as_token_ids": True, "kv_transfer_params": {"do_remote_decode": True},
 }  # fmt: skip
 CHANGES = {
     "completions": SAMPLING | OUTPUT | {
