@@ -70,7 +70,8 @@ class Peer:
 
     def ready(self) -> None:
         """The start is over: from now on silence means that something is wrong."""
-        self._socket.settimeout(SILENCE_SECONDS)
+        with contextlib.suppress(OSError):  # the other end may have said its last message, and this one be closed
+            self._socket.settimeout(SILENCE_SECONDS)
 
     def send(self, message: bytes) -> None:
         """Send a message."""

@@ -7,6 +7,7 @@ import json
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 
 from jaxllm.config import EngineConfig
 from jaxllm.runner import connections, rendezvous
-from jaxllm.runner.connections import Follower, Leader
+from jaxllm.runner.connections import Follower, Leader, Peer, send_frame
 from jaxllm.runner.members import Member, member_of, parse_address
 from jaxllm.runner.processes import shared_facts
 from tests.helpers.patience import slowness
@@ -135,6 +136,17 @@ def test_processes_meet_beside_strangers_agree_and_end_together():
     assert sorted(heard) == [LAST, LAST, b"work", b"work"]
     for connection in silent:
         connection.close()
+
+
+def test_follower_that_starts_after_the_last_message_ends_well():
+    leader, end = socket.socketpair()
+    peer = Peer(end, "process 0", LAST)
+    send_frame(leader, LAST)
+    while peer.closing is False or end.fileno() != -1:
+        time.sleep(0.01)
+    with pytest.raises(SystemExit) as ended, leader:
+        Follower(1, peer).start(lambda message: message != LAST)
+    assert ended.value.code == 0
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ MOST = 16  # lanes
 _VECTORS = KEYS // 16  # of a row of scores
 _IOTA = "<" + ", ".join(f"i32 {i}" for i in range(16)) + ">"
 _SUMS = 16  # vectors that one product keeps in registers
+_AHEAD = 64  # keys: a head is a quarter of a kilobyte in every token of a page, which the processor does not foresee
+_LINE = 64  # bytes that memory gives at once
 
 
 def tile(s: Sizes) -> str:
@@ -68,6 +70,8 @@ class KeyLanes(Tile):
         f, s = self.f, self.s
         num_keys = f.smaller(f.sub(self._end, first_key), KEYS)
         with f.loop(0, num_keys, 16) as c:
+            if s.page_size % 16 == 0:
+                self._prefetch(f.smaller(f.add(f.add(first_key, c), _AHEAD), f.sub(self._end, 1)))
             self._transpose(f.add(first_key, c), c)
         with f.loop(0, num_keys) as c:
             half = s.halves - 1
@@ -83,6 +87,15 @@ class KeyLanes(Tile):
         total = self.lanes.load(self.total_at)
         self.lanes.store(self.lanes.mul(total, self.lanes.load(self.factor_at)), self.total_at)
         self._each_product(lambda i: self._add_up(i, num_keys))
+
+    def _prefetch(self, position: Value) -> None:
+        """Ask for the keys and values of sixteen tokens, if they lie in one page."""
+        f, s = self.f, self.s
+        size = SIZE[s.cache] * s.width
+        for half in range(s.halves):
+            start = f.at(self.pages, f.mul(self._index(position, half), size))
+            for line in (i * s.heads * size + at for i in range(16) for at in range(0, size, _LINE)):
+                f.do(f"call void @llvm.prefetch.p0(ptr {f.at(start, line)}, i32 0, i32 3, i32 1)")
 
     def _each_product(self, visit: Callable[[Value], None]) -> None:
         with self.f.loop(0, self.num_lanes, self.count) as i:

@@ -24,6 +24,7 @@ MASKED = constant(-1e30)  # finite: differences of two masked scores must not be
 LOG2E = math.log2(math.e)
 SIZE = {"float": 4, "i16": 2, "i8": 1}
 DECLARATIONS = """
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare ptr @aligned_alloc(i64, i64)
 declare void @llvm.memset.p0.i64(ptr, i8, i64, i1)
 declare i64 @llvm.smin.i64(i64, i64)
