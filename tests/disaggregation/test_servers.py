@@ -186,6 +186,7 @@ def test_nobody_fetches_and_the_lease_ends(pair: Pair, monkeypatch: pytest.Monke
 
 def test_a_client_that_leaves_while_pages_come_leaves_nothing(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     real, has_begun = Peer.fetch, threading.Event()
+    kept = len(pair.prefill.llm.exchange.exports)  # for earlier tests, until their leases end
 
     def slow(self: Peer, *args: Any) -> bytes:
         has_begun.set()
@@ -201,7 +202,7 @@ def test_a_client_that_leaves_while_pages_come_leaves_nothing(pair: Pair, monkey
     assert has_begun.wait(30)
     client.close()
     wait_until(lambda: not pair.decode.llm.engine.has_work)
-    wait_until(lambda: not len(pair.prefill.llm.exchange.exports))
+    wait_until(lambda: len(pair.prefill.llm.exchange.exports) <= kept)
     pair.decode.llm.engine.pool.check([])
 
 

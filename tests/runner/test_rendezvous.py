@@ -139,7 +139,9 @@ def test_processes_meet_beside_strangers_agree_and_end_together():
 
 
 def test_follower_that_starts_after_the_last_message_ends_well():
-    leader, end = socket.socketpair()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        leader = socket.create_connection(server.getsockname())
+        end = server.accept()[0]
     peer = Peer(end, "process 0", LAST)
     send_frame(leader, LAST)
     while peer.closing is False or end.fileno() != -1:
