@@ -22,7 +22,7 @@ from jaxllm.roofline.iteration_time import LOOP, RAGGED, IterationWork
 from jaxllm.roofline.profile import Profile, Terms
 from jaxllm.runner.interface import Work
 from jaxllm.runner.shapes import bucket_for
-from jaxllm.scheduling.plan import IterationPlan
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.telemetry.accounting import Accounting
 from jaxllm.telemetry.device_peaks import engine_cost, measured_ceilings
 from jaxllm.telemetry.iteration_work import iteration_work, program_of
@@ -30,6 +30,8 @@ from jaxllm.telemetry.iteration_work import iteration_work, program_of
 if TYPE_CHECKING:
     from jaxllm.entrypoints.llm import LLM
     from jaxllm.runner.runner import ModelRunner
+    from jaxllm.runner.sampler import Sampled
+    from jaxllm.telemetry.drafts import LoopDrafts
 
 _DECODES = 12  # iterations of each decode point
 _LEAST = 6  # measurements that a bucket needs
@@ -115,11 +117,20 @@ class Recorded:
         """See `Work`."""
         return self.inner.dispatched
 
-    def read(self) -> Any:
+    @property
+    def is_ready(self) -> bool:
+        """See `Work`."""
+        return self.inner.is_ready
+
+    def read(self) -> Sequence[tuple[Chunk, Sampled]]:
         """See `Work`."""
         results = self.inner.read()
         self.recorder.record(self.inner)
         return results
+
+    def drafts(self) -> LoopDrafts | None:
+        """See `Work`."""
+        return self.inner.drafts()
 
 
 @dataclass(frozen=True, slots=True)

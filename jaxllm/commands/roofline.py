@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         config=config,
         chip=find_chip(args.chip),
         tp=tp,
-        weight_dtype=_QUANTIZED.get(args.quantization, args.dtype),
+        weight_dtype=_QUANTIZED[args.quantization] if args.quantization else args.dtype,
         kv_dtype=args.kv_dtype,
     )
     report = roofline(setting, batch=args.batch, contexts=contexts, chunk=args.chunk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,13 @@ import jax.numpy as jnp
 _MOST_TERMS = 64  # that are added one after the other
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def rms_norm(x_TD: jax.Array, scale_D: jax.Array, eps: float, axes: int | tuple[int, ...] = -1) -> jax.Array:
     """Root-mean-square norm over `axes` (Zhang & Sennrich 2019), computed in float32."""
+    return cast("jax.Array", _differentiable(x_TD, scale_D, eps, axes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _differentiable(x_TD: jax.Array, scale_D: jax.Array, eps: float, axes: int | tuple[int, ...]) -> jax.Array:
     return _rms(x_TD, scale_D, eps, axes)
 
 
@@ -46,7 +51,7 @@ def _backward(eps: float, axes: int | tuple[int, ...], kept: tuple[jax.Array, ja
     return change_x.astype(x_TD.dtype), change_scale.astype(scale_D.dtype)
 
 
-rms_norm.defvjp(_forward, _backward)
+_differentiable.defvjp(_forward, _backward)
 
 
 def layer_norm(x_TD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float) -> jax.Array:
