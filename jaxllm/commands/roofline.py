@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 from jaxllm.config import EngineConfig
+from jaxllm.roofline.cost_model import QUANTIZED
 
 HELP = "Lower bounds of a model on a chip."
 _DTYPES = ("bfloat16", "float16", "float8", "int8")
-_QUANTIZED = {"int8": "int8", "int4": "int4", "fp8": "float8"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prefill iteration")
     parser.add_argument("--mesh", default="tp=1", help="chips that share the model, for example 'tp=8'")
     parser.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the weights")
-    parser.add_argument("--quantization", choices=tuple(_QUANTIZED), help="of the weights, instead of --dtype")
+    parser.add_argument("--quantization", choices=tuple(QUANTIZED), help="of the weights, instead of --dtype")
     parser.add_argument("--kv-dtype", choices=(*_DTYPES, "float32"), default="bfloat16", help="of the KV cache")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the points into this PNG file")
     parser.add_argument("--json", action="store_true", help="print one JSON object on standard output")
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         config=config,
         chip=find_chip(args.chip),
         tp=tp,
-        weight_dtype=_QUANTIZED[args.quantization] if args.quantization else args.dtype,
+        weight_dtype=QUANTIZED[args.quantization] if args.quantization else args.dtype,
         kv_dtype=args.kv_dtype,
     )
     report = roofline(setting, batch=args.batch, contexts=contexts, chunk=args.chunk)

@@ -18,6 +18,7 @@ from jaxllm.config import ModelConfig
 
 # Of a number; int4 with a 16-bit scale for each group of 128.
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1, "int4": 0.5 + 2 / 128}
+QUANTIZED = {"int8": "int8", "int4": "int4", "fp8": "float8"}  # what --quantization makes of weights, in `ITEM_BYTES`
 Row = tuple[int, int]  # query tokens; keys and values once these are written: prefix and own
 
 

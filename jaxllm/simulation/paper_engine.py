@@ -16,7 +16,7 @@ from jaxllm.config import EngineConfig, ModelConfig
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.schedulers import schedulers_for
 from jaxllm.roofline.chips import Chip
-from jaxllm.roofline.cost_model import ITEM_BYTES, ModelCost, model_cost
+from jaxllm.roofline.cost_model import ITEM_BYTES, QUANTIZED, ModelCost, model_cost
 from jaxllm.roofline.iteration_time import DATA_SHEET, Efficiency, IterationTime, RooflineTime
 from jaxllm.roofline.profile import Profile
 from jaxllm.runner.shapes import RunnerShapes
@@ -30,7 +30,6 @@ from jaxllm.simulation.steering import Gate, Steered
 from jaxllm.telemetry.accounting import Accounting, Ceilings
 
 _TEMPORARY_BYTES = 1 << 30  # of each device, for activations and logits: as the engine leaves free
-WEIGHT_BYTES = {"int8": 1.0, "fp8": 1.0, "int4": 0.516}  # int4: groups of 128 with 16-bit scales
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,9 +145,9 @@ def _cost(config: EngineConfig, cfg: ModelConfig, sizes: dict[str, int]) -> Mode
         copies = sizes.get("tp", 1)
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     cost = model_cost(cfg, weight_dtype=dtype, kv_dtype=kv_name(config), kv_copies=copies)
-    if config.quantization not in WEIGHT_BYTES:
+    if config.quantization not in QUANTIZED:
         return cost
-    share = WEIGHT_BYTES[config.quantization] / ITEM_BYTES[dtype]
+    share = ITEM_BYTES[QUANTIZED[config.quantization]] / ITEM_BYTES[dtype]
     return dataclasses.replace(
         cost,
         block_bytes=cost.block_bytes * share,

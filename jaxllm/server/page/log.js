@@ -12,16 +12,31 @@ export class Log {
     this.element = element;
     this.actions = actions;
     this.follows = true;
+    this.placed = 0;  // where `scroll` has put it: anything above is where the reader went
     this.down = down;
-    element.addEventListener("scroll", () => { this.follows = this.distance() < NEAR; this.showDown(); });
-    down.addEventListener("click", () => { this.follows = true; this.scroll(); });
+    element.addEventListener("scroll", () => { this.notice(); this.showDown(); });
+    down.addEventListener("click", () => this.toEnd());
     new ResizeObserver(() => this.scroll()).observe(element);
   }
 
   distance() { return this.element.scrollHeight - this.element.scrollTop - this.element.clientHeight; }
   showDown() { this.down.hidden = this.distance() < NEAR; }
+  toEnd() {
+    this.follows = true;
+    this.placed = 0;
+    this.scroll();
+  }
+  notice() {
+    if (this.distance() < NEAR) this.follows = true;
+    else if (this.element.scrollTop < this.placed - 1) this.follows = false;
+  }
+  // The event of a reader's scroll may come after the next piece of text, so the place itself is looked at.
   scroll() {
-    if (this.follows) this.element.scrollTop = this.element.scrollHeight;
+    this.notice();
+    if (this.follows) {
+      this.element.scrollTop = this.element.scrollHeight;
+      this.placed = this.element.scrollTop;
+    }
     this.showDown();
   }
 
@@ -29,6 +44,7 @@ export class Log {
     this.conversation = conversation;
     this.views = [];
     this.follows = true;
+    this.placed = 0;
     this.element.replaceChildren();
     if (!conversation.messages.length) {
       const hint = document.createElement("p");
