@@ -93,16 +93,21 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens_T: jax.Array, positions_T: jax.Array, ctx: Context) -> jax.Array:
         """Hidden states before the final norm, `[T, D]`."""
-        x_TD = _look_up(self.embedding.get_value(), tokens_T).astype(ctx.residual_dtype)
-        x_TD = _scaled(x_TD, self.cfg.embedding_scale)
-        if self.cfg.learned_positions:
-            x_TD = x_TD + self.positions[positions_T].astype(x_TD.dtype)
+        x_TD = self.embed(tokens_T, positions_T, ctx.residual_dtype)
         x_TD = ctx.shard(x_TD, "residual_tokens", "model")
         ropes = [self.cfg.rope(i) for i in range(self.cfg.num_layers)]
         tables = {rope: rope and self._tables(positions_T, rope, ctx) for rope in set(ropes)}
         for block, rope in zip(self.layers, ropes, strict=True):
             with jax.named_scope(f"block_{block.index}"):
                 x_TD = ctx.gathered(block)(x_TD, tables[rope], ctx)
+        return x_TD
+
+    def embed(self, tokens_T: jax.Array, positions_T: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """What the first block gets, `[T, D]`."""
+        x_TD = _look_up(self.embedding.get_value(), tokens_T).astype(dtype)
+        x_TD = _scaled(x_TD, self.cfg.embedding_scale)
+        if self.cfg.learned_positions:
+            x_TD = x_TD + self.positions[positions_T].astype(x_TD.dtype)
         return x_TD
 
     def _tables(self, positions_T: jax.Array, rope: Rope, ctx: Context) -> Tables:

@@ -9,6 +9,8 @@ parts of a sum over devices that cut F.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,7 +18,7 @@ from flax import nnx
 from jaxllm.config import ModelConfig
 from jaxllm.models.primitives import Context, contract, param
 from jaxllm.ops.mlp import activate
-from jaxllm.ops.moe import grouped_product, route, sort_by_expert
+from jaxllm.ops.moe import route, sort_by_expert
 
 
 class FeedForward(nnx.Module):
@@ -50,7 +52,8 @@ class MixtureOfExperts(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, dtype: jnp.dtype, name: str):
         assert cfg.experts is not None
-        e = self.cfg = cfg.experts
+        e, self.name = cfg.experts, name
+        self.cfg = e
         d, f, ups = cfg.hidden_size, e.ffn_size, 2 if cfg.gated else 1
         self.activation, self.clamped = cfg.activation, cfg.clamped_swiglu
         self.router = param((d, e.num_experts), ("model", "router"))  # float32: a choice must not hang on rounding
@@ -87,14 +90,14 @@ class MixtureOfExperts(nnx.Module):
         biases = (self.gate_up_bias[...], self.down_bias[...]) if self.cfg.bias else (None, None)
         tokens, choices = ("expert_tokens", None), ("expert_tokens", None)
         widen = ctx.over_shards(
-            self._widen,
+            functools.partial(self._widen, ctx),
             (tokens, choices, ("experts",), ("experts", "model_in", "gate_up", "ffn"), ("experts", "gate_up", "ffn")),
             ("experts", "expert_tokens", "ffn"),
         )
         h_AMF = widen(x_TD, expert_TY, ids_E, self.gate_up.get_value(), biases[0])
         h_AMF = ctx.shard(h_AMF, "experts", "expert_tokens", "ffn_in")
         narrow = ctx.over_shards(
-            self._narrow,
+            functools.partial(self._narrow, ctx),
             (
                 ("experts", "expert_tokens", "ffn_in"),
                 choices,
@@ -111,19 +114,19 @@ class MixtureOfExperts(nnx.Module):
             y_TD = y_TD + jnp.einsum("TYE,TY,ED->TD", chosen, weight_TY, biases[1], precision="highest")
         return y_TD
 
-    def _widen(self, x_TD, expert_TY, ids_E, w_EDXF, bias_EXF) -> jax.Array:
+    def _widen(self, ctx: Context, x_TD, expert_TY, ids_E, w_EDXF, bias_EXF) -> jax.Array:
         num_local = w_EDXF.shape[0]
         order, _, sizes = sort_by_expert(expert_TY, ids_E[0], num_local)
         rows_MD = x_TD[order // expert_TY.shape[1]]
-        h_MXF = grouped_product("MD,DXF->MXF", rows_MD, w_EDXF, sizes)
+        h_MXF = ctx.experts_product(f"{self.name}.gate_up", "MD,DXF->MXF", rows_MD, w_EDXF, sizes)
         if bias_EXF is not None:
             local_M = jnp.clip(expert_TY.reshape(-1)[order] - ids_E[0], 0, num_local - 1)
             h_MXF = h_MXF + bias_EXF[local_M]
         return activate(h_MXF, self.activation, self.clamped)[None]
 
-    def _narrow(self, h_AMF, expert_TY, weight_TY, ids_E, w_EFD) -> jax.Array:
+    def _narrow(self, ctx: Context, h_AMF, expert_TY, weight_TY, ids_E, w_EFD) -> jax.Array:
         num_tokens, per_token = expert_TY.shape
         _, place, sizes = sort_by_expert(expert_TY, ids_E[0], w_EFD.shape[0])
-        y_MD = grouped_product("MF,FD->MD", h_AMF[0], w_EFD, sizes)[place]
+        y_MD = ctx.experts_product(f"{self.name}.down", "MF,FD->MD", h_AMF[0], w_EFD, sizes)[place]
         y_TYD = y_MD.reshape(num_tokens, per_token, -1)
         return jnp.einsum("TYD,TY->TD", y_TYD, weight_TY, precision="highest")[None, None]

@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxllm.config import ModelConfig
 from jaxllm.ops.attention import AttentionSpec
+from jaxllm.ops.moe import Experts, grouped_product
 from jaxllm.ops.norm import layer_norm, rms_norm
 
 FLOAT32 = jnp.dtype(jnp.float32)
@@ -110,6 +111,21 @@ def plain_product(name: str, spec: str, x: jax.Array, weight: nnx.Param) -> jax.
     return contract(spec, x, weight)
 
 
+class ExpertsProduct(Protocol):
+    """The same with the matrices of all experts, for rows sorted by expert: `jaxllm.ops.moe.grouped_product`."""
+
+    def __call__(
+        self, name: str, spec: str, x_MD: jax.Array, weight: jax.Array | Experts, sizes_E: jax.Array
+    ) -> jax.Array: ...
+
+
+def plain_experts_product(
+    name: str, spec: str, x_MD: jax.Array, weight: jax.Array | Experts, sizes_E: jax.Array
+) -> jax.Array:
+    """See `grouped_product`; the name changes nothing."""
+    return grouped_product(spec, x_MD, weight, sizes_E)
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
     """What one forward pass borrows from outside: attention over the cache and where things lie.
@@ -118,7 +134,8 @@ class Context:
     each device's own parts; `residual_dtype` is the type of the stream between blocks (and so of the all-reduced
     partial sums); `gathered(block)` is the block with the weights that it computes with; `longest` is the length of
     the longest sequence that can come, None for the model's own limit; `product(name, spec, x, weight)` multiplies with
-    a block's matrices; `routed(logits, experts)` is told what each router chose.
+    a block's matrices, `experts_product` with those of experts on the device that holds them; `routed(logits, experts)`
+    is told what each router chose.
     """
 
     attend: Attend
@@ -128,6 +145,7 @@ class Context:
     gathered: Callable[[Any], Callable[..., jax.Array]] = lambda module: module
     longest: int | None = None
     product: Product = plain_product
+    experts_product: ExpertsProduct = plain_experts_product
     routed: Callable[[jax.Array, jax.Array], None] = lambda logits_TE, expert_TY: None
 
     def to_residual(self, y_TD: jax.Array, bias: nnx.Param | None = None) -> jax.Array:

@@ -22,7 +22,7 @@ from jaxllm.checkpoints import Checkpoint
 from jaxllm.checkpoints.quantized import QuantizedTensor, quantized_tensors
 from jaxllm.config.quantization import Scheme
 from jaxllm.families.registry import Family, family_of
-from jaxllm.families.sources import Box, Source, WeightMap, checkpoint_tensors
+from jaxllm.families.sources import Box, Read, Source, WeightMap, checkpoint_tensors
 from jaxllm.families.tensor_names import named
 from jaxllm.weights.abstract import AbstractModel
 from jaxllm.weights.boxes import aligned_zeros
@@ -105,10 +105,17 @@ def _check_tensors(sources: WeightMap, checkpoint: Checkpoint, family: Family) -
             raise ValueError(f"the checkpoint has an unexpected tensor {name} that family {family.name} would not use")
 
 
-def _read_box(source: Source, box: Box, dtype: jnp.dtype, checkpoint: Checkpoint) -> np.ndarray:
+def read_values(source: Source, want: Any, checkpoint: Checkpoint, read: Read | None = None) -> np.ndarray:
+    """A whole parameter as numbers, in the dtype of `want`; `read` instead of the checkpoint's own."""
+    return _read_box(source, tuple(slice(0, size) for size in want.shape), want.dtype, checkpoint, read)
+
+
+def _read_box(
+    source: Source, box: Box, dtype: jnp.dtype, checkpoint: Checkpoint, read: Read | None = None
+) -> np.ndarray:
     """A box of a parameter. Each piece's pages are let go of at once: the file never counts as memory."""
     out = aligned_zeros([part.stop - part.start for part in box], dtype)  # padding rows come from no tensor: zeros
-    for name, target, value in source.pieces(box, checkpoint.read, _PIECE_ELEMENTS):
+    for name, target, value in source.pieces(box, read or checkpoint.read, _PIECE_ELEMENTS):
         out[target] = value if value.flags.c_contiguous else _transposed(value)
         checkpoint.release(name)
     return out

@@ -118,18 +118,20 @@ def rounded(tensors: Iterable[tuple[str, np.ndarray]], plan: Plan) -> Iterator[t
             yield name, tensor
             continue
         pieces = round_to_nearest(np.asarray(tensor, np.float32), plan.scheme, 1)
-        layer = name.removesuffix(".weight")
-        yield from ((f"{layer}.{suffix}", array) for suffix, array in _stored(pieces, plan.scheme).items())
+        yield from stored_linear(name, pieces, plan.scheme)
 
 
-def _stored(pieces: Pieces, scheme: Scheme) -> dict[str, np.ndarray]:
+def stored_linear(name: str, pieces: Pieces, scheme: Scheme) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors that compressed-tensors keeps a linear in; `name` is that of its weights."""
+    layer = name.removesuffix(".weight")
     scale = np.float32 if scheme.scale_dtype == "float32" else ml_dtypes.bfloat16
-    scales = {"weight_scale": np.asarray(pieces.scales, scale)}
+    yield f"{layer}.weight_scale", np.asarray(pieces.scales, scale)
     if scheme.codes == "float8_e4m3fn":
-        return {"weight": pieces.codes, **scales}
+        yield f"{layer}.weight", pieces.codes
+        return
     unsigned = pieces.codes if scheme.bits == 4 else pieces.codes.view(np.uint8) ^ 128
-    shape = np.array(pieces.codes.shape, np.int64)
-    return {"weight_packed": _words(unsigned, scheme.bits), **scales, "weight_shape": shape}
+    yield f"{layer}.weight_packed", _words(unsigned, scheme.bits)
+    yield f"{layer}.weight_shape", np.array(pieces.codes.shape, np.int64)
 
 
 def _words(codes_NK: np.ndarray, bits: int) -> np.ndarray:

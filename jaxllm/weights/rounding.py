@@ -55,15 +55,33 @@ def round_to_nearest(values: Any, scheme: Scheme, axis: int) -> Pieces:
         raise ValueError(f"{size} inputs do not divide into groups of {group}")
     lead, kept = values.shape[:axis], values.shape[axis + 1 :]
     grouped = values.astype(np.float32).reshape(*lead, size // group, group, *kept)
-    largest = _LARGEST[scheme.codes]
-    scales = xp.maximum(xp.max(xp.abs(grouped), axis=axis + 1), _TINY) / largest
-    scales = scales.astype(scheme.scale_dtype).astype(np.float32)  # codes are those of the scale that is kept
-    scales = xp.maximum(scales, _TINY)
-    scaled = grouped / xp.expand_dims(scales, axis + 1)
-    if scheme.codes == "float8_e4m3fn":
-        codes = xp.clip(scaled, -largest, largest).astype(ml_dtypes.float8_e4m3fn)
-    else:
-        least = -largest - (scheme.codes == "uint4")
-        codes = xp.clip(xp.round(scaled), least, largest) + scheme.offset
-        codes = codes.astype(np.uint8 if scheme.codes == "uint4" else np.int8)
+    scales = kept_scales(xp.max(xp.abs(grouped), axis=axis + 1) / largest_code(scheme), scheme, xp)
+    codes = codes_of(grouped / xp.expand_dims(scales, axis + 1), scheme, xp)
     return Pieces(codes.reshape(values.shape), scales)
+
+
+def largest_code(scheme: Scheme) -> float:
+    """The number that the largest of a group becomes."""
+    return _LARGEST[scheme.codes]
+
+
+def kept_scales(scales: Any, scheme: Scheme, xp: Any = np) -> Any:
+    """float32 scales as they will be kept: codes are those of these."""
+    scales = xp.maximum(scales, _TINY / largest_code(scheme))
+    return xp.maximum(scales.astype(scheme.scale_dtype).astype(np.float32), _TINY)
+
+
+def codes_of(scaled: Any, scheme: Scheme, xp: Any = np) -> Any:
+    """The nearest codes of numbers that were divided by their scale."""
+    largest = largest_code(scheme)
+    if scheme.codes == "float8_e4m3fn":
+        return xp.clip(scaled, -largest, largest).astype(ml_dtypes.float8_e4m3fn)
+    least = -largest - (scheme.codes == "uint4")
+    codes = xp.clip(xp.round(scaled), least, largest) + scheme.offset
+    return codes.astype(np.uint8 if scheme.codes == "uint4" else np.int8)
+
+
+def numbers_of(codes: np.ndarray, scheme: Scheme) -> np.ndarray:
+    """The float32 numbers that codes stand for, before they are scaled."""
+    numbers = codes.astype(np.float32)
+    return numbers - np.float32(scheme.offset) if scheme.offset else numbers
