@@ -31,9 +31,11 @@ if TYPE_CHECKING:
     from jaxllm.entrypoints.llm import LLM
     from jaxllm.runner.runner import ModelRunner
     from jaxllm.runner.sampler import Sampled
+    from jaxllm.scheduling.request import Request
     from jaxllm.telemetry.drafts import LoopDrafts
 
 _DECODES = 12  # iterations of each decode point
+_FILLED = 0.95  # of the cache, at most
 _LEAST = 6  # measurements that a bucket needs
 _REWEIGHTINGS = 30
 _EXACT = 0.005  # relative errors below this one weigh alike
@@ -135,7 +137,7 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One place of the grid: `rows` requests that decode after `context` tokens, among them prompts of `prompt`."""
+    """One place of the grid: `rows` requests that decode after `context` tokens, then `count` prompts of `prompt`."""
 
     rows: int = 0
     context: int = 0
@@ -145,20 +147,30 @@ class Point:
 
 
 def grid(*, rows: Sequence[int], longest: int, capacity: int, budget: int) -> Iterator[Point]:
-    """The points that fit into a cache of `capacity` tokens and requests of `longest`."""
-    room = longest - 4 * _DECODES
-    contexts = [c for c in (16, 64, 256, 1024, 4096) if c <= room]
-    for count, context, streamed in itertools.product(rows, contexts, (True, False)):
-        if count * (context + 4 * _DECODES) <= capacity // 2:
+    """The points that fit into a cache of `capacity` tokens and requests of `longest`.
+
+    Decodes are measured with full and with three quarters of each bucket's `rows`, and with contexts up to what the
+    cache holds: a simulation meets full caches, and a slope that was fitted to short contexts alone is wrong there.
+    """
+    spare = 4 * _DECODES + capacity // budget  # tokens that a row may grow by
+    most = int(_FILLED * capacity)
+    for count in sorted({*rows, *(3 * bucket // 4 for bucket in rows)} - {0}):
+        longest_context = min(longest, most // count) - spare
+        shortest = min(16, longest_context)
+        contexts = sorted(
+            {shortest, longest_context // 3 if count in rows else shortest, longest_context}, reverse=True
+        )
+        for context, streamed in itertools.product((c for c in contexts if c > 0), (True, False)):
             yield Point(count, context, streamed)
+        for length, is_long in ((24, True), (96, False), (budget - budget // 4, True), (2 * budget, False)):
+            context = min(longest, (most - length) // count) - spare if is_long else 64
+            if count in rows and context > 0 and length <= longest and count * (context + spare) + length <= most:
+                yield Point(count, context, True, length)
     lengths = (4, 12, 24, 48, 64, 96, 128, 192, 256, budget // 2, budget, 2 * budget, 4 * budget)
-    for length in sorted({n for n in lengths if n <= room and n <= capacity // 2}):
+    for length in sorted({n for n in lengths if n < longest and n <= most}):
         yield Point(prompt=length)
-        if 4 * length <= capacity // 2:
+        if 4 * length <= most // 2:
             yield Point(prompt=length, count=4)
-    for count, length in itertools.product(rows, (24, 96, 384, 2 * budget)):
-        if length <= room and count * 128 + length <= capacity // 2:
-            yield Point(count, 64, True, length)
 
 
 def calibrate(llm: LLM, *, num_iters: int = 2, on_point: Callable[[int, int], None] = lambda done, of: None) -> Profile:
@@ -192,11 +204,11 @@ def calibrate(llm: LLM, *, num_iters: int = 2, on_point: Callable[[int, int], No
         )
         * num_iters
     )
-    random = np.random.default_rng(0)
+    prompts = Prompts(shapes.vocab_size)
     for done, point in enumerate([Point(1, 16), *points]):
         if done == 1:
             recorder.measured.clear()
-        run_point(engine, point, lambda length: random.integers(0, shapes.vocab_size, length).tolist())
+        run_point(engine, point, prompts)
         on_point(done, len(points))
     settings = {name: getattr(llm.config, name) for name in _SETTINGS}
     settings |= {"max_model_len": shapes.max_model_len, "num_pages": shapes.num_pages}
@@ -213,20 +225,40 @@ def calibrate(llm: LLM, *, num_iters: int = 2, on_point: Callable[[int, int], No
     )
 
 
-def run_point(engine: Engine, point: Point, tokens: Callable[[int], list[int]]) -> None:
+class Prompts:
+    """Token ids: new ones, or those of a row, of which a longer prompt begins as a shorter one does.
+
+    So the prefix cache has most of what the next point decodes after, and filling the cache takes no time again.
+    """
+
+    def __init__(self, vocab_size: int):
+        self._vocab_size = vocab_size
+        self._random = np.random.default_rng(0)
+
+    def new(self, length: int) -> list[int]:
+        """Nobody has seen these."""
+        return self._random.integers(0, self._vocab_size, length).tolist()
+
+    def of_row(self, row: int, length: int) -> list[int]:
+        """The first of a row's own."""
+        return np.random.default_rng((1, row)).integers(0, self._vocab_size, length).tolist()
+
+
+def run_point(engine: Engine, point: Point, prompts: Prompts) -> None:
     """Run one point to its end."""
 
-    def add(length: int, max_tokens: int, streamed: bool) -> None:
+    def add(ids: list[int], max_tokens: int, streamed: bool) -> Request:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-        engine.add_request(tokens(length), params, streamed=streamed)
+        return engine.add_request(ids, params, streamed=streamed)
 
-    for _ in range(point.rows):
-        add(point.context, _DECODES if point.streamed else 3 * _DECODES, point.streamed)
-    if point.rows and point.prompt:
-        for _ in range(4 + point.rows * point.context // engine.runner.shapes.max_num_batched_tokens):
+    filling = point.rows * point.context // engine.runner.shapes.max_num_batched_tokens  # iterations, at most
+    tokens = filling + (_DECODES if point.streamed else 3 * _DECODES)
+    decoding = [add(prompts.of_row(row, point.context), tokens, point.streamed) for row in range(point.rows)]
+    if point.prompt:
+        while any(len(request.token_ids) == request.num_prompt for request in decoding):
             engine.step()
-    for _ in range(point.count if point.prompt else 0):
-        add(point.prompt, 1, True)
+        for _ in range(point.count):
+            add(prompts.new(point.prompt), 1, True)
     while engine.has_work:
         engine.step()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from jaxllm.bench.calibrate import Measured, Point, fit_all, grid
+from jaxllm.bench.calibrate import Measured, Prompts, fit_all, grid
 from jaxllm.roofline.iteration_time import DECODE, LOOP, RAGGED, IterationWork
 from jaxllm.roofline.profile import Profile, Terms, load_profile
 
@@ -68,8 +68,20 @@ def test_a_profile_is_read_back(tmp_path):
         load_profile(tmp_path / "p.json")
 
 
-def test_the_grid_stays_within_the_cache_and_reaches_every_bucket():
-    points = list(grid(rows=(1, 4, 8, 16, 32), longest=8192, capacity=8192, budget=512))
+def test_the_grid_stays_within_the_cache_and_reaches_every_bucket_and_full_caches():
+    buckets = (1, 4, 8, 16, 32)
+    points = list(grid(rows=buckets, longest=8192, capacity=8192, budget=512))
     assert all(p.rows * (p.context + 48) + p.count * p.prompt <= 8192 for p in points)
-    assert {p.rows for p in points} == {0, 1, 4, 8, 16, 32} and max(p.prompt for p in points) == 2048
-    assert Point(1, 1024, False) in points and Point(32, 1024, False) not in points
+    assert {p.rows for p in points} == {0, *buckets, 3, 6, 12, 24} and max(p.prompt for p in points) == 2048
+    for rows in buckets:
+        for streamed in (True, False):
+            contexts = [p.context for p in points if (p.rows, p.streamed, p.prompt) == (rows, streamed, 0)]
+            assert min(contexts) == 16 and rows * max(contexts) > 0.65 * 8192 and len(contexts) == 3
+        assert rows * max(p.context for p in points if p.rows == rows and p.prompt) > 0.6 * 8192
+    assert not [p for p in grid(rows=buckets, longest=128, capacity=256, budget=64) if p.rows * p.context > 256]
+
+
+def test_a_rows_longer_prompt_begins_with_its_shorter_one():
+    prompts = Prompts(1000)
+    assert prompts.of_row(3, 700)[:500] == prompts.of_row(3, 500) != prompts.of_row(4, 500)
+    assert prompts.new(50) != prompts.new(50)
