@@ -16,7 +16,8 @@ from jaxllm.simulation.config import SimulationConfig
 HELP = "What a model on a chip would deliver: the real scheduler on a modelled device."
 _ENGINE = (
     "model max_model_len max_num_seqs max_num_batched_tokens page_size kv_cache_memory_bytes gpu_memory_utilization "
-    "mesh sharding_rules max_decode_steps dtype kv_dtype quantization activation_dtype enable_prefix_caching seed"
+    "mesh sharding_rules max_decode_steps dtype kv_dtype quantization activation_dtype enable_prefix_caching "
+    "host_kv_bytes disk_kv_bytes preemption_mode speculative_config seed"
 ).split()
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 import logging
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -39,7 +38,6 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 SAVE_SECONDS = 10.0
-_MOVING_SECONDS = 0.0005
 _PIPELINE_DEPTH = 2  # iterations on the device queue before the oldest is read
 
 
@@ -290,8 +288,8 @@ class Engine:
         is_due = self._in_flight and (plan is None or len(self._in_flight) >= _PIPELINE_DEPTH)
         if is_due and (wait or self._in_flight[0].is_ready):
             return self._collect(self._in_flight.popleft())
-        if wait and plan is None and self.mover is not None and self.mover.is_moving:
-            time.sleep(_MOVING_SECONDS)  # nothing else to do: leave the processor to what copies
+        if wait and plan is None and self.mover is not None:
+            self.mover.rest()  # nothing else to do
         return []
 
     @_whole
@@ -303,7 +301,7 @@ class Engine:
             self.mover.start()
             while self.mover.is_moving:
                 self.progress += self.mover.finish(self._loaded)
-                time.sleep(_MOVING_SECONDS)
+                self.mover.rest()
             self.mover.wait()
         self.runner.block_until_ready()
 

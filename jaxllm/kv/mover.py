@@ -30,6 +30,7 @@ from jaxllm.scheduling.tiers import Load, Span, Tiers
 _BATCHES_AHEAD = 8  # on the device and not yet in their pages
 _LEAVING_BYTES = 256 << 20  # on the device, out of their pages and not yet in the host: then the engine waits
 _UNBOUNDED = 1e6  # seconds
+_RESTING_SECONDS = 0.0005
 _WRITES_AHEAD = 64  # slabs that wait for the disk; more are dropped
 
 
@@ -87,6 +88,11 @@ class Mover:
     def is_moving(self) -> bool:
         """Whether any load is under way."""
         return bool(self._loads)
+
+    def rest(self) -> None:
+        """Whoever steps the engine has nothing to do: leave the processor to what copies, if anything does."""
+        if self.is_moving:
+            time.sleep(_RESTING_SECONDS)
 
     def start(self) -> None:
         """Send off what was decided since the last call, before anything else changes the pages.

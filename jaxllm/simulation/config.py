@@ -23,7 +23,10 @@ class SimulationConfig:
         replicas (N): engines side by side, each on a mesh of its own; of a pool of models the instances.
         models: a pool of models on these instances: NAME=PATH pairs, or one .toml file as `jaxllm serve` takes it;
             requests ask for one of them at random.
-        host_link (LINK): what brings a pool's weights from host memory to each device: pcie4, pcie5 or GB/s.
+        host_link (LINK): between host memory and each device, for a pool's weights and for KV pages that were moved
+            there (host_kv_bytes): pcie4, pcie5 or GB/s.
+        disk_gb_per_s (X): of the disk that KV pages go to after host memory (disk_kv_bytes).
+        acceptance_rate (SHARE): the chance of each drafted token to be right, with speculative_config.
         prefill_mesh (AXES): with decode_mesh: engines that only prefill, and hand over to others that decode.
         decode_mesh (AXES): see prefill_mesh.
         prefill_replicas (N): engines that prefill.
@@ -59,6 +62,8 @@ class SimulationConfig:
     replicas: int = 1
     models: tuple[str, ...] = ()
     host_link: str = "pcie5"
+    disk_gb_per_s: float = 3.0
+    acceptance_rate: float | None = None
     prefill_mesh: str | None = None
     decode_mesh: str | None = None
     prefill_replicas: int = 1
@@ -95,11 +100,11 @@ class SimulationConfig:
         for name in counts.split():
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value}; it must be at least 1")
-        for name in ("request_rate", "burstiness", "time_scale"):
+        for name in ("request_rate", "burstiness", "time_scale", "disk_gb_per_s"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise ValueError(f"{name}={value}; it must be above 0")
-        for name in ("attainment", "compute_efficiency", "memory_efficiency"):
-            if not 0 < (value := getattr(self, name)) <= 1:
+        for name in ("attainment", "compute_efficiency", "memory_efficiency", "acceptance_rate"):
+            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
                 raise ValueError(f"{name}={value}; it must be above 0 and at most 1")
         for name in ("length_spread", "price", "collective_us", "host_ms"):
             if (value := getattr(self, name)) is not None and not (value >= 0 and math.isfinite(value)):

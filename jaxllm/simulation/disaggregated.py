@@ -11,7 +11,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ from jaxllm.simulation.paper_engine import PaperEngine
 LINKS = {"pcie4": PCIE_GEN4, "pcie5": PCIE_GEN5, "hdr": INFINIBAND_HDR, "ndr": INFINIBAND_NDR}
 
 
-def link_bandwidth(name: str, chip: Chip) -> float:
+def link_bandwidth(name: str, chip: Chip, field: str = "transfer") -> float:
     """Bytes per second, one way, of each device's link. Raises ValueError for an unknown one."""
     if name in LINKS:
         return LINKS[name]
@@ -42,7 +42,7 @@ def link_bandwidth(name: str, chip: Chip) -> float:
         bandwidth = math.nan
     if not 0 < bandwidth < math.inf:
         known = ", ".join((*LINKS, "nvlink or ici", "dcn"))
-        raise ValueError(f"transfer={name!r}; use {known} (where the chip has one), or a number of GB/s")
+        raise ValueError(f"{field}={name!r}; use {known} (where the chip has one), or a number of GB/s")
     return bandwidth
 
 
@@ -57,6 +57,7 @@ class Link:
 
     bytes_per_s: float
     free_at: float = 0.0
+    num_transfers: int = 0
     num_bytes: float = 0.0
     exposed_s: float = 0.0
 
@@ -64,6 +65,7 @@ class Link:
         """When all is there: it comes into being from `since` to `until`, its last `last_bytes` then."""
         self.free_at = max(self.free_at, since) + num_bytes / self.bytes_per_s
         end = max(self.free_at, until + last_bytes / self.bytes_per_s)
+        self.num_transfers += 1
         self.num_bytes += num_bytes
         self.exposed_s += end - until
         return end
@@ -180,6 +182,14 @@ class Disaggregated:
         request.listener = Crossing(self, outcome, arrival, number)
         self._queued[number] += arrival.input_len
         engine.engine.add(request)
+
+    def figures(self, slo: Mapping[str, float]) -> dict[str, float]:
+        """What pools' report has beside others: `exposed_s` is what requests waited for pages on the link."""
+        return {
+            "transfers": sum(link.num_transfers for link in self.links),
+            "transferred_bytes": sum(link.num_bytes for link in self.links),
+            "transfer_exposed_s": sum(link.exposed_s for link in self.links),
+        }
 
     def _least_queued(self, request: Request) -> int:
         if len(self.prefill) == 1:

@@ -6,7 +6,7 @@ Before a request is handed to an engine, every engine has run up to its time. Th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -61,6 +61,10 @@ class Fleet(Protocol):
         """A request arrives."""
         ...
 
+    def figures(self, slo: Mapping[str, float]) -> dict[str, float]:
+        """What the report says of this kind of fleet alone, with limits in seconds."""
+        ...
+
 
 class Colocated:
     """Engines that each do all of a request: prefill and decode.
@@ -87,6 +91,10 @@ class Colocated:
         outcome.clock = engine.clock
         results.outcomes.append(outcome)
         engine.engine.add(request)
+
+    def figures(self, slo: Mapping[str, float]) -> dict[str, float]:
+        """See `Fleet`."""
+        return {}
 
     def _chosen(self, request: Request) -> PaperEngine:
         if len(self.engines) == 1:

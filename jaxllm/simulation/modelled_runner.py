@@ -15,11 +15,13 @@ import numpy as np
 
 from jaxllm.config import ModelConfig
 from jaxllm.roofline.cost_model import ModelCost
-from jaxllm.roofline.iteration_time import DECODE, RAGGED, IterationTime
+from jaxllm.roofline.iteration_time import DECODE, RAGGED, IterationTime, IterationWork
 from jaxllm.runner.shapes import RunnerShapes
-from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.scheduling.plan import Chunk, IterationPlan
 from jaxllm.simulation.clock import VirtualClock
+from jaxllm.simulation.paper_drafts import PaperDrafts
+from jaxllm.simulation.paper_memory import PaperMemory
+from jaxllm.telemetry.drafts import LoopDrafts
 from jaxllm.telemetry.iteration_work import iteration_work, program_of
 
 
@@ -51,16 +53,6 @@ def sample_of(count: int) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class PaperMemory:
-    """Page pools without pages."""
-
-    pools: list[PagePool]
-    page_bytes: int
-    tiers: Any = None
-    mover: Any = None
-
-
-@dataclass(frozen=True, slots=True)
 class PaperModel:
     """A configuration is all there is of it."""
 
@@ -76,13 +68,17 @@ class ModelledWork:
         ends: when each of its iterations ends.
         runner: whose clock it turns.
         skipped: its steps are iterations of their own, run without looking up because nothing would have changed.
+        counts: tokens of each chunk, where they are not all that were planned.
+        tried: what became of drafts, where there may have been some.
     """
 
     plan: IterationPlan
     dispatched: float
     ends: np.ndarray
     runner: ModelledRunner
-    skipped: bool
+    skipped: bool = False
+    counts: Sequence[int] | None = None
+    tried: LoopDrafts | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -100,10 +96,14 @@ class ModelledWork:
             clock.first, clock.widest = float(self.ends[0]), float(gaps.max())
             clock.ends = self.ends  # type: ignore[assignment]
             self.runner.gaps.append((gaps, len(chunks)))
-        return [(chunk, sample_of(chunk.num_samples)) for chunk in chunks if chunk.num_samples]
+        if self.counts is None:
+            return [(chunk, sample_of(chunk.num_samples)) for chunk in chunks if chunk.num_samples]
+        sampled = zip(chunks, self.counts, strict=True)
+        return [(chunk, sample_of(count)) for chunk, count in sampled if chunk.num_samples]
 
-    def drafts(self) -> None:
-        """Nothing is drafted on paper."""
+    def drafts(self) -> LoopDrafts | None:
+        """See `Work`."""
+        return self.tried
 
 
 class ModelledRunner:
@@ -117,6 +117,7 @@ class ModelledRunner:
         time: how long an iteration lasts.
         clock: the host's.
         host_s: host time per iteration.
+        drafts: what becomes of drafts, where the shapes have some.
     """
 
     num_compilations = 0
@@ -132,6 +133,7 @@ class ModelledRunner:
         time: IterationTime,
         clock: VirtualClock,
         host_s: float,
+        drafts: PaperDrafts | None = None,
     ):
         self.model, self.shapes, self.memory = model, shapes, memory
         self.clock = clock
@@ -141,7 +143,7 @@ class ModelledRunner:
         self.num_iterations = 0
         self.skipping = False  # the next plan's steps are iterations of their own
         self.gaps: list[tuple[np.ndarray, int]] = []  # between the tokens of skipped iterations, and of how many rows
-        self.cost, self.time = cost, time
+        self.cost, self.time, self.drafts = cost, time, drafts
         self._has_windows = any(window is not None for window, _ in cost.attention)
 
     @property
@@ -165,16 +167,67 @@ class ModelledRunner:
         """See `Runner`."""
         skipped, self.skipping = self.skipping, False
         self.clock.now += self.host_s
+        if self.drafts is not None:
+            return self._with_drafts(plan, self.drafts)
         program = self.decode_program if skipped else program_of(plan)
         durations = self.durations(plan.chunks, plan.num_steps, program, len(plan.admitted))
         if skipped:
             durations = np.maximum(durations, self.host_s)
+        ends = self._queued(durations)
+        self.num_iterations += plan.num_steps if skipped else 1
+        return ModelledWork(plan, self.clock.now, ends, self, skipped)
+
+    def _queued(self, durations: np.ndarray) -> np.ndarray:
+        """When iterations end that come after all that was dispatched."""
         ends = max(self.clock.now, self.free_at) + np.cumsum(durations)
-        work = ModelledWork(plan, self.clock.now, ends, self, skipped)
         self.free_at, self.last_seconds = float(ends[-1]), float(durations[-1])
         self.busy_s += float(durations.sum())
-        self.num_iterations += plan.num_steps if skipped else 1
-        return work
+        return ends
+
+    def _with_drafts(self, plan: IterationPlan, drafts: PaperDrafts) -> ModelledWork:
+        """A plan of an engine that speculates: how many tokens come is drawn, as long as the request may grow."""
+        self.num_iterations += 1
+        lengths = drafts.begin(plan)
+        before = lengths[:]
+        if plan.is_decode_loop:
+            durations, tried = self._loop(plan, lengths, drafts)
+        else:
+            durations, tried = self.durations(plan.chunks, 1, program_of(plan), len(plan.admitted)), None
+            for i, chunk in enumerate(plan.chunks):
+                lengths[i] += int(chunk.num_samples > 0 and lengths[i] < chunk.request.limit)
+        drafts.sampled(plan.chunks, lengths)
+        counts = [length - first for length, first in zip(lengths, before, strict=True)]
+        return ModelledWork(plan, self.clock.now, self._queued(durations), self, counts=counts, tried=tried)
+
+    def _loop(self, plan: IterationPlan, lengths: list[int], drafts: PaperDrafts) -> tuple[np.ndarray, LoopDrafts]:
+        """Seconds of each of a loop's iterations, and what became of drafts; `lengths` grow."""
+        chunks, durations, num_verifying = plan.chunks, [], 0
+        tried: list[tuple[Chunk, list[int], list[int]]] = [(chunk, [], []) for chunk in chunks]
+        for _ in range(plan.num_steps):
+            active = [i for i, chunk in enumerate(chunks) if lengths[i] < chunk.request.limit]
+            most = max([chunks[i].num_drafts for i in active], default=0)
+            rows = [chunks[i] for i in active], [lengths[i] for i in active]
+            count = drafts.worth(most, lambda count, rows=rows: self._verifying(*rows, count)) if most else 0
+            durations.append(self._verifying(*rows, count))
+            counts = [min(count, chunks[i].num_drafts, chunks[i].request.limit - lengths[i] - 1) for i in active]
+            num_verifying += any(counts)
+            for i, num_drafted, num_right in zip(active, counts, drafts.accepted(counts), strict=True):
+                lengths[i] += 1 + num_right
+                tried[i][1].append(num_drafted)
+                tried[i][2].append(num_right)
+        return np.array(durations), LoopDrafts(tried, len(chunks), plan.num_steps, num_verifying)
+
+    def _verifying(self, chunks: Sequence[Chunk], lengths: Sequence[int], count: int) -> float:
+        """Seconds of an iteration in which each of these rows has so many drafts."""
+        parts: dict[int, list[tuple[int, int]]] = {}
+        for chunk, length in zip(chunks, lengths, strict=True):
+            parts.setdefault(chunk.request.replica, []).append((1, length))
+        seconds = [0.0]
+        for rows in parts.values():
+            _, keys = self.cost.attended(rows)
+            tokens = len(rows) * (1 + count)
+            seconds.append(self.time.seconds(IterationWork(DECODE, tokens, tokens, (1 + count) * keys, keys, 0)))
+        return max(seconds)
 
     def durations(self, chunks: Sequence[Chunk], steps: int, program: str, admitted: int = 0) -> np.ndarray:
         """Seconds of each of `steps` iterations of these chunks, every row one token longer each time."""

@@ -15,17 +15,21 @@ import jax.numpy as jnp
 from jaxllm.config import EngineConfig, ModelConfig
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.schedulers import schedulers_for
-from jaxllm.roofline.chips import Chip
+from jaxllm.roofline.chips import PCIE_GEN5, Chip
 from jaxllm.roofline.cost_model import ITEM_BYTES, QUANTIZED, ModelCost, model_cost
 from jaxllm.roofline.iteration_time import DATA_SHEET, Efficiency, IterationTime, RooflineTime
 from jaxllm.roofline.profile import Profile
 from jaxllm.runner.shapes import RunnerShapes
+from jaxllm.scheduling.host_pool import HostPool
 from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.scheduling.plan import IterationPlan
 from jaxllm.scheduling.replicas import Scheduling, side_by_side
+from jaxllm.scheduling.tiers import Tiers
 from jaxllm.sharding.rules import kv_copies, load_rules, parse_mesh
 from jaxllm.simulation.clock import VirtualClock
-from jaxllm.simulation.modelled_runner import ModelledRunner, PaperMemory, PaperModel
+from jaxllm.simulation.modelled_runner import ModelledRunner, PaperModel
+from jaxllm.simulation.paper_drafts import PaperDrafts
+from jaxllm.simulation.paper_memory import PaperDisk, PaperMemory, PaperMover
 from jaxllm.simulation.steering import Gate, Steered
 from jaxllm.telemetry.accounting import Accounting, Ceilings
 
@@ -40,11 +44,17 @@ class Hardware:
         chip: data sheet of one device; with a profile, what was measured of it.
         efficiency: what is reached of the data sheet.
         profile: measured iterations, which then stand in for data sheet and efficiency.
+        host_link: bytes per second between a device and host memory, each way.
+        disk_rate: bytes per second of the disk.
+        acceptance: the chance of a draft to be right, where there are drafts.
     """
 
     chip: Chip
     efficiency: Efficiency = DATA_SHEET
     profile: Profile | None = None
+    host_link: float = PCIE_GEN5
+    disk_rate: float = 3e9
+    acceptance: float | None = None
 
 
 @dataclass(slots=True)
@@ -104,7 +114,7 @@ def paper_engine(
         )
         for _ in range(dp)
     ]
-    memory = PaperMemory(pools, int(cost.kv_bytes * cfg.num_layers * shapes.page_size))
+    memory = _memory(config, hardware, pools, int(cost.kv_bytes * cfg.num_layers * shapes.page_size), tp, clock)
     profile, efficiency = hardware.profile, hardware.efficiency
     time: IterationTime = profile or RooflineTime(
         cost=cost,
@@ -116,16 +126,56 @@ def paper_engine(
         efficiency=efficiency,
     )
     host_s = 0.0 if profile else efficiency.host_s  # what was measured has the host's time in it
-    runner = ModelledRunner(PaperModel(cfg), shapes, memory, cost=cost, time=time, clock=clock, host_s=host_s)
+    runner = ModelledRunner(
+        PaperModel(cfg),
+        shapes,
+        memory,
+        cost=cost,
+        time=time,
+        clock=clock,
+        host_s=host_s,
+        drafts=_drafts(config, hardware) if shapes.num_drafts else None,
+    )
     schedulers = schedulers_for(memory, shapes, chunked_prefill=policy.chunked_prefill)
     gate = policy.gate(shapes, pools[0]) if policy.gate else None
     plan_with = {"plan_with": policy.plan_with} if policy.plan_with else {}
     scheduling = Steered(side_by_side(schedulers), runner, gate, **plan_with)
+    if memory.mover is not None:
+        memory.mover.horizon = lambda: scheduling.horizon
     chip = hardware.chip
     ceilings = Ceilings(tp * dp * chip.flops, tp * dp * chip.bandwidth, chip.title)
     whole = dataclasses.replace(cost, **{name: dp * getattr(cost, name) for name in _BYTES})
     engine = Engine(runner, scheduling=scheduling, accounting=Accounting(whole, ceilings), seed=config.seed)
     return PaperEngine(engine, runner, scheduling, clock, tp * dp)
+
+
+def _memory(
+    config: EngineConfig, hardware: Hardware, pools: list[PagePool], page_bytes: int, tp: int, clock: VirtualClock
+) -> PaperMemory:
+    """Page pools, and host memory and a disk below them where the configuration asks for these."""
+    if not config.host_kv_bytes:
+        if config.preemption_mode == "swap":
+            raise ValueError("preemption_mode='swap' needs room in host memory; set host_kv_bytes")
+        return PaperMemory(pools, page_bytes)
+    if config.host_kv_bytes < page_bytes:
+        raise ValueError(f"host_kv_bytes={config.host_kv_bytes} is less than one page; use at least {page_bytes}")
+    disk = PaperDisk(config.disk_kv_bytes // page_bytes) if config.disk_kv_bytes else None
+    host = HostPool(config.host_kv_bytes // page_bytes, on_evict=disk.write if disk else None)
+    tiers = Tiers(host, disk, page_bytes=page_bytes, preemption=config.preemption_mode)
+    link = tp * hardware.host_link
+    return PaperMemory(pools, page_bytes, tiers, PaperMover(tiers, clock, link, hardware.disk_rate, disk))
+
+
+def _drafts(config: EngineConfig, hardware: Hardware) -> PaperDrafts:
+    """Raises ValueError for what is not modelled."""
+    assert config.speculative is not None
+    if hardware.acceptance is None:
+        raise ValueError("a simulation does not know which drafts are right; set acceptance_rate")
+    if hardware.profile is not None:
+        raise ValueError("a profile has no iterations that verify drafts; leave speculative_config out")
+    if config.speculative.method != "ngram":
+        raise ValueError("speculative_config: a draft model is not simulated; use method 'ngram' with acceptance_rate")
+    return PaperDrafts(hardware.acceptance, seed=config.seed)
 
 
 _BYTES = ("block_bytes", "head_bytes", "embedding_row_bytes", "kv_bytes", "expert_bytes")
@@ -192,6 +242,7 @@ def _shapes(
         kv_dtype=dtype,
         residual_dtype=dtype,
         num_replicas=dp,
+        speculation=config.speculative,
     )
 
 

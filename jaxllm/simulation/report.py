@@ -50,7 +50,9 @@ def make_report(
         "e2e_ms": percentiles([outcome.e2e for outcome in ended]),
         "prefix_hit_tokens": sum(outcome.num_cached for outcome in ended),
         **_books(fleet.engines, duration),
+        **_levels(results, fleet),
         **_prefixes(fleet),
+        **_speculation(fleet),
         **results.figures,
     }
     if results.num_rejected:
@@ -78,10 +80,44 @@ def _books(engines: Sequence[PaperEngine], duration: float) -> dict[str, Any]:
     }
 
 
+def _levels(results: Results, fleet: Fleet) -> dict[str, Any]:
+    """Requests that wait and that run at one engine, over time."""
+    start = min((outcome.at for outcome in results.outcomes), default=0.0)
+    end, found = start + results.duration_s, {}
+    for name, attribute in (("queue", "queue_level"), ("running", "running_level")):
+        parts = [getattr(engine.scheduling, attribute).weighted(start, end) for engine in fleet.engines]
+        values, seconds = (np.concatenate(each) for each in zip(*parts, strict=True))
+        most = float(values[seconds > 0].max(initial=0.0))
+        found[name] = {**weighted_percentiles(values, seconds, scale=1.0), "max": most}
+    return found
+
+
 def _prefixes(fleet: Fleet) -> dict[str, Any]:
-    pools = [engine.scheduling.pool for engine in fleet.prompt_engines]
-    queried = sum(pool.num_queried_tokens for pool in pools)
-    return {"prefix_cache_hit_rate": sum(pool.num_hit_tokens for pool in pools) / queried if queried else 0.0}
+    """Shares of the prompts' tokens that were found in the cache; with tiers, where."""
+    engines = fleet.prompt_engines
+    pools = [engine.scheduling.pool for engine in engines]
+    queried = max(1, sum(pool.num_queried_tokens for pool in pools))
+    hits = sum(pool.num_hit_tokens for pool in pools)
+    report: dict[str, Any] = {"prefix_cache_hit_rate": hits / queried}
+    tiers = [(engine.runner.memory.tiers, engine.runner.shapes.page_size) for engine in engines]
+    stats = [(each.stats, size) for each, size in tiers if each is not None]
+    if stats:
+        below = {name: sum(getattr(s, f"{name}_hits") * size for s, size in stats) for name in ("host", "disk")}
+        device = hits - sum(below.values())
+        report["tier_hit_rates"] = {name: n / queried for name, n in {"device": device, **below}.items()}
+        moved = "pages_out", "pages_in", "swaps_out", "swaps_in", "seconds_out", "seconds_in"
+        report["tier_moves"] = {name: sum(getattr(s, name) for s, _ in stats) for name in moved}
+    return report
+
+
+def _speculation(fleet: Fleet) -> dict[str, Any]:
+    totals = [engine.engine.drafts for engine in fleet.engines if engine.runner.drafts is not None]
+    if not totals:
+        return {}
+    times, drafted, right = (
+        sum(getattr(one, name) for one in totals) for name in ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    )
+    return {"acceptance_rate": right / max(1, drafted), "mean_acceptance_length": 1 + right / max(1, times)}
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
@@ -95,16 +131,16 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float | None]:
     }
 
 
-def weighted_percentiles(seconds: np.ndarray, weights: np.ndarray) -> dict[str, float | None]:
-    """In milliseconds: the least value that has so much of the weight at or below it."""
+def weighted_percentiles(seconds: np.ndarray, weights: np.ndarray, *, scale: float = 1e3) -> dict[str, float | None]:
+    """The least value that has so much of the weight at or below it, times `scale`: of seconds milliseconds."""
     total = float(weights.sum())
     if not total:
         return {"mean": None, **{f"p{p}": None for p in PERCENTILES}}
     order = np.argsort(seconds)
     below = np.cumsum(weights[order])
     at = np.searchsorted(below, total * np.array(PERCENTILES) / 100)
-    values = 1e3 * seconds[order][np.minimum(at, len(order) - 1)]
-    mean = 1e3 * float((seconds * weights).sum() / total)
+    values = scale * seconds[order][np.minimum(at, len(order) - 1)]
+    mean = scale * float((seconds * weights).sum() / total)
     return {"mean": mean, **{f"p{p}": v for p, v in zip(PERCENTILES, values.tolist(), strict=True)}}
 
 
@@ -126,12 +162,39 @@ def format_report(report: dict[str, Any]) -> str:
         f"{report['mfu']:.1%}, MBU {report['mbu']:.1%}; {report['prefix_hit_tokens']:,} prompt tokens found in the "
         f"cache ({report['prefix_cache_hit_rate']:.1%}), {report['preemptions']:,} preemptions"
     )
+    queue, running = report["queue"], report["running"]
+    lines.append(
+        f"at one engine {running['mean']:.1f} requests ran on average (at most {running['max']:.0f}) and "
+        f"{queue['mean']:.1f} waited (p50 {queue['p50']:.0f}, p99 {queue['p99']:.0f}, at most {queue['max']:.0f})"
+    )
+    lines += _more(report)
     if "cost" in report:
         lines.append(
             f"{report['cost']:,.2f} in all, {report['cost_per_million_output_tokens']:,.3f} per million output tokens, "
             f"{report['cost_per_million_tokens']:,.3f} per million tokens of prompt and output"
         )
     return "\n".join(lines)
+
+
+def _more(report: dict[str, Any]) -> list[str]:
+    """Of what only some simulations have."""
+    lines = []
+    if "tier_hit_rates" in report:
+        rates = ", ".join(f"{name} {rate:.1%}" for name, rate in report["tier_hit_rates"].items())
+        lines.append(f"found in the cache by tier: {rates}; {report['tier_moves']['pages_in']:,} pages came up again")
+    if "acceptance_rate" in report:
+        lines.append(
+            f"{report['acceptance_rate']:.1%} of the drafted tokens were right, {report['mean_acceptance_length']:.2f} "
+            "tokens came of a request's iteration with drafts"
+        )
+    if "transfers" in report:
+        lines.append(
+            f"{report['transfers']:,} hand-overs moved {report['transferred_bytes'] / 1e9:,.1f} GB; requests waited "
+            f"{report['transfer_exposed_s']:.1f} s for them in all"
+        )
+    if "switches" in report:
+        lines.append(f"{report['switches']:,} switches of models took {report['switching_s']:.1f} s")
+    return lines
 
 
 def _slo(report: dict[str, Any]) -> str:

@@ -63,7 +63,11 @@ def set_up(engine: Mapping[str, Any], sim: SimulationConfig, *, progress: bool =
     given = dict(engine)
     if profile is not None:
         given = _as_measured(profile, given)
+    if given.get("disk_kv_bytes"):
+        given["disk_kv_path"] = "on paper"
     config = EngineConfig(**given)
+    if (sim.acceptance_rate is None) != (config.speculative is None):
+        raise ValueError("speculative_config and acceptance_rate belong together; set both or neither")
     model = model_config(config.model, progress=progress)
     efficiency = Efficiency(
         compute=sim.compute_efficiency,
@@ -72,7 +76,15 @@ def set_up(engine: Mapping[str, Any], sim: SimulationConfig, *, progress: bool =
         host_s=1e-3 * sim.host_ms,
     )
     chip = _measured_chip(profile) if profile else find_chip(sim.chip)
-    return Setup(config, model, Hardware(chip=chip, efficiency=efficiency, profile=profile), sim)
+    hardware = Hardware(
+        chip=chip,
+        efficiency=efficiency,
+        profile=profile,
+        host_link=link_bandwidth(sim.host_link, chip, "host_link"),
+        disk_rate=1e9 * sim.disk_gb_per_s,
+        acceptance=sim.acceptance_rate,
+    )
+    return Setup(config, model, hardware, sim)
 
 
 def _as_measured(profile: Profile, given: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +162,7 @@ def _pool(setup: Setup) -> Pooled:
         num_instances=setup.sim.replicas,
         policy=pool.policy,
         tbt=pool.tpot,
-        bytes_per_s=devices * link_bandwidth(setup.sim.host_link, setup.hardware.chip),
+        bytes_per_s=devices * setup.hardware.host_link,
     )
 
 
@@ -173,8 +185,7 @@ def run_once(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
     results = simulate(fleet, arrivals, on_sent)
     if not results.outcomes:
         raise ValueError("the workload has no requests")
-    if isinstance(fleet, Pooled):
-        results.figures |= fleet.figures(setup.sim.limits)
+    results.figures |= fleet.figures(setup.sim.limits)
     report = make_report(results, fleet, slo=setup.sim.limits, price_per_hour=setup.sim.price)
     return {**describe(setup), **report}
 

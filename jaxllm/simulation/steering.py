@@ -19,6 +19,7 @@ from jaxllm.scheduling.replicas import Replicas, Scheduling
 from jaxllm.scheduling.request import Request
 from jaxllm.scheduling.scheduler import Scheduler
 from jaxllm.scheduling.tiers import Load
+from jaxllm.simulation.level import Level
 from jaxllm.simulation.modelled_runner import ModelledRunner
 
 MOST_STEPS = 512  # in one plan: bounds the arrays of its times
@@ -65,12 +66,20 @@ class Steered:
         self.horizon = math.inf
         self.is_paused = False  # nothing new is planned; what is in flight ends
         self.parts: list[Scheduler] = inner.parts if isinstance(inner, Replicas) else [inner]  # type: ignore[list-item]
+        self.queue_level, self.running_level = Level(), Level()  # requests, over time
         self._is_stuck = False  # the last plan could admit nobody, and nothing has changed since
 
     def schedule(self, steps: int | None = None) -> IterationPlan | None:
         """See `Scheduling.schedule`; the plan may stand for many iterations."""
         if self.is_paused:
             return None
+        waiting, running, now = self.num_waiting, len(self.running), self.runner.clock.now
+        plan = self._schedule(steps)
+        self.queue_level.change(now, self.num_waiting - waiting)
+        self.running_level.change(now, len(self.running) - running)
+        return plan
+
+    def _schedule(self, steps: int | None) -> IterationPlan | None:
         if self.gate is not None and len(self.gate):
             for request in self.gate.release(self.inner):
                 self.inner.add(request)
@@ -100,6 +109,8 @@ class Steered:
 
     def _free_steps_of(self, part: Scheduler, most: int) -> int:
         running, streamed = part.running, False
+        if part.num_drafts:
+            return 0  # how many tokens come is not known
         steps = most
         for request in running:
             if request.held.load is not None or request.on_hold or request.stepwise or request.may_stop:
@@ -174,10 +185,12 @@ class Steered:
     def add(self, request: Request) -> None:
         if self.gate is not None:
             self.gate.hold(request)
-            return
-        self.inner.add(request)
-        if self.parts[request.replica].num_waiting == 1:  # else it waits behind whoever could not be admitted
-            self._is_stuck = False
+        else:
+            self.inner.add(request)
+            if self.parts[request.replica].num_waiting == 1:  # else it waits behind whoever could not be admitted
+                self._is_stuck = False
+        # The clock may have passed its arrival: nobody looked up.
+        self.queue_level.change(min(self.runner.clock.now, self.horizon), 1)
 
     def fork(self, parent: Request, child: Request) -> None:
         self.inner.fork(parent, child)
@@ -205,6 +218,8 @@ class Steered:
         self, request: Request, reason: str, stop_reason: int | str | None = None, *, publish: bool = True
     ) -> None:
         self._is_stuck = False
+        running = len(self.running)
         self.inner.finish(request, reason, stop_reason, publish=publish)
+        self.running_level.change(self.runner.clock.now, len(self.running) - running)
         if self.gate is not None:
             self.gate.finished(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from jaxllm.roofline.iteration_time import Efficiency
 from jaxllm.simulation import steering
 from jaxllm.simulation.arrivals import Arrival, at_rate, random_arrivals
 from jaxllm.simulation.fleet import Colocated, simulate
-from jaxllm.simulation.paper_engine import Hardware, paper_engine
+from jaxllm.simulation.level import Level
+from jaxllm.simulation.paper_engine import Hardware, Policy, paper_engine
 from jaxllm.simulation.policies import POLICIES
 from jaxllm.simulation.report import make_report, weighted_percentiles
 
@@ -25,7 +27,7 @@ PERFECT = Hardware(chip=CHIPS["h100"], efficiency=Efficiency(compute=1.0, memory
 H100 = Hardware(chip=CHIPS["h100"])
 
 
-def engine(hardware=H100, policy="chunked", **settings):
+def engine(hardware: Hardware = H100, policy: str | Policy | None = "chunked", **settings: Any):
     settings = {
         "model": "llama-3.1-8b",
         "max_num_seqs": 16,
@@ -170,3 +172,22 @@ def test_an_arrival_is_a_value():
     arrival = Arrival(1.0, 700, 5, blocks=(3, 4), number=9)
     assert arrival.prompt == [3] * 512 + [4] * 188
     assert dataclasses.replace(arrival, blocks=(3,)).prompt == [3] * 512 + [-11] * 188
+
+
+def test_the_queue_over_time_is_what_requests_waited():
+    arrivals = [Arrival(float(i), 1000, 200, number=i) for i in range(5)]
+    results, report = run([engine(max_num_seqs=1)], arrivals)
+    ends = [outcome.finished for outcome in results.outcomes]
+    waited = sum(max(0.0, before - outcome.at) for before, outcome in zip(ends, results.outcomes[1:], strict=False))
+    assert waited > 1 and report["queue"]["mean"] * results.duration_s == pytest.approx(waited, rel=0.02)
+    assert report["queue"]["max"] == max(sum(a.at < end for a in arrivals) - i - 1 for i, end in enumerate(ends))
+    assert report["running"]["p50"] == report["running"]["max"] == 1
+
+
+def test_a_level_has_each_value_for_as_long_as_it_had_it():
+    level = Level()
+    for time, change in ((4.0, -4), (1.0, 3), (1.0, 1), (2.0, 0)):
+        level.change(time, change)
+    values, seconds = level.weighted(0.0, 10.0)
+    assert {v: sum(seconds[values == v]) for v in (0.0, 3.0, 4.0)} == {0.0: 7.0, 3.0: 0.0, 4.0: 3.0}
+    assert level.weighted(2.0, 3.0)[1].sum() == 1.0

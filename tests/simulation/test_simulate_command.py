@@ -36,6 +36,7 @@ def test_json_has_the_agreed_keys(capsys):
     assert report["requests"] == 20 and report["slo_attainment"] == 1.0 and 0 < report["utilization"] <= 1
     assert report["output_tokens_per_s"] == pytest.approx(20 * 128 / report["duration_s"])
     assert report["goodput_per_device"] == pytest.approx(20 / report["duration_s"])
+    assert all({"mean", "p50", "p90", "p99", "max"} == report[name].keys() for name in ("queue", "running"))
     assert all({"p50", "p90", "p99"} <= report[f"{metric}_ms"].keys() for metric in ("ttft", "tpot", "itl"))
     assert report["cost"] == pytest.approx(2 * report["duration_s"] / 3600)
     assert report["cost_per_million_output_tokens"] == pytest.approx(1e6 * report["cost"] / (20 * 128))
@@ -109,6 +110,10 @@ def test_long_requests_are_skipped_or_shrunk_where_that_is_asked_for(capsys, tmp
         ("--arrivals gamma", "needs a rate"),
         ("--scale-lengths", "are for a trace"),
         ("--plot a.pdf", "must end in .png"),
+        ("--host-link 0", "host_link='0'; use pcie4"),
+        ("--acceptance-rate 0.5", "speculative_config and acceptance_rate belong together"),
+        ('--speculative-config {"num_speculative_tokens":4}', "speculative_config and acceptance_rate belong together"),
+        ("--disk-kv-bytes 100000000", "disk_kv_bytes needs host_kv_bytes"),
     ],
 )
 def test_bad_flags_are_one_line(capsys, flags, said):
@@ -148,4 +153,5 @@ def test_pools_hand_over_and_report_both_meshes(capsys):
     flags = "--prefill-mesh tp=2 --decode-mesh tp=1 --decode-replicas 2 --num-prompts 8 --request-rate 4".split()
     report = simulate(capsys, *flags)
     assert report["num_devices"] == 4 and report["completed"] == 8 and report["prefix_cache_hit_rate"] == 0.0
+    assert report["transfers"] == 8 and report["transferred_bytes"] == 8 * 1024 * 131072
     assert (report["prefill_mesh"], report["decode_mesh"]) == ("tp=2", "tp=1")
