@@ -67,10 +67,12 @@ def test_decode_rows_of_any_length_equal_the_oracle_and_idle_rows_give_zeros():
         assert (got[np.array(lengths) == 0] == 0).all()
 
 
-def test_query_has_the_same_bits_alone_in_a_batch_and_in_any_chunk():
-    pages, table = pages_and_table(3, 200)
+@pytest.mark.parametrize(("before", "window"), [(0, 70), (0, None), (1000, None), (1000, 600)])
+def test_query_has_the_same_bits_alone_in_a_batch_and_in_any_chunk(before, window):
+    """Of a prompt's 150 tokens, with so many tokens before them: within a segment of keys, and over several."""
+    pages, table = pages_and_table(3, before + 200)
     q = jax.random.normal(jax.random.key(1), (200, 2, 3, 64))
-    kernel = jax.jit(functools.partial(cpu.attention, spec=AttentionSpec(scale=0.125, window=70)))
+    kernel = jax.jit(functools.partial(cpu.attention, spec=AttentionSpec(scale=0.125, window=window)))
 
     def attend(*chunks: tuple[int, int, int]) -> list[np.ndarray]:
         """Queries `first .. end` of `row`'s 150 for each chunk, in one flat batch padded to 200."""
@@ -78,7 +80,7 @@ def test_query_has_the_same_bits_alone_in_a_batch_and_in_any_chunk():
         pad = [0] * (3 - len(chunks))
         starts = np.cumsum(count) - count
         flat = jnp.concatenate([q[first:end] for _, first, end in chunks] + [q[: 200 - sum(count)]])
-        ints = [[*starts, *pad], [*count, *pad], [end for *_, end in chunks] + pad]
+        ints = [[*starts, *pad], [*count, *pad], [before + end for *_, end in chunks] + pad]
         tables = table[jnp.asarray([row for row, *_ in chunks] + pad)]
         rows = RaggedRows(*(jnp.asarray(x, jnp.int32) for x in ints), jnp.int32(0), tables)
         out = np.asarray(kernel(flat, pages, rows))
@@ -89,7 +91,7 @@ def test_query_has_the_same_bits_alone_in_a_batch_and_in_any_chunk():
     for chunks in ([(1, 3, 20), (0, 0, 91)], [(0, 149, 150)], [(0, 7, 64), (2, 0, 5), (1, 9, 90)]):
         for (row, first, end), part in zip(chunks, attend(*chunks), strict=True):
             assert row != 0 or np.array_equal(part, whole[first:end])
-    decode = kernel(q[149:150], pages, SingleRows(jnp.asarray([150], jnp.int32), table[:1]))
+    decode = kernel(q[149:150], pages, SingleRows(jnp.asarray([before + 150], jnp.int32), table[:1]))
     assert np.array_equal(np.asarray(decode)[0], whole[149])
 
 

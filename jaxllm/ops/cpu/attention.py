@@ -2,7 +2,8 @@
 
 Flat queries, pages, rows -> flat outputs, equal to `xla.ragged_paged_attention`. A part of the work is one key/value
 head and up to 64 such pairs of one row (`tile.py`): a prompt's queries lie along vectors (`query_lanes.py`); where they
-are few, as in a decode, the keys do (`key_lanes.py`). Each pair's arithmetic is the same either way and whatever is
+are few, the keys do (`key_lanes.py`). Rows of one query each are cut by their contexts instead, all heads together
+(`key_segments.py`). Each pair's arithmetic is the same either way and whatever is
 beside it: a query's result does not depend on the batch or on how its prompt was cut.
 
 Dimension letters: T tokens, R rows, K key/value heads, G query heads per key/value head, H head width.
@@ -10,6 +11,7 @@ Dimension letters: T tokens, R rows, K key/value heads, G query heads per key/va
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxllm.ops.attention.kv import split_pages
 from jaxllm.ops.attention.metadata import AttentionSpec, RaggedRows, SingleRows
-from jaxllm.ops.cpu import ffi, key_lanes, lanes, query_lanes, tile
+from jaxllm.ops.cpu import ffi, key_lanes, key_segments, lanes, query_lanes, tile
 from jaxllm.ops.cpu.ir import Function, Value
 from jaxllm.ops.cpu.tile import Sizes
 
@@ -68,14 +70,30 @@ def attention(
         spec=spec,
         operands=(*operands, "out"),
     )
+    shape = (num_tokens, num_heads, group, sizes.value_width)
     if isinstance(rows, RaggedRows):
         part, num_parts = _part_of_chunks(sizes, num_rows, num_tokens)
+    elif group <= key_lanes.MOST:
+        return _over_segments(sizes, operands, num_rows, shape).astype(q.dtype)
     else:
         part, num_parts = _part_of_singles(sizes, num_rows)
-    tiles = key_lanes.tile(sizes) + query_lanes.tile(sizes, _LANES // 16)
-    name = ffi.register(lanes.DECLARATIONS + tile.DECLARATIONS + tiles + part, num_parts, len(operands))
-    result = jax.ShapeDtypeStruct((num_tokens, num_heads, group, sizes.value_width), jnp.float32)
-    return jax.ffi.ffi_call(name, result)(*operands.values()).astype(q.dtype)
+    tiles = key_lanes.few(sizes) + query_lanes.tile(sizes, _LANES // 16)
+    return _call(tiles + part, num_parts, operands, shape).astype(q.dtype)
+
+
+def _over_segments(s: Sizes, operands: dict[str, jax.Array], num_rows: int, shape: tuple[int, ...]) -> jax.Array:
+    """Rows of one query, by segments of their contexts that are merged afterwards."""
+    last = {name: operands[name] for name in ("kv_len", "sinks") if name in operands}
+    first = {name: x for name, x in operands.items() if name != "sinks"}
+    s = dataclasses.replace(s, operands=(*first, "out"))
+    partial_shape = (num_rows, key_segments.num_segments(s), s.heads * s.group, key_segments.partial_width(s))
+    last["partial"] = _call(*key_segments.segments(s, num_rows), first, partial_shape)
+    return _call(*key_segments.merge(dataclasses.replace(s, operands=(*last, "out")), num_rows), last, shape)
+
+
+def _call(kernel: str, num_parts: int, operands: dict[str, jax.Array], shape: tuple[int, ...]) -> jax.Array:
+    name = ffi.register(lanes.DECLARATIONS + tile.DECLARATIONS + kernel, num_parts, len(operands))
+    return jax.ffi.ffi_call(name, jax.ShapeDtypeStruct(shape, jnp.float32))(*operands.values())
 
 
 def _part_of_singles(s: Sizes, num_rows: int) -> tuple[str, int]:

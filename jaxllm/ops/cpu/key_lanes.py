@@ -1,8 +1,8 @@
 """A tile whose lanes are keys: for the few queries of a decode, or of a prompt's last tokens.
 
-Sizes -> LLVM IR of `@few`, for up to 16 (query, head of its group) pairs. Sixteen keys at a time are transposed, so
-that a vector holds one number of each; a query's numbers are broadcast over them. Work grows with the queries that are
-there, where `QueryLanes` pays for whole vectors of them.
+Sizes -> LLVM IR of `@few`, for up to 16 (query, head of its group) pairs of one head; `key_segments.py` makes of it the
+tile of all heads. Sixteen keys at a time are transposed, so that a vector holds one number of each; a query's numbers
+are broadcast over them. Work grows with the queries that are there, where `QueryLanes` pays for whole vectors of them.
 
 Every score is summed over H in order, every total and weighted sum over the keys in order, as in `QueryLanes`: the same
 bits. That is why totals are summed one key after another.
@@ -12,94 +12,114 @@ Dimension letters: Q queries of one product, S keys of a block, H head width, N 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from jaxllm.ops.cpu.ir import Function, Value
 from jaxllm.ops.cpu.lanes import BYTES, VECTOR, ZERO
-from jaxllm.ops.cpu.tile import INTS, KEYS, MASKED, SIZE, Sizes, Tile, products, scale
+from jaxllm.ops.cpu.tile import INTS, KEYS, MASKED, SIZE, Sizes, Tile, prefetch, products, scale
 
-MOST = 16  # lanes
+MOST = 16  # lanes of a tile of one head
 _VECTORS = KEYS // 16  # of a row of scores
 _IOTA = "<" + ", ".join(f"i32 {i}" for i in range(16)) + ">"
 _SUMS = 16  # vectors that one product keeps in registers
-_AHEAD = 64  # keys: a head is a quarter of a kilobyte in every token of a page, which the processor does not foresee
-_LINE = 64  # bytes that memory gives at once
+_PARTS = KEYS // 16  # of a block, each within a page
+_TRICKLE = 128  # bytes that a step of a product asks of memory; of more, the processor drops some
 
 
-def tile(s: Sizes) -> str:
-    """The function and the two products that it calls."""
-    value = -(-s.value_width // 16)
-    part = max(n for n in range(1, 6) if value % n == 0)
-    count = min(s.group, _SUMS // max(part, _VECTORS))
-    return (
-        products("few_scores", _VECTORS, count, s.width, 1)
-        + products("few_weighted", part, count, KEYS, 1, row=value, scaled_by="rows")
-        + KeyLanes(s, count, value, part).text()
+def few(s: Sizes) -> str:
+    """The tile and the two products that it calls."""
+    return key_products(s) + Few(s, "few", MOST).text()
+
+
+def key_products(s: Sizes) -> str:
+    """The two products of a tile whose lanes are keys."""
+    value, part, count = _counts(s)
+    num_bytes = _token_bytes(s)
+    dims = s.width // _PARTS
+    ahead = (dims, 16 * num_bytes // dims), (KEYS // _PARTS, num_bytes)
+    scores, weighted = (((count, size), (0, min(size, _TRICKLE))) for count, size in ahead)
+    return products("few_scores", _VECTORS, count, s.width, 1, ahead=scores) + products(
+        "few_weighted", part, count, KEYS, 1, row=value, scaled_by="rows", ahead=weighted
     )
 
 
-class KeyLanes(Tile):
-    """Writes `@few`."""
+def _token_bytes(s: Sizes) -> int:
+    """Of a key or a value."""
+    return SIZE[s.cache] * s.width
 
-    def __init__(self, s: Sizes, count: int, value: int, part: int):
-        super().__init__(s, "few")
-        self.count, self.value, self.part = count, value, part
+
+def _counts(s: Sizes) -> tuple[int, int, int]:
+    """Vectors of a value, how many of them one product takes, and for how many lanes."""
+    value = -(-s.value_width // 16)
+    part = max(n for n in range(1, 6) if value % n == 0)
+    return value, part, min(s.group, _SUMS // max(part, _VECTORS))
+
+
+class KeyLanes(Tile):
+    """What tiles with keys as lanes have in common; `most` lanes at a time."""
+
+    def __init__(self, s: Sizes, name: str, most: int):
+        super().__init__(s, name)
+        self.most = most
+        self.value, self.part, self.count = _counts(s)
 
     def _allocate(self) -> None:
         f, s = self.f, self.s
-        lanes = MOST + self.count  # the last product may begin at the last lane
+        lanes = self.most + self.count  # the last product may begin at the last lane
+        numbers = BYTES * (-(-lanes // 16) + 1)
         sizes = [BYTES * -(-lanes * s.width // 16), lanes * self.value * BYTES]  # queries, results
-        sizes += [
-            s.width * _VECTORS * BYTES,
-            KEYS * self.value * BYTES,
-            lanes * _VECTORS * BYTES,
-        ]  # keys, values, scores
-        sizes += [2 * BYTES] * 5  # positions, sinks, factors, maxima, totals
-        places = self._cut(sizes)
+        sizes += [s.width * _VECTORS * BYTES, KEYS * self.value * BYTES]  # keys, values
+        sizes += [lanes * _VECTORS * BYTES, *[numbers] * 5]  # scores; positions, sinks, factors, maxima, totals
+        sizes += [BYTES] * 2  # addresses of the next block's keys and values
+        places = self._cut(sizes + self._more(lanes, numbers))
         self.query_at, self.out_at, self.key_at, self.value_at, self.score_at = places[:5]
-        self.position_at, self.sink_at, self.factor_at, self.maximum_at, self.total_at = places[5:]
-        f.do(f"call void @llvm.memset.p0.i64(ptr {self.block}, i8 0, i64 {sizes[0] + sizes[1]}, i1 false)")
-        for place in (self.sink_at, self.maximum_at):
-            self.lanes.store(MASKED, place)
-        self.lanes.store(ZERO, self.total_at)
+        self.position_at, self.sink_at, self.factor_at, self.maximum_at, self.total_at = places[5:10]
+        self.ahead_at, self.more_at = places[10:12], places[12:]
+        f.do(f"call void @llvm.memset.p0.i64(ptr {self.query_at}, i8 0, i64 {sizes[0]}, i1 false)")
+        for addresses in self.ahead_at:
+            for i in range(_PARTS):
+                f.store("ptr", self.block, f.at(addresses, 8 * i), 8)
+
+    def _more(self, lanes: int, numbers: int) -> list[int]:
+        """Bytes of further places, `more_at`."""
+        del lanes, numbers
+        return []
 
     def _query_place(self, lane: Value, h: Value) -> str:
         return self.f.at(self.query_at, self.f.mul(self.f.add(self.f.mul(lane, self.s.width), h), 4))
 
-    def _attend_block(self, first_key: Value) -> None:
+    def _begin_segment(self) -> None:
+        f = self.f
+        num_bytes = (self.most + self.count) * self.value * BYTES
+        f.do(f"call void @llvm.memset.p0.i64(ptr {self.out_at}, i8 0, i64 {num_bytes}, i1 false)")
+        for vector in range(0, BYTES * -(-self.most // 16), BYTES):
+            self.lanes.store(MASKED, f.at(self.maximum_at, vector))
+            self.lanes.store(ZERO, f.at(self.total_at, vector))
+
+    def _attend_head(self, first_key: Value, first_lane: Value, num_lanes: Value) -> None:
+        """Up to `KEYS` keys of `self.head`, for some lanes."""
         f, s = self.f, self.s
         num_keys = f.smaller(f.sub(self._end, first_key), KEYS)
         with f.loop(0, num_keys, 16) as c:
-            if s.page_size % 16 == 0:
-                self._prefetch(f.smaller(f.add(f.add(first_key, c), _AHEAD), f.sub(self._end, 1)))
             self._transpose(f.add(first_key, c), c)
         with f.loop(0, num_keys) as c:
             half = s.halves - 1
+            self._ask_for_rest(1, c)
             self._fetch(f.add(first_key, c), half, f.at(self.value_at, f.mul(c, self.value * BYTES)), s.value_width)
-        self._each_product(
-            lambda i: f.do(
+        end = f.add(first_lane, num_lanes)
+        with f.loop(first_lane, end, self.count) as i:
+            f.do(
                 f"call void @few_scores(ptr {f.at(self.query_at, f.mul(i, 4 * s.width))}, ptr {self.key_at}, "
-                f"ptr {f.at(self.score_at, f.mul(i, 4 * KEYS))}, i64 {s.width}, ptr null)"
+                f"ptr {f.at(self.score_at, f.mul(i, 4 * KEYS))}, i64 {s.width}, ptr null, "
+                f"ptr {self.ahead_at[0]})"
             )
-        )
-        with f.loop(0, self.num_lanes) as i:
+        with f.loop(first_lane, end) as i:
             self._soften(first_key, i)
-        total = self.lanes.load(self.total_at)
-        self.lanes.store(self.lanes.mul(total, self.lanes.load(self.factor_at)), self.total_at)
-        self._each_product(lambda i: self._add_up(i, num_keys))
+        with f.loop(first_lane, end, self.count) as i:
+            self._add_up(i, num_keys)
 
-    def _prefetch(self, position: Value) -> None:
-        """Ask for the keys and values of sixteen tokens, if they lie in one page."""
-        f, s = self.f, self.s
-        size = SIZE[s.cache] * s.width
-        for half in range(s.halves):
-            start = f.at(self.pages, f.mul(self._index(position, half), size))
-            for line in (i * s.heads * size + at for i in range(16) for at in range(0, size, _LINE)):
-                f.do(f"call void @llvm.prefetch.p0(ptr {f.at(start, line)}, i32 0, i32 3, i32 1)")
-
-    def _each_product(self, visit: Callable[[Value], None]) -> None:
-        with self.f.loop(0, self.num_lanes, self.count) as i:
-            visit(i)
+    def _ask_for_rest(self, half: int, token: Value) -> None:
+        """What the products leave of a token of the next block."""
+        num_bytes = _token_bytes(self.s)
+        prefetch(self.f, self.ahead_at[half], token, (16, num_bytes), (_TRICKLE, num_bytes))
 
     def _transpose(self, position: Value, c: Value) -> None:
         """Sixteen keys into columns c .. c + 15; those beyond the last are hidden later, whatever they hold."""
@@ -109,6 +129,10 @@ class KeyLanes(Tile):
         scales = self._scales(indices) if s.cache == "i8" else None
 
         def block(first: Value, count: int) -> None:
+            if count == 16:
+                tokens = 256 // words  # so that all blocks of these keys ask for sixteen
+                for i in range(tokens):
+                    self._ask_for_rest(0, f.add(c, f.add(f.mul(f.arithmetic("udiv", first, 16), tokens), i)))
             at = [f.at(source, f.mul(first, 4)) for source in sources]
             rows = [_wide(f, f.load(f"<{count} x i32>", row, SIZE[s.cache]), count) for row in at]
             for i, word in enumerate(transposed(f, rows)[:count]):
@@ -169,7 +193,9 @@ class KeyLanes(Tile):
         """Totals and weighted values of the lanes of one product."""
         f = self.f
         weights, totals = f.at(self.score_at, f.mul(first, 4 * KEYS)), f.at(self.total_at, f.mul(first, 4))
-        sums = [f.variable("float", f.load("float", f.at(totals, 4 * i))) for i in range(self.count)]
+        factors = f.at(self.factor_at, f.mul(first, 4))
+        faded = [[f.load("float", f.at(place, 4 * i)) for place in (totals, factors)] for i in range(self.count)]
+        sums = [f.variable("float", f.let(f"fmul float {total}, {factor}")) for total, factor in faded]
         with f.loop(0, num_keys) as c:
             column = f.at(weights, f.mul(c, 4))
             for i, total in enumerate(sums):
@@ -177,22 +203,57 @@ class KeyLanes(Tile):
                 total.set(f.let(f"fadd float {total.get()}, {x}"))
         for i, total in enumerate(sums):
             f.store("float", total.get(), f.at(totals, 4 * i))
-        factors = f.at(self.factor_at, f.mul(first, 4))
         for n in range(0, self.value, self.part):
             out = f.at(self.out_at, f.add(f.mul(first, self.value * BYTES), n * BYTES))
             listed = f"ptr {weights}, ptr {f.at(self.value_at, n * BYTES)}, ptr {out}, i64 {num_keys}, ptr {factors}"
-            f.do(f"call void @few_weighted({listed})")
+            f.do(f"call void @few_weighted({listed}, ptr {self.ahead_at[1]})")
+
+
+class Few(KeyLanes):
+    """Writes `@few`: one head, segment after segment."""
+
+    def _more(self, lanes: int, numbers: int) -> list[int]:
+        return [lanes * self.value * BYTES, *[numbers] * 3]  # results, maxima and totals of all segments; factors
+
+    def _begin(self) -> None:
+        f = self.f
+        self.result_at, self.all_maximum_at, self.all_total_at, self.before_at = self.more_at
+        f.do(f"call void @llvm.memset.p0.i64(ptr {self.result_at}, i8 0, i64 {MOST * self.value * BYTES}, i1 false)")
+        self.lanes.store(MASKED, self.all_maximum_at)
+        self.lanes.store(ZERO, self.all_total_at)
+
+    def _attend_block(self, first_key: Value) -> None:
+        self._attend_head(first_key, 0, self.num_lanes)
+
+    def _end_segment(self) -> None:
+        f, lanes = self.f, self.lanes
+        top, before, now = self._merged(lanes.load(self.all_maximum_at), lanes.load(self.maximum_at))
+        lanes.store(top, self.all_maximum_at)
+        total = self._sum_of_both(lanes.load(self.all_total_at), before, lanes.load(self.total_at), now)
+        lanes.store(total, self.all_total_at)
+        lanes.store(before, self.before_at)
+        lanes.store(now, self.factor_at)
+        with f.loop(0, self.num_lanes) as lane:
+            number = f.mul(lane, 4)
+            factors = [
+                f.splat("float", f.load("float", f.at(at, number)), 16) for at in (self.before_at, self.factor_at)
+            ]
+            for v in range(self.value):
+                place = f.add(f.mul(lane, self.value * BYTES), v * BYTES)
+                result, out = f.at(self.result_at, place), f.at(self.out_at, place)
+                both = self._sum_of_both(lanes.load(result), factors[0], lanes.load(out), factors[1])
+                lanes.store(both, result)
 
     def _finish(self) -> None:
         lanes = self.lanes
-        factor = self._last_factor(lanes.load(self.maximum_at), lanes.load(self.total_at), self.sink_at)
+        factor = self._last_factor(lanes.load(self.all_maximum_at), lanes.load(self.all_total_at), self.sink_at)
         lanes.store(factor, self.factor_at)
 
     def _give_result(self, lane: Value, query: Value, member: Value, place: Value) -> None:
         f, width = self.f, self.s.value_width
         target = f.at(self._operand("out"), f.mul(place, 4 * width))
         factor = f.load("float", f.at(self.factor_at, f.mul(lane, 4)))
-        source = f.at(self.out_at, f.mul(lane, self.value * BYTES))
+        source = f.at(self.result_at, f.mul(lane, self.value * BYTES))
         with f.loop(0, width) as h:
             x = f.load("float", f.at(source, f.mul(h, 4)))
             f.store("float", f.let(f"fmul float {x}, {factor}"), f.at(target, f.mul(h, 4)))

@@ -40,10 +40,10 @@ class QueryLanes(Tile):
         f, s = self.f, self.s
         sizes = [s.width * self.stride, s.value_width * self.stride]  # queries, results
         sizes += [4 * KEYS * s.width, 4 * KEYS * s.value_width, KEYS * self.stride]  # keys, values, scores
-        sizes += [self.stride] * 3  # positions, sinks, factors
+        sizes += [self.stride] * 3 + [s.value_width * self.stride]  # positions, sinks, factors, results of a segment
         places = self._cut(sizes)
-        self.query_at, self.out_at, self.key_at, self.value_at, self.score_at = places[:5]
-        self.position_at, self.sink_at, self.factor_at = places[5:]
+        self.query_at, self.result_at, self.key_at, self.value_at, self.score_at = places[:5]
+        self.position_at, self.sink_at, self.factor_at, self.out_at = places[5:]
         f.do(f"call void @llvm.memset.p0.i64(ptr {self.block}, i8 0, i64 {sizes[0] + sizes[1]}, i1 false)")
         for v in range(self.vectors):
             f.store(INTS, "splat (i32 -1)", f.at(self.position_at, BYTES * v), BYTES)
@@ -56,8 +56,29 @@ class QueryLanes(Tile):
     def _begin(self) -> None:
         f = self.f
         self.positions = [f.load(INTS, f.at(self.position_at, BYTES * v), BYTES) for v in range(self.vectors)]
-        self.maxima = [f.variable(VECTOR, MASKED) for _ in range(self.vectors)]
-        self.totals = [f.variable(VECTOR, ZERO) for _ in range(self.vectors)]
+        self.maxima, self.all_maxima = ([f.variable(VECTOR, MASKED) for _ in self.positions] for _ in range(2))
+        self.totals, self.all_totals = ([f.variable(VECTOR, ZERO) for _ in self.positions] for _ in range(2))
+
+    def _begin_segment(self) -> None:
+        num_bytes = self.s.value_width * self.stride
+        self.f.do(f"call void @llvm.memset.p0.i64(ptr {self.out_at}, i8 0, i64 {num_bytes}, i1 false)")
+        for maximum, total in zip(self.maxima, self.totals, strict=True):
+            maximum.set(MASKED)
+            total.set(ZERO)
+
+    def _end_segment(self) -> None:
+        f, factors = self.f, []
+        for v in range(self.vectors):
+            top, before, now = self._merged(self.all_maxima[v].get(), self.maxima[v].get())
+            self.all_maxima[v].set(top)
+            self.all_totals[v].set(self._sum_of_both(self.all_totals[v].get(), before, self.totals[v].get(), now))
+            factors.append((before, now))
+        with f.loop(0, self.s.value_width) as h:
+            for v, (before, now) in enumerate(factors):
+                place = f.add(f.mul(h, self.stride), BYTES * v)
+                result, out = f.at(self.result_at, place), f.at(self.out_at, place)
+                both = self._sum_of_both(self.lanes.load(result), before, self.lanes.load(out), now)
+                self.lanes.store(both, result)
 
     def _attend_block(self, first_key: Value) -> None:
         f, s, stride = self.f, self.s, self.stride
@@ -110,7 +131,9 @@ class QueryLanes(Tile):
     def _finish(self) -> None:
         f = self.f
         for v in range(self.vectors):
-            factor = self._last_factor(self.maxima[v].get(), self.totals[v].get(), f.at(self.sink_at, BYTES * v))
+            factor = self._last_factor(
+                self.all_maxima[v].get(), self.all_totals[v].get(), f.at(self.sink_at, BYTES * v)
+            )
             self.lanes.store(factor, f.at(self.factor_at, BYTES * v))
 
     def _give_result(self, lane: Value, query: Value, member: Value, place: Value) -> None:
@@ -118,5 +141,5 @@ class QueryLanes(Tile):
         target = f.at(self._operand("out"), f.mul(place, 4 * width))
         scale = f.load("float", f.at(self.factor_at, f.mul(lane, 4)))
         with f.loop(0, width) as h:
-            x = f.load("float", f.at(self.out_at, f.add(f.mul(h, self.stride), f.mul(lane, 4))))
+            x = f.load("float", f.at(self.result_at, f.add(f.mul(h, self.stride), f.mul(lane, 4))))
             f.store("float", f.let(f"fmul float {x}, {scale}"), f.at(target, f.mul(h, 4)))

@@ -3,7 +3,9 @@
 A tile is one key/value head and some (query, head of its group) pairs, its *lanes*, of one row:
 `@NAME(ptr buffers, i64 row, head, first lane, number of lanes, first query, number of queries)`. `query_lanes.py` lays
 the lanes along vectors, `key_lanes.py` keys; both do the same arithmetic on each number in the same order, so that a
-query's result has the same bits from either. The softmax is online (Milakov & Gimelshein 2018), in powers of two.
+query's result has the same bits from either. The softmax is online (Milakov & Gimelshein 2018), in powers of two. It
+begins anew in every segment of keys, and segments are merged in order: so several cores can take those of one query
+(FlashDecoding), and a query's result still does not depend on who did what.
 
 Dimension letters: L vectors of 16 lanes, S keys of a block, H head width, C tokens per page.
 """
@@ -19,6 +21,8 @@ from jaxllm.ops.cpu.ir import Function, Value
 from jaxllm.ops.cpu.lanes import BYTES, VECTOR, ZERO, Lanes, constant, literal
 
 KEYS = 64  # of a block
+SEGMENT = 512  # keys; short, so that the cores share one query's context evenly, and blocks enough to hide the merging
+_LINE = 64  # bytes that memory gives at once
 INTS = "<16 x i32>"
 MASKED = constant(-1e30)  # finite: differences of two masked scores must not be NaN
 LOG2E = math.log2(math.e)
@@ -61,16 +65,25 @@ class Sizes:
 
 
 def products(
-    name: str, vectors: int, count: int, stride: int, step: int, *, row: int | None = None, scaled_by: str = ""
+    name: str,
+    vectors: int,
+    count: int,
+    stride: int,
+    step: int,
+    *,
+    row: int | None = None,
+    scaled_by: str = "",
+    ahead: tuple[tuple[int, int], tuple[int, int]] | None = None,
 ) -> str:
     """`out[i] = sum_j a[i * stride + j * step] * b[j]` for `count` i, where b and out are rows of vectors.
 
     Only the first `vectors` of a row's `row` vectors are computed. With `scaled_by` the old `out` is added, times what
-    stands at the last argument: a vector per place in the row ("columns") or a number per i ("rows"). Arguments: a, b,
-    out, number of j, factors. All sums stay in registers, and every sum runs over j in order.
+    stands at the factors: a vector per place in the row ("columns") or a number per i ("rows"). Arguments: a, b, out,
+    number of j, factors. All sums stay in registers, and every sum runs over j in order. With `ahead`, the steps and
+    part of `prefetch`, there is a last argument: addresses of what is asked of memory meanwhile.
     """
-    f = Function(name, ["ptr", "ptr", "ptr", "i64", "ptr"], "noinline")
-    lanes, (a, b, out, length, factors) = Lanes(f), f.args
+    f = Function(name, ["ptr", "ptr", "ptr", "i64", "ptr", *["ptr"] * bool(ahead)], "noinline")
+    lanes, (a, b, out, length, factors) = Lanes(f), f.args[:5]
     row = row or vectors
     places = [(i, v) for i in range(count) for v in range(vectors)]
     at = {(i, v): f.at(out, (i * row + v) * BYTES) for i, v in places}
@@ -87,6 +100,8 @@ def products(
         line = f.at(b, f.mul(j, BYTES * row))
         right = [lanes.load(f.at(line, BYTES * v)) for v in range(vectors)]
         column = f.at(a, f.mul(j, 4 * step))
+        if ahead:
+            prefetch(f, f.args[5], j, *ahead)
         for i in range(count):
             left = f.splat("float", f.load("float", f.at(column, 4 * stride * i)), 16)
             for v in range(vectors):
@@ -94,6 +109,20 @@ def products(
     for place in places:
         lanes.store(sums[place].get(), at[place])
     return f.text()
+
+
+def prefetch(f: Function, addresses: str, j: Value, steps: tuple[int, int], part: tuple[int, int]) -> None:
+    """Ask for part of what a step needs: `steps = (how many of an address, bytes of each)`, `part = (start, end)`.
+
+    Into the second level of cache: the first one takes too few requests at a time.
+    """
+    count, size = steps
+    if not part[0] < part[1]:
+        return
+    base = f.load("ptr", f.at(addresses, f.mul(f.arithmetic("udiv", j, count), 8)), 8)
+    at = f.at(base, f.mul(f.arithmetic("urem", j, count), size))
+    for line in range(*part, _LINE):
+        f.do(f"call void @llvm.prefetch.p0(ptr {f.at(at, line)}, i32 0, i32 2, i32 1)")
 
 
 class Tile:
@@ -120,8 +149,11 @@ class Tile:
         self.pages = self._operand("pages")
         self.table = f.at(self._operand("table"), f.mul(self.row, 4 * s.pages_per_row))
         start, self._end = self._keys_seen()
-        with f.loop(start, self._end, KEYS) as first_key:
-            self._attend_block(first_key)
+        with f.loop(f.mul(f.arithmetic("udiv", start, SEGMENT), SEGMENT), self._end, SEGMENT) as segment:
+            self._begin_segment()
+            with f.loop(f.larger(segment, start), f.smaller(f.add(segment, SEGMENT), self._end), KEYS) as first_key:
+                self._attend_block(first_key)
+            self._end_segment()
         self._finish()
         self._each_lane(self._give_result)
         f.do(f"call void @free(ptr {self.block})")
@@ -136,14 +168,22 @@ class Tile:
         raise NotImplementedError
 
     def _begin(self) -> None:
-        """Before the first block."""
+        """Before the first segment."""
+
+    def _begin_segment(self) -> None:
+        """Nothing seen yet."""
+        raise NotImplementedError
+
+    def _end_segment(self) -> None:
+        """Merge it with those before it."""
+        raise NotImplementedError
 
     def _attend_block(self, first_key: Value) -> None:
         """Up to `KEYS` keys from `first_key` on."""
         raise NotImplementedError
 
     def _finish(self) -> None:
-        """After the last block."""
+        """After the last segment."""
         raise NotImplementedError
 
     def _give_result(self, lane: Value, query: Value, member: Value, place: Value) -> None:
@@ -188,6 +228,10 @@ class Tile:
             f.store("float", x, self._query_place(lane, h))
         position = f.let(f"trunc i64 {f.add(self.before, query)} to i32")
         f.store("i32", position, f.at(self.position_at, f.mul(lane, 4)))
+        self._take_sink(lane, member)
+
+    def _take_sink(self, lane: Value, member: Value) -> None:
+        f, s = self.f, self.s
         if "sinks" in s.operands:
             index = f.add(f.mul(self.head, s.group), member)
             sink = f.load("float", f.at(self._operand("sinks"), f.mul(index, 4)))
@@ -208,6 +252,17 @@ class Tile:
         """Exponentials; 0 for what is out of sight."""
         lanes = self.lanes
         return lanes.select(lanes.equal(scores, MASKED), ZERO, lanes.power(lanes.sub(scores, maxima)))
+
+    def _merged(self, maximum: str, other: str) -> tuple[str, str, str]:
+        """The maximum of two parts, and what the totals and weighted sums of each are to be multiplied with."""
+        lanes = self.lanes
+        top = lanes.maximum(maximum, other)
+        return top, lanes.power(lanes.sub(maximum, top)), lanes.power(lanes.sub(other, top))
+
+    def _sum_of_both(self, x: str, factor: str, y: str, other_factor: str) -> str:
+        """`x * factor + y * other_factor`."""
+        lanes = self.lanes
+        return lanes.add(lanes.mul(x, factor), lanes.mul(y, other_factor))
 
     def _last_factor(self, maximum: str, total: str, sink_at: str) -> str:
         """What the weighted sums are to be multiplied with: 0 where nothing was seen."""
