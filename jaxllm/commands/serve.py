@@ -184,8 +184,8 @@ def start_pool(args: argparse.Namespace, engine: dict[str, Any], listen: Listen,
     if bound is None or args.served_model_name:
         wrong = "--num-processes: a pool is one process" if bound is None else "--served-model-name: --models has names"
         raise ValueError(f"--models does not go with {wrong}; leave it out")
-    if args.lora_modules or args.enable_lora:
-        raise ValueError("--models does not go with --enable-lora: adapters are served with one model; leave it out")
+    if args.lora_modules:
+        raise ValueError("--lora-modules does not say of which model; give lora_modules in its table of the .toml file")
     del engine["model"]
     shared = {field.name: getattr(args, field.name) for field in dataclasses.fields(PoolConfig)}
     given = {name: value for name, value in shared.items() if value != getattr(PoolConfig(), name)}

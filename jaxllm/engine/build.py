@@ -131,14 +131,13 @@ def build_engine(
 
 
 def read_parameters(config: EngineConfig, built: BuiltEngine) -> Any:
-    """The parameters that `config.model` has now, for an engine that is built already.
+    """The parameters that `config.model` has now, with its draft model's, for an engine that is built already.
 
     Raises ValueError where they are of another architecture or size.
     """
     from jaxllm.weights.source import open_source
 
-    if built.engine.runner.model.draft is not None:
-        raise ValueError("the weights of an engine with a draft model cannot be replaced; start it anew")
+    model = built.engine.runner.model
     source = open_source(config, progress=False)
     found = read_config(source.hf_config)
     if found != built.model_config:
@@ -149,7 +148,11 @@ def read_parameters(config: EngineConfig, built: BuiltEngine) -> Any:
             f"{config.model!r} is another kind of model ({', '.join(names)} differ); weights can only be replaced by "
             "those of the same configuration"
         )
-    return source.parameters(built.engine.runner.model)
+    params = source.parameters(model)
+    _, draft_source = _with_draft(config, model)
+    if draft_source is None or model.draft is None:
+        return params
+    return params, draft_source.parameters(model.draft)
 
 
 def _with_draft(config: EngineConfig, model: AbstractModel) -> tuple[AbstractModel, ModelSource | None]:

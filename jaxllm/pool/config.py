@@ -34,7 +34,6 @@ _REFUSED = {
     "decode_mesh": "see prefill_mesh",
     "kv_transfer_config": "its models are not handed over",
     "kv_events_config": "its prefix caches come and go",
-    "enable_lora": "adapters have no place in the budget yet",
 }
 
 
@@ -90,6 +89,7 @@ class ModelEntry:
         pinned: never leaves the device.
         keep_alive: as in `PoolConfig`, whose value holds where this is None.
         priority: the model with the smaller number stays on the device longer.
+        lora_modules: adapters by the names that requests choose them by, each the folder that PEFT saved it in.
         engine: fields of `EngineConfig`.
     """
 
@@ -99,10 +99,11 @@ class ModelEntry:
     pinned: bool = False
     keep_alive: str | float | None = None
     priority: int = 0
+    lora_modules: Mapping[str, str] = field(default_factory=dict)
     engine: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in (self.name, *self.aliases):
+        for name in self.names:
             if not isinstance(name, str) or not _NAME.fullmatch(name):
                 raise ValueError(f"{name!r} is no name for a model; use letters, digits and . _ : @ + / -")
         if not isinstance(self.path, str) or not self.path:
@@ -112,17 +113,19 @@ class ModelEntry:
         if self.keep_alive is not None:
             seconds(self.keep_alive)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that requests choose it by, its adapters' among them."""
+        return (self.name, *self.aliases, *self.lora_modules)
+
     def engine_config(self) -> EngineConfig:
         """How its engine runs. Raises ValueError for what cannot be."""
         for name, reason in _REFUSED.items():
             if self.engine.get(name):
                 raise ValueError(f"model {self.name!r}: {name} is not for pools: {reason}; leave it out")
-        if (self.engine.get("speculative_config") or {}).get("model"):
-            raise ValueError(
-                f"model {self.name!r}: a draft model has no place in the budget; use method ngram, or none"
-            )
+        adapters = {"enable_lora": True} if self.lora_modules else {}
         try:
-            return EngineConfig.from_kwargs({**self.engine, "model": self.path})
+            return EngineConfig.from_kwargs({**self.engine, **adapters, "model": self.path})
         except ValueError as error:
             raise ValueError(f"model {self.name!r}: {error}") from None
 
@@ -138,8 +141,11 @@ class ModelEntry:
         aliases = fields.pop("aliases", ())
         if isinstance(aliases, str) or not isinstance(aliases, Sequence):
             raise ValueError(f"model {name!r}: aliases={aliases!r}; give a list of names")
+        adapters = fields.pop("lora_modules", {})
+        if not isinstance(adapters, Mapping) or not all(isinstance(one, str) and one for one in adapters.values()):
+            raise ValueError(f"model {name!r}: lora_modules={adapters!r}; give a table of names and folders")
         engine = {**defaults, **{key: value for key, value in given.items() if key not in own}}
-        entry = cls(name=name, aliases=tuple(aliases), engine=engine, **fields)
+        entry = cls(name=name, aliases=tuple(aliases), lora_modules=dict(adapters), engine=engine, **fields)
         entry.engine_config()
         return entry
 
@@ -187,7 +193,7 @@ def check_names(entries: Sequence[ModelEntry]) -> None:
     """Raise ValueError where two models would answer to one name."""
     seen: dict[str, str] = {}
     for entry in entries:
-        for name in (entry.name, *entry.aliases):
+        for name in entry.names:
             if (other := seen.setdefault(name, entry.name)) is not entry.name:
                 raise ValueError(f"the name {name!r} belongs to {other!r} already; give {entry.name!r} another")
 

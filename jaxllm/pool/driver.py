@@ -159,7 +159,7 @@ class Driver:
                 model.residence is not None
                 and not model.entry.pinned
                 and now - model.used > model.keep_alive
-                and (model.residence.has_weights or model.residence.has_cache)
+                and (model.residence.has_weights or model.residence.cache.is_here)
             ):
                 log.info("%s leaves the device after %.0f s without requests", model.name, now - model.used)
                 self._residents.put_to_sleep(model)
@@ -232,7 +232,7 @@ class Driver:
         upcoming = self._policy.upcoming(_INSTANCE)
         for name in upcoming:
             model = self._models[name]
-            if model.residence is not None and not model.residence.has_weights:
+            if model.residence is not None and not (model.residence.has_weights and model.residence.cache.is_here):
                 self._residents.prefetch(model, upcoming)
                 return
 

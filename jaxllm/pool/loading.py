@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, final
@@ -31,6 +32,7 @@ from jaxllm.runner.shapes import RunnerShapes
 from jaxllm.weights.abstract import AbstractModel
 
 _AGAIN_SECONDS = 5.0  # after which a model that failed is tried again
+_KEPT_PROGRAMS = 32  # sets of them, of models that may be gone by now
 
 
 @final
@@ -49,7 +51,7 @@ class Loader:
         self._warm_up, self._options = warm_up, options
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._lock = threading.Lock()
-        self._programs: list[tuple[AbstractModel, RunnerShapes, Compiler]] = []
+        self._programs: deque[tuple[AbstractModel, RunnerShapes, Compiler]] = deque(maxlen=_KEPT_PROGRAMS)
 
     def ensure(self, model: PooledModel) -> Future[AsyncLLM]:
         """A model's frontend, loading it where that was not begun. From any thread.
@@ -101,12 +103,18 @@ class Loader:
             self._driver.call(lambda: self._driver.reserve(model, sizes)).result()
             return self._compiler(abstract, shapes)
 
-        if model.config.speculative is not None and model.config.speculative.model is not None:
-            raise ValueError("speculative_config: method 'draft_model' is not for models of a pool; use 'ngram'")
         say: Callable[[str], None] = lambda stage: self._stage(model, stage)
         built = build_engine(model.config, progress=False, on_stage=say, on_sized=on_sized)
         reread = BuiltEngine(built.engine, None, built.model_config, {})
         residence = Residence(built.engine, self._store, self._host_kv, lambda: read_parameters(model.config, reread))
+        try:
+            return self._finish(model, built, residence)
+        except BaseException:
+            residence.forget()
+            raise
+
+    def _finish(self, model: PooledModel, built: BuiltEngine, residence: Residence) -> AsyncLLM:
+        """Everything after the engine itself."""
         residence.rest()
         for program in ("take", "put"):
             built.engine.runner.compiler.program((program, MOVE_BATCH))
@@ -122,6 +130,8 @@ class Loader:
 
         fields = {f.name: getattr(model.config, f.name) for f in dataclasses.fields(model.config)}
         llm = AsyncLLM(built=built, use_tqdm=False, make_thread=make_lane, **self._options, **fields)
+        for name, path in model.entry.lora_modules.items():
+            llm.adapters.load(name, path)
         ((lane, tasks),) = made
         self._driver.call(lambda: self._driver.adopt(model, llm, lane, tasks, residence)).result()
         return llm
@@ -139,9 +149,13 @@ class Loader:
         return compiler
 
 
-def _same_programs(a: AbstractModel, b: AbstractModel) -> bool:
+def _same_programs(a: AbstractModel | None, b: AbstractModel | None) -> bool:
+    if a is None or b is None:
+        return a is b
+
     def described(model: AbstractModel) -> Any:
         leaves, structure = jax.tree.flatten(model.parameters)
         return structure, [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves]
 
-    return (a.cfg, a.placement, a.graph) == (b.cfg, b.placement, b.graph) and described(a) == described(b)
+    same = (a.cfg, a.placement, a.graph) == (b.cfg, b.placement, b.graph) and described(a) == described(b)
+    return same and _same_programs(a.draft, b.draft)

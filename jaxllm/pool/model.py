@@ -62,7 +62,7 @@ class PooledModel:
         loaded: the future of its frontend; None before anybody asked for it.
         lane: how its frontend reaches the driver.
         open: tasks that the policy has, by listener. prefilling: those without a first token.
-        fetching: its weights on their way to the devices.
+        fetching: its weights on their way to the devices. moving: its cache on its way (see `CacheMoves`).
         used: when it had work last, on the monotonic clock.
         removed: set when it is undeployed and nothing of it is left.
         num_switches: times it came onto the devices.
@@ -84,6 +84,7 @@ class PooledModel:
     open: dict[Any, Task] = field(default_factory=dict)
     prefilling: set[Task] = field(default_factory=set)
     fetching: Future[Any] | None = None
+    moving: Future[tuple[int, float]] | None = None
     used: float = field(default_factory=time.monotonic)
     removed: Future[None] | None = None
     num_switches: int = 0

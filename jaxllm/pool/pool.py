@@ -111,9 +111,9 @@ class Pool:
         return list(self._models.values())
 
     def model(self, name: str) -> PooledModel:
-        """The model of a name or an alias. Raises UnknownModel."""
+        """The model of a name, an alias or an adapter. Raises UnknownModel."""
         for model in self.models:
-            if name == model.name or name in model.entry.aliases:
+            if name in model.entry.names:
                 return model
         known = ", ".join(repr(model.name) for model in self.models)
         raise UnknownModel(f"the pool has no model {name[:100]!r}; it has {known}")
@@ -197,13 +197,14 @@ class Pool:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """Complete every prompt with one model; see `LLM.generate`."""
+        """Complete every prompt with one model, or an adapter of one; see `LLM.generate`."""
         llm, given = self.llm(model), as_prompts(prompts)
+        adapter = llm.adapter_of(model if model in self.model(model).entry.lora_modules else None)
         params = sampling_params or llm.get_default_sampling_params()
         each = list(params) if isinstance(params, Sequence) else [params] * len(given)
         if len(each) != len(given):
             raise ValueError(f"{len(each)} sampling_params for {len(given)} prompts; give one, or one for each")
-        jobs = [llm.jobs.prepare(prompt, one) for prompt, one in zip(given, each, strict=True)]
+        jobs = [llm.jobs.prepare(prompt, one, adapter=adapter) for prompt, one in zip(given, each, strict=True)]
         for text in dict.fromkeys(text for job in jobs for text in job.output.warnings):
             warnings.warn(text, stacklevel=2)
         self._run(llm, jobs)

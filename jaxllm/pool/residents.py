@@ -1,4 +1,4 @@
-"""Who is on the devices: makes room within the budget, brings models on, and fetches the next one's weights beforehand.
+"""Who is on the devices: brings models on, and fetches what the next one needs beforehand.
 
 On the thread that steps the engines, between iterations of whichever is moved. Knows nothing of requests or policies:
 it is told who runs and who comes next.
@@ -9,51 +9,20 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, final
 
 from jaxllm.pool.budget import Budget, NoRoom
+from jaxllm.pool.cache_moves import CacheMoves
+from jaxllm.pool.cache_part import Where
 from jaxllm.pool.model import PooledModel
-from jaxllm.pool.residence import Sizes
+from jaxllm.pool.residence import Residence, Sizes
+from jaxllm.pool.room import Room
+from jaxllm.pool.switches import Switch, SwitchTotals
 
 log = logging.getLogger(__name__)
 _KEPT_SWITCHES = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Switch:
-    """One model came onto the devices.
-
-    Attributes:
-        time: seconds since the epoch.
-        model, left: who came; who was on before it.
-        seconds: that everybody waited for it.
-        num_bytes: of weights.
-        copy_seconds: that copying them took; what is not in `seconds` was hidden behind other models' work.
-    """
-
-    time: float
-    model: str
-    left: str | None
-    seconds: float
-    num_bytes: int
-    copy_seconds: float
-
-
-@dataclass(slots=True)
-class SwitchTotals:
-    """Sums since the start."""
-
-    count: int = 0
-    seconds: float = 0.0
-    num_bytes: int = 0
-    copy_seconds: float = 0.0
-    weight_wait_seconds: float = 0.0
-    cache_seconds: float = 0.0
-    prefetches: int = 0
-    wasted_prefetches: int = 0
 
 
 @final
@@ -72,26 +41,34 @@ class Residents:
         self.switches: deque[Switch] = deque(maxlen=_KEPT_SWITCHES)
         self.current: PooledModel | None = None
         self._models, self._rest_limit = models, rest_limit
+        self._caches = CacheMoves(models, budget, self.totals)
+        self._room = Room(models, budget, self._caches, self.totals)
         self._fetcher = ThreadPoolExecutor(1, thread_name_prefix="fetch")
 
     def bring(self, model: PooledModel, upcoming: Sequence[str] = ()) -> None:
-        """Put both parts of a model on the devices. Raises NoRoom where those that cannot leave take too much."""
-        residence = model.residence
-        assert residence is not None
-        if self.current is model and residence.has_weights and residence.has_cache:
+        """Put both parts of a model on the devices. Raises NoRoom where those that cannot leave take too much.
+
+        What takes time goes on side by side: others' caches leave while its weights come, and its own cache comes.
+        """
+        residence = _residence(model)
+        if self.current is model and residence.has_weights and residence.cache.is_here:
             return
         started, num_bytes, copying, waited = time.perf_counter(), 0, 0.0, 0.0
-        self._make_room(self._missing(model), {model.name}, upcoming, model.name)
+        self._caches.keep(model)
+        self._room.clear(self._missing(model), {model.name}, upcoming, model.name)
+        if not residence.has_weights and model.fetching is None:
+            self._take_weights(model)
+        if residence.cache.where is Where.AWAY and self.budget.free >= residence.sizes.cache:
+            self._caches.bring_back(model)
         if not residence.has_weights:
-            num_bytes = residence.sizes.weights
+            before, num_bytes = time.perf_counter(), residence.sizes.weights
             leaves, copying = self._weights(model)
             residence.put_weights(leaves)
-            waited = time.perf_counter() - started
-        before = time.perf_counter()
-        if not residence.has_cache:
-            self._take(model, "cache", residence.sizes.cache)
-            residence.put_cache()
-        self.totals.cache_seconds += time.perf_counter() - before
+            waited = time.perf_counter() - before
+        if residence.cache.where is Where.AWAY:
+            self._caches.wait_for(residence.sizes.cache)
+            self._caches.bring_back(model)
+        self._caches.finish(model)
         self._came(model, time.perf_counter() - started, num_bytes, copying, waited)
 
     def _came(self, model: PooledModel, seconds: float, num_bytes: int, copying: float, waited: float) -> None:
@@ -109,51 +86,62 @@ class Residents:
         self._spare_host(model)
 
     def _missing(self, model: PooledModel) -> int:
-        residence = model.residence
-        assert residence is not None
+        residence = _residence(model)
         weights = 0 if residence.has_weights or model.fetching is not None else residence.sizes.weights
-        return weights + (0 if residence.has_cache else residence.sizes.cache)
+        return weights + (residence.sizes.cache if residence.cache.where is Where.AWAY else 0)
+
+    def _take_weights(self, model: PooledModel) -> None:
+        size = _residence(model).sizes.weights
+        self._caches.wait_for(size)
+        self.budget.take(model.name, "weights", size)
 
     def _weights(self, model: PooledModel) -> tuple[Any, float]:
-        """Weights on the devices, and the seconds that copying them took."""
-        residence = model.residence
-        assert residence is not None
+        """Weights on the devices, whose bytes were taken, and the seconds that copying them took."""
+        residence = _residence(model)
         if model.fetching is not None:
             fetching, model.fetching = model.fetching, None
             try:
                 return fetching.result()
             except Exception as error:  # the gaps were too short, say; whatever it is, it comes again if it lasts
                 log.warning("the weights of %s could not be fetched beforehand: %s", model.name, error)
-                self.budget.give_back(model.name, "weights")
-        self._take(model, "weights", residence.sizes.weights)
         try:
             return _timed(residence.fetch)
         except NoRoom:  # enough bytes are free, but not side by side
-            for other in self._victims({model.name}, ()):
-                self._drop_weights(other)
+            for other in self._room.victims({model.name}, ()):
+                self._room.drop_weights(other)
             return _timed(residence.fetch)
         except BaseException:
             self.budget.give_back(model.name, "weights")
             raise
 
     def prefetch(self, model: PooledModel, upcoming: Sequence[str]) -> None:
-        """Begin to copy a model's weights while another runs, where that pushes out nobody whose turn is sooner."""
+        """Go on to bring a model's parts while another runs, where that pushes out nobody whose turn is sooner.
+
+        Weights first, then the cache; where a cache has to leave first it begins to, and the next call goes on.
+        """
         residence = model.residence
-        if residence is None or residence.has_weights or model.fetching is not None:
+        if residence is None or any(m.fetching is not None for m in self._models.values() if m is not model):
             return
-        if any(other.fetching is not None for other in self._models.values()):
+        lacks_weights = not residence.has_weights and model.fetching is None
+        if not lacks_weights and residence.cache.where is not Where.AWAY:
             return
+        need = residence.sizes.weights if lacks_weights else residence.sizes.cache
         ahead = {model.name, *([self.current.name] if self.current else []), *_before(upcoming, model.name)}
-        need = residence.sizes.weights
-        if self.budget.free + sum(self._leaving(other) for other in self._victims(ahead, upcoming)) < need:
+        if self._room.reach(ahead, upcoming) < need:
             return
-        self._make_room(need, ahead, upcoming, model.name)
-        self._take(model, "weights", need)
-        self.totals.prefetches += 1
-        model.fetching = self._fetcher.submit(_timed, residence.fetch)
+        self._room.clear(need, ahead, upcoming, model.name)
+        if self.budget.free < need:
+            return
+        if lacks_weights:
+            self._take_weights(model)
+            self.totals.prefetches += 1
+            model.fetching = self._fetcher.submit(_timed, residence.fetch)
+        else:
+            self._caches.bring_back(model)
 
     def arrive(self) -> None:
-        """Take over weights that have been fetched meanwhile."""
+        """Take over what has come or gone meanwhile."""
+        self._caches.arrive()
         for model in self._models.values():
             if model.fetching is not None and model.fetching.done() and model.residence is not None:
                 fetching, model.fetching = model.fetching, None
@@ -169,94 +157,51 @@ class Residents:
 
     def reserve(self, model: PooledModel, sizes: Sizes) -> None:
         """Take the bytes of a model that is about to be loaded. Raises NoRoom with what it takes."""
-        self._make_room(sizes.weights + sizes.cache, {model.name}, (), model.name)
+        self._room.clear(sizes.whole, {model.name}, (), model.name)
+        self._caches.wait_for(sizes.whole)
         self.budget.take(model.name, "weights", sizes.weights)
         self.budget.take(model.name, "cache", sizes.cache)
+        if sizes.staying:
+            self.budget.take(*_staying(model), sizes.staying)
 
     def release(self, model: PooledModel) -> None:
         """Give back all bytes of a model that is gone, after freeing what is there."""
-        self._end_fetch(model)
+        self._settle(model)
         if model.residence is not None:
             model.residence.forget()
         self.budget.give_back(model.name, "weights")
         self.budget.give_back(model.name, "cache")
+        self.budget.give_back(*_staying(model))
         if self.current is model:
             self.current = None
 
     def rested(self, model: PooledModel) -> None:
         """A model was loaded, and the host has its weights: they come to the devices with its first turn."""
-        self._drop_weights(model)
+        self._room.drop_weights(model)
         self._spare_host(model)
 
     def put_to_sleep(self, model: PooledModel) -> None:
         """Bring both parts off the devices."""
-        self._end_fetch(model)
-        self._drop_weights(model)
-        self._drop_cache(model)
+        self._settle(model)
+        self._room.drop_weights(model)
+        self._room.send_cache_away(model)
+        self._caches.finish(model)
         if self.current is model:
             self.current = None
+
+    def _settle(self, model: PooledModel) -> None:
+        """Nothing of it is on its way afterwards."""
+        self._room.end_fetch(model)
+        self._caches.keep(model)
+        try:
+            self._caches.finish(model)
+        except Exception as error:
+            log.warning("the cache of %s could not be brought back: %s", model.name, error)
 
     def shutdown(self) -> None:
         """End what is under way."""
         self._fetcher.shutdown(wait=True)
-
-    # Room.
-
-    def _take(self, model: PooledModel, part: str, num_bytes: int) -> None:
-        self.budget.take(model.name, part, num_bytes)
-
-    def _make_room(self, num_bytes: int, keep: Collection[str], upcoming: Sequence[str], name: str) -> None:
-        for evict in self._evictions(keep, upcoming):
-            if self.budget.free >= num_bytes:
-                return
-            evict()
-        if self.budget.free < num_bytes:
-            raise NoRoom(
-                f"{name} takes {num_bytes} bytes of each device; {self.budget.limit} are there and {self.budget.used} "
-                "are taken by models that cannot leave; lower its max_model_len, max_num_seqs or "
-                "kv_cache_memory_bytes, unpin another model, or raise device_memory_bytes"
-            )
-
-    def _evictions(self, keep: Collection[str], upcoming: Sequence[str]) -> Iterator[Callable[[], None]]:
-        """What could leave, the least missed first: of a model its weights, which need no copying, then its cache."""
-        for model in self._victims(keep, upcoming):
-            yield lambda model=model: self._drop_weights(model)
-            yield lambda model=model: self._drop_cache(model)
-        for model in self._models.values():
-            if model.fetching is not None and model.name not in keep:
-                yield lambda model=model: self._end_fetch(model)
-
-    def _victims(self, keep: Collection[str], upcoming: Sequence[str]) -> list[PooledModel]:
-        """Models that may leave: first those without a turn to come, then by priority, then whose turn is last."""
-        turns = {name: i for i, name in enumerate(upcoming)}
-        never = len(turns)
-        here = [m for m in self._models.values() if m.residence is not None and self.budget.held(m.name)]
-        movable = [m for m in here if not m.entry.pinned and m.name not in keep and m.fetching is None]
-        return sorted(movable, key=lambda m: (m.name in turns, -m.entry.priority, -turns.get(m.name, never), m.used))
-
-    def _leaving(self, model: PooledModel) -> int:
-        return self.budget.held(model.name)
-
-    def _drop_weights(self, model: PooledModel) -> None:
-        if model.residence is not None and model.residence.has_weights:
-            model.residence.drop_weights()
-            self.budget.give_back(model.name, "weights")
-
-    def _drop_cache(self, model: PooledModel) -> None:
-        if model.residence is not None and model.residence.has_cache:
-            model.residence.take_cache()
-            self.budget.give_back(model.name, "cache")
-
-    def _end_fetch(self, model: PooledModel) -> None:
-        if model.fetching is None or model.residence is None:
-            return
-        fetching, model.fetching = model.fetching, None
-        self.totals.wasted_prefetches += 1
-        try:
-            model.residence.unused(fetching.result()[0])
-        except Exception as error:
-            log.warning("the weights of %s could not be fetched: %s", model.name, error)
-        self.budget.give_back(model.name, "weights")
+        self._caches.shutdown()
 
     def _spare_host(self, newest: PooledModel) -> None:
         """Give up host copies beyond the limit, of who was used longest ago; these are read from disk again."""
@@ -275,6 +220,16 @@ class Residents:
 def _timed(fetch: Callable[[], Any]) -> tuple[Any, float]:
     started = time.perf_counter()
     return fetch(), time.perf_counter() - started
+
+
+def _residence(model: PooledModel) -> Residence:
+    assert model.residence is not None
+    return model.residence
+
+
+def _staying(model: PooledModel) -> tuple[str, str]:
+    """Owner and part of the bytes that never leave: they are not the model's, of which all can."""
+    return f"adapters of {model.name}", "slots"
 
 
 def _before(upcoming: Sequence[str], name: str) -> Sequence[str]:

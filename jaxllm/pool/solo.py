@@ -30,7 +30,7 @@ class Sleeper:
     def is_sleeping(self) -> bool:
         """Whether any part of it is off the devices."""
         residence = self._residence
-        return residence is not None and not (residence.has_weights and residence.has_cache)
+        return residence is not None and not (residence.has_weights and residence.cache.is_here)
 
     async def sleep(self, level: int = 1) -> None:
         """Wait for the requests under way, take no more, and free the devices.
@@ -40,8 +40,6 @@ class Sleeper:
                 2 drops them, too, and reads them again from disk.
         """
         async with self._lock:
-            if level == 2:
-                self._check_rereads()
             await self._llm.pause(_ASLEEP)
             await self._between(lambda: self._put_to_sleep(level))
 
@@ -60,17 +58,12 @@ class Sleeper:
         async with self._lock:
             if self.is_sleeping:
                 raise ValueError("the model sleeps; POST /wake_up before its weights are replaced")
-            self._check_rereads()
             if self._config.disk_kv_bytes:
                 raise ValueError("weights cannot be replaced beside a KV cache on disk; start without disk_kv_bytes")
             config = dataclasses.replace(self._config, model=path)
             params = await asyncio.to_thread(read_parameters, config, self._built())
             await self._between(lambda: self._known().replace_weights(params))
             self._config = config
-
-    def _check_rereads(self) -> None:
-        if self._llm.engine.runner.model.draft is not None:
-            raise ValueError("weights cannot be read anew beside a draft model; use level 1, or no speculative_config")
 
     async def _between(self, function: Callable[[], Any]) -> None:
         await asyncio.wrap_future(self._llm.thread.call(function))
@@ -97,12 +90,12 @@ class Sleeper:
             residence.drop_weights()
         if level == 2:
             residence.forget_rest()
-        if residence.has_cache:
-            residence.take_cache()
+        if residence.cache.is_here:
+            residence.cache.leave()
 
     def _wake(self, tags: Collection[str]) -> None:
         residence = self._known()
         if "weights" in tags and not residence.has_weights:
             residence.put_weights(residence.fetch())
-        if "kv_cache" in tags and not residence.has_cache:
-            residence.put_cache()
+        if "kv_cache" in tags and not residence.cache.is_here:
+            residence.cache.come()

@@ -21,6 +21,9 @@ class DeployRequest(Body):
     max_model_len: Lenient[Annotated[int, Field(ge=1, lt=2**31)]] | None = None
     max_num_seqs: Lenient[Annotated[int, Field(ge=1, lt=2**20)]] | None = None
     quantization: Name | None = None
+    lora_modules: Annotated[dict[Name, str], Field(max_length=256, description="Adapters: name and folder.")] | None = (
+        None
+    )
     engine: Annotated[dict[Name, Any], Field(max_length=64, description="Further engine arguments.")] | None = None
     wait: bool | None = None
 

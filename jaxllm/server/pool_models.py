@@ -84,7 +84,7 @@ class PoolModels:
             llm = await asyncio.shield(asyncio.wrap_future(self.pool.ready(model.name)))
         except Exception as error:
             raise as_load_error(model, error) from None
-        return self._context(base, model, llm), name or model.name
+        return self._context(base, model, llm).answering_as(name or model.name), name or model.name
 
     def _context(self, base: Context, model: PooledModel, llm: Any) -> Context:
         known = self._contexts.get(model.name)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.pool.cache_part import Where
 from jaxllm.pool.pool import Pool
 from tests.helpers.tiny_model import write_tiny_model
 
@@ -50,8 +51,9 @@ def check_nothing_leaked(pool: Pool) -> None:
         engine = model.llm.engine
         engine.pool.check([])
         assert not engine.unfinished
-        sizes, here = model.residence.sizes, model.residence
-        held = sizes.weights * (here.has_weights or model.fetching is not None) + sizes.cache * here.has_cache
+        sizes, here, cache = model.residence.sizes, model.residence, model.residence.cache
+        held = sizes.weights * (here.has_weights or model.fetching is not None)
+        held += sizes.cache * (cache.where is not Where.AWAY)
         assert pool.residents.budget.held(model.name) == held, model.name
-        blocks += here.num_blocks * here._block_bytes
+        blocks += cache.host_bytes
     assert pool.host_kv.slabs.used_bytes == blocks

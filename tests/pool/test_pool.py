@@ -11,6 +11,7 @@ import pytest
 
 from jaxllm import LLM, BeamSearchParams, SamplingParams
 from jaxllm.pool.budget import NoRoom
+from jaxllm.pool.cache_part import Where
 from jaxllm.pool.pool import Pool, UnknownModel
 from tests.helpers.patience import patience
 from tests.pool.conftest import BUDGET, ENGINE, check_nothing_leaked
@@ -68,12 +69,70 @@ def test_a_request_goes_on_where_it_was_after_its_model_slept(pool: Pool, alone)
     check_nothing_leaked(pool)
 
 
+def on_its_thread(pool: Pool, function):
+    return pool.driver.call(function).result(patience(20))
+
+
+def test_a_cache_keeps_its_bytes_until_it_is_copied_and_stays_if_it_is_needed_before(pool: Pool, alone, monkeypatch):
+    model, may_copy, copying = pool.model("llama"), threading.Event(), threading.Event()
+    write = pool.host_kv.write
+
+    def slow_write(block, page):
+        copying.set()
+        assert may_copy.wait(patience(20))
+        write(block, page)
+
+    assert tokens(pool.generate("llama", PROMPTS, GREEDY)) == alone["llama"][0]
+    pool.wake_up("llama")
+    monkeypatch.setattr(pool.host_kv, "write", slow_write)
+    held = pool.residents.budget.held("llama")
+    on_its_thread(pool, lambda: pool.residents._room.send_cache_away(model))
+    assert copying.wait(patience(20)) and model.residence.cache.where is Where.LEAVING
+    assert pool.residents.budget.held("llama") == held and pool.host_kv.slabs.used_bytes > 0
+    threading.Timer(0.05, may_copy.set).start()
+    assert tokens(pool.generate("llama", PROMPTS, GREEDY)) == alone["llama"][0]
+    check_nothing_leaked(pool)
+    pool.sleep("llama")
+    assert pool.residents.budget.held("llama") == 0 and model.residence.cache.where is Where.AWAY
+    check_nothing_leaked(pool)
+
+
+def test_others_answer_while_a_cache_leaves(pool: Pool, alone, monkeypatch):
+    """Where there is room for both, nobody waits for the copy."""
+    pool.sleep("mistral"), pool.sleep("olmo")
+    pool.wake_up("qwen"), pool.wake_up("llama")
+    model, may_copy, write = pool.model("llama"), threading.Event(), pool.host_kv.write
+    monkeypatch.setattr(pool.host_kv, "write", lambda *args: (may_copy.wait(patience(60)), write(*args)))
+    on_its_thread(pool, lambda: pool.residents._room.send_cache_away(model))
+    assert tokens(pool.generate("qwen", PROMPTS, GREEDY)) == alone["qwen"][0]
+    assert model.residence.cache.where is Where.LEAVING
+    may_copy.set()
+    assert tokens(pool.generate("llama", PROMPTS, GREEDY)) == alone["llama"][0]
+
+
+def test_pages_lost_on_their_way_to_the_host_are_computed_again(pool: Pool, alone, monkeypatch):
+    long = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True)
+    expected, result = tokens(pool.generate("llama", PROMPTS[:2], long)), {}
+    engine = pool.llm("llama").engine
+    before = engine.accounting.totals.generation_tokens
+    thread = threading.Thread(target=lambda: result.update(got=tokens(pool.generate("llama", PROMPTS[:2], long))))
+    thread.start()
+    while thread.is_alive() and engine.accounting.totals.generation_tokens < before + 4:
+        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(pool.host_kv, "write", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
+        pool.sleep("llama")
+    thread.join(patience(60))
+    assert result["got"] == expected and pool.model("llama").residence.cache.rewound >= 1
+    check_nothing_leaked(pool)
+
+
 def test_a_prefix_is_found_after_its_model_was_away(pool: Pool):
     pool.generate("llama", "a prefix of some length", GREEDY)
     for name in ("qwen", "mistral", "olmo"):
         pool.generate(name, "something else", GREEDY)
     pool.sleep("llama")
-    assert pool.is_sleeping("llama") and pool.model("llama").residence.num_blocks > 0
+    assert pool.is_sleeping("llama") and pool.model("llama").residence.cache.num_blocks > 0
     (output,) = pool.generate("llama", "a prefix of some length", GREEDY)
     assert output.num_cached_tokens > 0
 

@@ -18,7 +18,7 @@ def _single(request: Request) -> Context:
     """The context of one model. Raises ApiError in a pool: its models come and go, adapters with them."""
     ctx = context_of(request)
     if ctx.models is not None:
-        raise ApiError(400, "adapters are served with one model, not with a pool of models; leave --models out")
+        raise ApiError(400, "a pool's adapters come with their model; give lora_modules to /v1/models/deploy")
     return ctx
 
 

@@ -71,7 +71,7 @@ async def models(request: Request) -> Response:
     """Every name this server answers to, adapters' too, and how far each model is."""
     ctx = context_of(request)
     if ctx.models is not None:
-        cards = [_card_of_pool(ctx, model) for model in ctx.models.pool.models]
+        cards = [card for model in ctx.models.pool.models for card in _cards_of_pool(ctx, model)]
     else:
         names = [*ctx.settings.served_model_names, *(entry.name for entry in ctx.llm.adapters.served)]
         cards = [_card(ctx, name) for name in names]
@@ -83,7 +83,8 @@ async def model(name: str, request: Request) -> Response:
     """One of them."""
     ctx = context_of(request)
     if ctx.models is not None:
-        return JSONResponse(_card_of_pool(ctx, ctx.models.find(name)))
+        cards = _cards_of_pool(ctx, ctx.models.find(name))
+        return JSONResponse(next((card for card in cards if card["id"] == name), cards[0]))
     return JSONResponse(_card(ctx, ctx.check_model(name)))
 
 
@@ -95,12 +96,17 @@ def _card(ctx: Context, name: str) -> dict:
     return _described(ctx, name, root) | own
 
 
-def _card_of_pool(ctx: Context, model: PooledModel) -> dict:
-    """Lengths are known when the model is loaded."""
+def _cards_of_pool(ctx: Context, model: PooledModel) -> list[dict]:
+    """A model and its adapters; lengths are known when it is loaded."""
     llm = model.llm
     known = (llm.engine.runner.shapes.max_model_len, llm.model_config.vocab_size) if llm is not None else (None, None)
     sizes = {"max_model_len": known[0], "vocab_size": known[1]}
-    return _described(ctx, model.name, model.entry.path) | sizes | {"state": model.state, "place": model.place}
+    own = sizes | {"state": model.state, "place": model.place}
+    adapters = model.entry.lora_modules.items()
+    return [
+        _described(ctx, model.name, model.entry.path) | own,
+        *(_described(ctx, name, path) | own | {"parent": model.name} for name, path in adapters),
+    ]
 
 
 def _described(ctx: Context, name: str, root: str) -> dict:
