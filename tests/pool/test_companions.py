@@ -58,6 +58,6 @@ def test_adapters_and_draft_models_go_where_their_model_goes(four_models: dict[s
 def test_an_adapter_that_is_none_fails_its_model_in_words(four_models: dict[str, Path], tmp_path: Path):
     models = {"a": {"path": str(four_models["llama"]), "lora_modules": {"b": str(tmp_path)}}}
     with Pool(models, device_memory_bytes=BUDGET, **ENGINE) as pool:
-        with pytest.raises(ValueError, match="no adapter_config.json"):
+        with pytest.raises(ValueError, match=r"no adapter_config\.json"):
             pool.generate("b", "x")
         assert pool.residents.budget.used == 0
