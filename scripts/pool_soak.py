@@ -1,7 +1,7 @@
 """Models that come, go, sleep and fail under load: every answer is checked, nothing may be left behind.
 
 `python scripts/pool_soak.py --minutes 30` works on tiny random models that it writes itself (no weights are needed).
-`--full-disk FOLDER` names a folder on a small file system of its own (`mount -t tmpfs -o size=512k tmpfs FOLDER`), which
+`--full-disk FOLDER` names a folder on a small file system of its own (`mount -t tmpfs -o size=512k tmpfs FOLDER`), that
 is filled up: compiled programs find no room there, and a model that was being copied there when it became full is
 deployed. Prints one JSON object; exit code 1 where an answer was wrong, a byte or page was left, or memory grew by more
 than 5% after the first quarter (by then every program has been compiled).
