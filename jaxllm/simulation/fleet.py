@@ -18,6 +18,7 @@ from jaxllm.simulation.outcomes import Gaps, Outcome
 from jaxllm.simulation.paper_engine import PaperEngine
 
 _PARAMS = SamplingParams(temperature=0.0)
+_LOOK_EVERY = 16  # arrivals
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class Results:
         outcomes: one for each request.
         gaps: between tokens, of all requests.
         num_devices: of the whole fleet.
+        gave_up: not all was simulated, since too many requests had missed their limits already.
         duration_s: from the first arrival to the last token.
     """
 
@@ -35,6 +37,7 @@ class Results:
     gaps: Gaps = field(default_factory=Gaps)
     num_devices: int = 0
     num_rejected: int = 0
+    gave_up: bool = False
     duration_s: float = 0.0
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -127,17 +130,33 @@ def run_until(paper: PaperEngine, time: float) -> None:
         clock.wait_until(time)
 
 
-def simulate(fleet: Fleet, arrivals: Iterable[Arrival], on_sent: Callable[[int], object] = lambda _: None) -> Results:
-    """Send every request at its time and run to the end of all."""
+def simulate(
+    fleet: Fleet,
+    arrivals: Iterable[Arrival],
+    on_sent: Callable[[int], object] = lambda _: None,
+    is_lost: Callable[[Results, float], bool] = lambda results, now: False,
+) -> Results:
+    """Send every request at its time and run to the end of all.
+
+    Args:
+        fleet: runs them.
+        arrivals: in the order of time.
+        on_sent: told of each that was sent.
+        is_lost: asked now and then, with what has become of them and the time, whether the rest can be left out.
+    """
     results = Results(num_devices=fleet.num_devices)
-    for arrival in arrivals:
+    for number, arrival in enumerate(arrivals, 1):
         fleet.run_until(arrival.at)
+        if number % _LOOK_EVERY == 0 and is_lost(results, arrival.at):
+            results.gave_up = True
+            break
         fleet.send(arrival, results)
         on_sent(1)
-    fleet.run_until(math.inf)
+    if not results.gave_up:
+        fleet.run_until(math.inf)
     for engine in fleet.engines:
         results.gaps.shared += engine.runner.gaps
     starts = [outcome.at for outcome in results.outcomes]
-    ends = [outcome.finished for outcome in results.outcomes]
+    ends = [outcome.finished for outcome in results.outcomes if not math.isnan(outcome.finished)]
     results.duration_s = max(ends, default=0.0) - min(starts, default=0.0)
     return results

@@ -109,6 +109,13 @@ class Outcome:
         """Seconds to the end."""
         return self.finished - self.at
 
+    def has_missed(self, slo: dict[str, float], now: float) -> bool:
+        """Whether it is sure, as far as it has come, that it misses a limit."""
+        if not math.isnan(self.finished):
+            return not self.meets(slo)
+        waited = (now if math.isnan(self.first) else self.first) - self.at
+        return waited > slo.get("ttft", math.inf) or now - self.at > slo.get("e2e", math.inf)
+
     def meets(self, slo: dict[str, float]) -> bool:
         """Whether it ended within every limit: of ttft, tpot, itl (its longest gap) and e2e, in seconds."""
         if math.isnan(self.finished):

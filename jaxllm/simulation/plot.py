@@ -76,10 +76,12 @@ def _search(figure: Any, report: dict[str, Any], limit: int = 16) -> None:
     rows = report["search"][:limit][::-1]
     axes = figure.add_subplot()
     colors = ["tab:blue" if "mesh" in row else "tab:orange" for row in rows]
-    axes.barh([name_of(row) for row in rows], [row["goodput_per_device"] for row in rows], color=colors)
+    bars = axes.barh([name_of(row) for row in rows], [row["goodput_per_device"] for row in rows], color=colors)
+    for bar, row in zip(bars, rows, strict=True):
+        bar.set_alpha(0.35 if row.get("at_most") else 1.0)
     slo = ", ".join(f"{name} {limit:g} ms" for name, limit in report["slo"].items())
     axes.set(
         title=f"{report['model']} on {report['num_devices']} x {report['chip']}: {slo}",
-        xlabel="requests/s per device within the SLO (orange: prefill and decode apart)",
+        xlabel="requests/s per device within the SLO (orange: prefill and decode apart; pale: below this)",
     )
     axes.grid(alpha=0.3, axis="x")

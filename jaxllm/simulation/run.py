@@ -22,7 +22,7 @@ from jaxllm.simulation.arrivals import Arrival, at_rate, for_models, random_arri
 from jaxllm.simulation.clock import VirtualClock
 from jaxllm.simulation.config import SimulationConfig, parse_sweep
 from jaxllm.simulation.disaggregated import Disaggregated, link_bandwidth
-from jaxllm.simulation.fleet import Colocated, Fleet, simulate
+from jaxllm.simulation.fleet import Colocated, Fleet, Results, simulate
 from jaxllm.simulation.paper_engine import Hardware, PaperEngine, Policy, paper_engine, weight_bytes
 from jaxllm.simulation.policies import POLICIES, hand_over
 from jaxllm.simulation.pooled import Pooled
@@ -175,19 +175,31 @@ def one_engine(setup: Setup, mesh: str, policy: Policy | None = None) -> PaperEn
     return paper_engine(config, setup.model, setup.hardware, policy=policy)
 
 
-def run_once(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
-    """Simulate and report."""
+def run_once(setup: Setup, on_sent: OnSent = lambda _: None, *, most_missed: float = math.inf) -> dict[str, Any]:
+    """Simulate and report.
+
+    Args:
+        setup: what.
+        on_sent: see `simulate`.
+        most_missed: where more requests than that have missed the SLO the rest is left out; the report then has
+            `gave_up`, and its figures are of what there was.
+    """
     fleet = make_fleet(setup)
     setup = dataclasses.replace(setup, config=_within(setup.config, fleet))
     arrivals = make_arrivals(setup)
     if isinstance(fleet, Pooled):
         arrivals = for_models(arrivals, fleet.models, seed=setup.config.seed)
-    results = simulate(fleet, arrivals, on_sent)
+    limits = setup.sim.limits
+
+    def is_lost(results: Results, now: float) -> bool:
+        return sum(outcome.has_missed(limits, now) for outcome in results.outcomes) > most_missed
+
+    results = simulate(fleet, arrivals, on_sent, is_lost if most_missed < math.inf else lambda *_: False)
     if not results.outcomes:
         raise ValueError("the workload has no requests")
-    results.figures |= fleet.figures(setup.sim.limits)
-    report = make_report(results, fleet, slo=setup.sim.limits, price_per_hour=setup.sim.price)
-    return {**describe(setup), **report}
+    results.figures |= fleet.figures(limits)
+    report = make_report(results, fleet, slo=limits, price_per_hour=setup.sim.price)
+    return {**describe(setup), **report, **({"gave_up": True} if results.gave_up else {})}
 
 
 def _within(config: EngineConfig, fleet: Fleet) -> EngineConfig:
@@ -245,9 +257,9 @@ def sweep(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
     return {**best, "highest_rate": highest, "sweep": [tried[rate] for rate in sorted(tried)]}
 
 
-def bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
+def bisect(holds: Callable[[float], bool], low: float, high: float, steps: int = _BISECTIONS) -> float:
     """The highest rate found that holds, where `low` does and `high` does not."""
-    for _ in range(_BISECTIONS):
+    for _ in range(steps):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low

@@ -1,12 +1,14 @@
 """Which deployment to take: meshes, replicas, splits into prefill and decode, and budgets for a number of chips.
 
 Every candidate that can run is simulated on the same workload, and its highest rate within the SLO found; the best come
-first. Candidates that cannot hold the model are left out.
+first. Candidates that cannot hold the model are left out. Of each kind (together, or prefill and decode apart) one that
+does not hold at four fifths of the best rate so far is not followed further: its rate is given as below that.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +16,10 @@ from jaxllm.simulation.config import SimulationConfig
 from jaxllm.simulation.run import OnSent, Setup, bisect, run_once, sweep
 
 BUDGETS = (512, 2048)
-_FIRST_RATE = 0.1  # per device
+_FIRST_RATE = 0.4  # per device
+_STEP = 1.5
+_WORTH = 0.8  # of the best rate
+_BISECTIONS = 4
 _SECONDS = 30  # that arrivals last, where their number is not given
 _LEAST, _MOST = 150, 3000  # requests of one run
 
@@ -65,13 +70,15 @@ def search(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
     sim = setup.sim
     if not sim.limits:
         raise ValueError("a search ranks by goodput within an SLO; set --slo")
-    found, problem = [], "no candidates"
+    found, best, problem = [], dict[bool, float](), "no candidates"
     for candidate, layout in candidates(setup):
+        kind = "mesh" in layout
         try:
-            report = _measure(candidate, on_sent)
+            report = _measure(candidate, on_sent, best.get(kind, 0.0))
         except ValueError as error:
             problem = str(error)
             continue
+        best[kind] = max(best.get(kind, 0.0), report.get("highest_rate") or 0.0)
         found.append((_score(report), layout, report))
     if not found:
         raise ValueError(f"nothing that {sim.num_devices} devices can be arranged to runs this: {problem}")
@@ -80,6 +87,7 @@ def search(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
         {
             **layout,
             "goodput_per_device": score,
+            **({"at_most": True} if "at_most" in report else {}),
             "slo_attainment": report["slo_attainment"],
             "ttft_ms": report["ttft_ms"],
             "tpot_ms": report["tpot_ms"],
@@ -87,43 +95,61 @@ def search(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
         }
         for score, layout, report in found
     ]
-    best = {key: value for key, value in found[0][2].items() if key != "sweep"}
-    return {**best, "search": rows}
+    first = {key: value for key, value in found[0][2].items() if key != "sweep"}
+    return {**first, "search": rows}
 
 
-def _measure(candidate: Setup, on_sent: OnSent) -> dict[str, Any]:
+def _measure(candidate: Setup, on_sent: OnSent, best: float) -> dict[str, Any]:
     sim = candidate.sim
     if sim.request_rate is not None:
         return run_once(candidate, on_sent)
     if sim.sweep is not None:
         return sweep(candidate, on_sent)
-    return highest(candidate, on_sent)
+    return highest(candidate, on_sent, best=best)
 
 
-def highest(candidate: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
-    """The report at the highest rate within the SLO, found by doubling and bisection; as `sweep` gives it.
+def highest(candidate: Setup, on_sent: OnSent = lambda _: None, *, best: float = 0.0) -> dict[str, Any]:
+    """The report at the highest rate within the SLO, with that as `highest_rate`.
 
-    A run has as many requests as arrive in half a minute, unless `num_prompts` says how many.
+    By steps of half as much again, then by bisection. A run has as many requests as arrive in half a minute, unless
+    `num_prompts` says how many, and ends as soon as too many of them have missed the SLO.
+
+    Args:
+        candidate: what is simulated.
+        on_sent: see `simulate`.
+        best: where it does not hold at `_WORTH` of this rate, the report is of that and has `at_most`.
     """
-    sim, tried = candidate.sim, {}
+    sim, held = candidate.sim, dict[float, dict[str, Any]]()
+    report: dict[str, Any] = {}
 
     def holds(rate: float) -> bool:
+        nonlocal report
         count = sim.num_prompts or min(_MOST, max(_LEAST, round(_SECONDS * rate)))
-        one = dataclasses.replace(sim.with_rate(rate), num_prompts=count)
-        tried[rate] = run_once(dataclasses.replace(candidate, sim=one), on_sent)
-        return tried[rate]["slo_attainment"] >= sim.attainment
+        one = dataclasses.replace(candidate, sim=dataclasses.replace(sim.with_rate(rate), num_prompts=count))
+        report = run_once(one, on_sent, most_missed=(1 - sim.attainment) * count)
+        if report["slo_attainment"] < sim.attainment or "gave_up" in report:
+            return False
+        held[rate] = report
+        return True
 
-    rate = _FIRST_RATE * (sim.num_devices or 1)
-    while holds(rate) and rate < _MOST / 10:
-        rate *= 2
-    found = bisect(holds, rate / 2, rate) if rate > _FIRST_RATE * (sim.num_devices or 1) else None
-    best = tried[found] if found is not None else tried[min(tried)]
-    return {**best, "highest_rate": found, "sweep": [tried[rate] for rate in sorted(tried)]}
+    first = rate = _WORTH * best or _FIRST_RATE * (sim.num_devices or 1)
+    high = math.inf
+    while not holds(rate):
+        if best:
+            return {**report, "highest_rate": rate, "at_most": True}
+        if rate < first / 64:
+            return {**report, "highest_rate": None}
+        high, rate = rate, rate / _STEP
+    while math.isinf(high) and rate < _MOST / 10:
+        rate, high = (_STEP * rate, high) if holds(_STEP * rate) else (rate, _STEP * rate)
+    if high < math.inf:
+        rate = bisect(holds, rate, high, steps=_BISECTIONS)
+    return {**held[rate], "highest_rate": rate}
 
 
 def _score(report: dict[str, Any]) -> float:
     """Requests per second and device within the SLO."""
-    if "sweep" in report:
+    if "highest_rate" in report:
         return (report["highest_rate"] or 0.0) / report["num_devices"]
     return report["goodput_per_device"]
 
@@ -132,8 +158,9 @@ def format_search(report: dict[str, Any], limit: int = 12) -> str:
     """The best for a person."""
     lines = [f"{'requests/s per device':>21}  {'SLO met':>8} {'TTFT p99':>9} {'TPOT p99':>9}  deployment"]
     for row in report["search"][:limit]:
+        rate = f"{'below ' if row.get('at_most') else ''}{row['goodput_per_device']:.3f}"
         lines.append(
-            f"{row['goodput_per_device']:>21.3f}  {row['slo_attainment']:>8.1%} {row['ttft_ms']['p99'] or 0:>9,.0f} "
+            f"{rate:>21}  {row['slo_attainment']:>8.1%} {row['ttft_ms']['p99'] or 0:>9,.0f} "
             f"{row['tpot_ms']['p99'] or 0:>9,.1f}  {name_of(row)}"
         )
     return "\n".join(lines)

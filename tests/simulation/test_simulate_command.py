@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
 from jaxllm.cli import main
 from jaxllm.simulation.config import SimulationConfig, parse_slo, parse_sweep
+from jaxllm.simulation.run import run_once, set_up
 
 FLAGS = "simulate --model llama-3.1-8b --chip h100 --max-num-seqs 16".split()
 KEYS = {
@@ -155,3 +157,28 @@ def test_pools_hand_over_and_report_both_meshes(capsys):
     assert report["num_devices"] == 4 and report["completed"] == 8 and report["prefix_cache_hit_rate"] == 0.0
     assert report["transfers"] == 8 and report["transferred_bytes"] == 8 * 1024 * 131072
     assert (report["prefill_mesh"], report["decode_mesh"]) == ("tp=2", "tp=1")
+
+
+def test_a_search_follows_only_what_may_win_and_says_so(capsys):
+    flags = "--search --num-devices 2 --num-prompts 40 --input-len 3000 --output-len 40 --slo ttft:1s,tpot:20ms".split()
+    rows = simulate(capsys, *flags)["search"]
+    best = {kind: max(r["goodput_per_device"] for r in rows if ("mesh" in r) == kind) for kind in (True, False)}
+    assert all(row["goodput_per_device"] < best["mesh" in row] for row in rows if row.get("at_most"))
+    sure = [row for row in rows if not row.get("at_most")]
+    assert all(row["slo_attainment"] >= 0.9 for row in sure) and 2 <= len(sure) < len(rows)
+    rate = str(2 * rows[0]["goodput_per_device"])
+    layout = {name: str(rows[0][name]) for name in rows[0] if "mesh" in name or "replicas" in name or "batched" in name}
+    given = [part for name, value in layout.items() for part in (f"--{name.replace('_', '-')}", value)]
+    flags = [*flags[3:], "--request-rate", rate, *given]
+    assert simulate(capsys, *flags)["slo_attainment"] == rows[0]["slo_attainment"]
+    lost = simulate(capsys, *flags[: -len(given) - 1], str(4 * float(rate)), *given)
+    assert lost["slo_attainment"] < 0.9
+
+
+def test_what_is_lost_is_not_simulated_to_its_end():
+    sim = SimulationConfig(num_prompts=400, request_rate=500.0, input_len=4000, slo="ttft:200ms")
+    setup = set_up({"model": "llama-3.1-8b", "max_num_seqs": 16}, sim, progress=False)
+    report = run_once(setup, most_missed=40)
+    assert report["gave_up"] and report["requests"] < 300 and report["slo_attainment"] < 0.9
+    whole = run_once(dataclasses.replace(setup, sim=sim.with_rate(1.0)), most_missed=40)
+    assert "gave_up" not in whole and whole["requests"] == 400 and whole["slo_attainment"] > 0.9
