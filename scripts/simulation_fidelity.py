@@ -4,8 +4,9 @@
     python scripts/simulation_fidelity.py --model FOLDER --profile profile.json --traces TRACES
 
 Three replays: Azure's conversations scaled to the model, ShareGPT's lengths at a rate, Mooncake's shared prefixes. The
-engine is stepped in this process and hears of each request at its time, as the simulated one does. Run it on a machine
-that does nothing else: what others take shows as an error of the simulator.
+engine is stepped in this process and hears of each request at its time, as the simulated one does. Under each replay
+stands what its iterations took beside what the profile says of the same work, by program and bucket: where a figure is
+off, that is where to look. Run it on a machine that does nothing else: what others take shows as an error.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,10 @@ from typing import Any
 import numpy as np
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.bench.calibrate import Measured, Recorder
 from jaxllm.bench.workload import TRACE_BLOCK
+from jaxllm.engine.engine import Engine
+from jaxllm.roofline.profile import Profile
 from jaxllm.simulation.arrivals import Arrival
 from jaxllm.simulation.config import SimulationConfig
 from jaxllm.simulation.fleet import simulate
@@ -77,9 +82,11 @@ def real_prompt(arrival: Arrival, vocab_size: int) -> list[int]:
     return np.concatenate([*parts, rest])[: arrival.input_len].tolist()
 
 
-def serve(llm: LLM, arrivals: Sequence[Arrival]) -> dict[str, Any]:
-    """The arrivals through the real engine, in real time."""
-    engine, vocab = llm.engine, llm.model_config.vocab_size
+def serve(llm: LLM, arrivals: Sequence[Arrival]) -> tuple[dict[str, Any], list[Measured]]:
+    """The arrivals through the real engine, in real time; with every iteration's."""
+    recorder, vocab = Recorder(llm.engine.runner), llm.model_config.vocab_size
+    built = llm.engine
+    engine = Engine(recorder, memory=built.memory, scheduling=built.scheduler, accounting=built.accounting)
     pending = [(arrival, real_prompt(arrival, vocab)) for arrival in reversed(arrivals)]
     before = engine.accounting.totals.num_iterations, engine.pool.num_hit_tokens
     clock, gaps, outcomes = RealClock(time.perf_counter()), Gaps(), []
@@ -95,7 +102,7 @@ def serve(llm: LLM, arrivals: Sequence[Arrival]) -> dict[str, Any]:
         elif pending:
             time.sleep(max(0.0, min(0.001, pending[-1][0].at - clock.now)))
     iterations = engine.accounting.totals.num_iterations - before[0]
-    return figures(outcomes, gaps, iterations, engine.pool.num_hit_tokens - before[1])
+    return figures(outcomes, gaps, iterations, engine.pool.num_hit_tokens - before[1]), recorder.measured
 
 
 def simulated(setup: Setup, arrivals: Sequence[Arrival]) -> dict[str, Any]:
@@ -123,6 +130,21 @@ def figures(outcomes: Sequence[Outcome], gaps: Gaps, iterations: int, hits: int)
     }
 
 
+def by_program(profile: Profile, measured: Sequence[Measured]) -> Iterator[str]:
+    """A line for each program and bucket: medians, and the ratio of sums, which counts where it matters."""
+    groups: dict[tuple[str, int], list[Measured]] = defaultdict(list)
+    for one in measured:
+        groups[one.work.program, one.bucket].append(one)
+    for (program, bucket), group in sorted(groups.items()):
+        real = np.array([one.seconds for one in group])
+        paper = np.array([profile.seconds(one.work) for one in group])
+        yield (
+            f"    {program:<7}{bucket:>5}: {len(group):>5} iterations, {1e3 * np.median(paper):>7.1f} ms on paper, "
+            f"{1e3 * np.median(real):>7.1f} measured (medians {np.median(paper / real) - 1:+.0%}, sums "
+            f"{paper.sum() / real.sum() - 1:+.0%})"
+        )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
@@ -142,7 +164,7 @@ def main() -> int:
         llm.engine.runner.warm_up(sampling=False)
         llm.engine.pool.reset_prefix_cache()
         arrivals = list(make_arrivals(setup))
-        paper, real = simulated(setup, arrivals), serve(llm, arrivals)
+        paper, (real, measured) = simulated(setup, arrivals), serve(llm, arrivals)
         print(f"{name}: {len(arrivals)} requests", file=sys.stderr)
         report[name] = {key: {"simulated": paper[key], "measured": real[key]} for key in TOLERANCES}
         for key, tolerance in TOLERANCES.items():
@@ -154,6 +176,8 @@ def main() -> int:
                 f"{'ok' if within else 'MORE THAN'} {tolerance:.0%}",
                 file=sys.stderr,
             )
+        assert setup.hardware.profile is not None
+        print("\n".join(by_program(setup.hardware.profile, measured)), file=sys.stderr)
     if args.json:
         print(json.dumps(report))
     return 0 if ok else 1
