@@ -42,6 +42,21 @@ def slot_bytes(targets: Mapping[str, Target], placement: Placement, num_slots: i
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
+def laid_anew(
+    arrays: Mapping[str, LowRank], theirs: Mapping[str, Target], ours: Mapping[str, Target]
+) -> dict[str, LowRank]:
+    """One adapter's arrays, as the host gives them, for the same model on another mesh (with other copies of heads)."""
+    found = {}
+    for name, target in ours.items():
+        given = arrays[name]
+        if target.shapes(1) == theirs[name].shapes(1):
+            found[name] = given
+            continue
+        modules = theirs[name].to_modules(given.a, given.b)
+        found[name] = LowRank.of(target, *target.from_modules(modules, given.b.shape[0], target.dtype))
+    return found
+
+
 def no_adapter(targets: Mapping[str, Target], rank: int) -> dict[str, LowRank]:
     """An adapter that changes nothing, as the host gives it."""
     return {

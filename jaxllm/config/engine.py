@@ -189,8 +189,6 @@ class EngineConfig:
                 raise ValueError("kv_transfer_config is for one pool a process; leave prefill_mesh and decode_mesh out")
             if self.distributed or self.coordinator_address is not None:
                 raise ValueError("kv_transfer_config is for engines of one process each; leave the processes out")
-        if self.enable_lora and self.prefill_mesh is not None:
-            raise ValueError("adapters are not served over two pools; leave enable_lora out, or prefill_mesh")
         is_handed_over = self.kv_transfer_config is not None or self.prefill_mesh is not None
         if is_handed_over and self.speculative is not None and self.speculative.method == "draft_model":
             raise ValueError(

@@ -27,8 +27,9 @@ class KVTransferConfig:
         kv_load_failure_policy: what becomes of a request whose pages do not come: it is computed here (recompute), or
             ends with an error (fail).
         peers: `host:port` that may be fetched from, `*` any; default: this machine only.
-        lease_seconds: how long pages are kept for whoever does not fetch them.
-        timeout_seconds: that a fetch may take before it has failed.
+        lease_seconds: how long pages are kept for whoever neither fetches them nor says that it will.
+        heartbeat_seconds: between two renewals of the leases of pages that are wanted and not fetched yet; 0: none.
+        timeout_seconds: that a fetch may take, from its request to its last byte, before it has failed.
         max_kept_bytes: of host memory for pages that wait to be fetched.
         api_key: shown to the peers; default: the first key of the server's own.
     """
@@ -41,6 +42,7 @@ class KVTransferConfig:
     kv_load_failure_policy: Literal["recompute", "fail"] = "recompute"
     peers: Sequence[str] = field(default=())
     lease_seconds: float = 30.0
+    heartbeat_seconds: float = 5.0
     timeout_seconds: float = 10.0
     max_kept_bytes: int = 4 << 30
     api_key: str | None = None
@@ -50,6 +52,8 @@ class KVTransferConfig:
         for name in ("lease_seconds", "timeout_seconds", "max_kept_bytes"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"kv_transfer_config: {name}={getattr(self, name)!r}; it must be above 0")
+        if not self.heartbeat_seconds >= 0:
+            raise ValueError(f"kv_transfer_config: heartbeat_seconds={self.heartbeat_seconds!r}; it must be 0 or more")
         if self.kv_port is not None and not 1 <= self.kv_port <= 65535:
             raise ValueError(f"kv_transfer_config: kv_port={self.kv_port}; it must be between 1 and 65535")
 

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+from jaxllm.adapters.slots import laid_anew
+from jaxllm.adapters.store import ReadyAdapter
 from jaxllm.config import EngineConfig
 from jaxllm.config.kv_events import KVEventsConfig
 from jaxllm.config.kv_transfer import KVTransferConfig
@@ -13,6 +15,8 @@ from jaxllm.disaggregation.events import KVEvents
 from jaxllm.disaggregation.exchange import Exchange
 from jaxllm.disaggregation.pools import PrefillDecode
 from jaxllm.engine.build import BuiltEngine, build_engine
+from jaxllm.engine.engine import Engine
+from jaxllm.scheduling.adapter_slots import Adapter
 from jaxllm.sharding.rules import parse_mesh
 
 
@@ -27,7 +31,18 @@ def build_pools(
     prefill = dataclasses.replace(prefill, max_model_len=longest, skip_tokenizer_init=True)
     first = build_engine(prefill, progress=progress, on_stage=on_stage)
     first.engine.eos_token_ids = built.engine.eos_token_ids
+    _share_adapters(first.engine, built.engine)
     return dataclasses.replace(built, engine=PrefillDecode(first.engine, built.engine))
+
+
+def _share_adapters(prefill: Engine, decode: Engine) -> None:
+    """Adapters are made ready once, for the decode pool; the prefill pool's mesh may want their arrays otherwise."""
+    ours, theirs = prefill.runner.model.targets, decode.runner.model.targets
+
+    def form(adapter: Adapter) -> Adapter:
+        return ReadyAdapter("", adapter.identity, laid_anew(adapter.arrays, theirs, ours))
+
+    prefill.scheduler.adapter_slots.form = form
 
 
 def build_alone(

@@ -1,7 +1,8 @@
 """An engine's part in handing requests over between processes: vLLM's `kv_transfer_params` in, the same out.
 
 A request that says `do_remote_decode` is computed here and its pages are kept for whoever goes on with it; what its
-answer says is what the other request must carry: `do_remote_prefill`, and where to fetch.
+answer says is what the other request must carry: `do_remote_prefill`, and where to fetch. Where both carry a
+`transfer_id` of the sender's, the other need not wait for that answer: it fetches as the prompt is computed.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jaxllm.scheduling.request import Request
 
 _KNOWN = (
     "do_remote_decode do_remote_prefill remote_engine_id remote_block_ids remote_request_id remote_host remote_port "
-    "remote_num_tokens remote_first_token tp_size"
+    "remote_num_tokens remote_first_token tp_size transfer_id"
 ).split()
 
 
@@ -64,6 +65,9 @@ class Exchange:
         """Raise ValueError where a request's `kv_transfer_params` ask for what this engine does not do."""
         if unknown := sorted(set(params) - set(_KNOWN)):
             raise ValueError(f"kv_transfer_params has no {unknown[0][:50]!r}; it may have {', '.join(_KNOWN)}")
+        name = params.get("transfer_id")
+        if name is not None and (not isinstance(name, str) or not 0 < len(name) <= 256):
+            raise ValueError("kv_transfer_params: transfer_id must be a text of 1 to 256 characters")
         for name, allowed in (("do_remote_decode", self.config.gives), ("do_remote_prefill", self.config.takes)):
             if params.get(name) and not allowed:
                 raise ValueError(f"{name}: this server is a {self.config.kv_role}; send the request to another one")
@@ -74,7 +78,8 @@ class Exchange:
         if params.get("do_remote_prefill"):
             request.offer = self.imports.offer(params, request.token_ids, request.page_salt)
         if params.get("do_remote_decode"):
-            export = self.exports.begin(request, request.request_id + "-" + uuid.uuid4().hex[:16])
+            name = params.get("transfer_id") or request.request_id + "-" + uuid.uuid4().hex[:16]
+            export = self.exports.begin(request, name)
             request.before_release = lambda: self._finish(export, output)
 
     def _finish(self, export: Export, output: RequestOutput) -> None:

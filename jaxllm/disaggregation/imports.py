@@ -7,9 +7,11 @@ promised: the prompt is computed here, or the request ends with an error, as `kv
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,15 +27,21 @@ from jaxllm.kv.layout import PageLayout
 from jaxllm.kv.logical import row_bytes, row_shapes, slab_of
 
 log = logging.getLogger(__name__)
+_MOST_RENEWED = 1024  # in one heartbeat
 
 
 class TransferFailed(EngineError):
     """The pages of this request did not come, and `kv_load_failure_policy` is fail."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class RemoteOffer:
-    """What a peer keeps of one request: an `Offer`."""
+    """What a peer keeps of one request: an `Offer`.
+
+    Attributes:
+        since: on the performance clock: from then on somebody waits for the pages.
+        is_early: the prompt is computed there at this time.
+    """
 
     imports: Imports
     peer: Peer
@@ -44,6 +52,7 @@ class RemoteOffer:
     first_token: int
     required: Exception | None
     since: float
+    is_early: bool = False
     is_open: bool = True
     has_failed: bool = False
 
@@ -57,7 +66,7 @@ class RemoteOffer:
         try:
             return self.imports.fetch(self, spans)
         except (PeerError, ValueError) as error:
-            if not self.has_failed:
+            if self.is_open and not self.has_failed:
                 log.warning("the pages of a prompt computed elsewhere did not come: %s", error)
                 self.has_failed = True
             return [None] * len(spans)
@@ -97,15 +106,20 @@ class Imports:
         self._peers: dict[tuple[str, int], Peer] = {}
         self._agreed: dict[Peer, str] = {}  # with which engine there
         self._acknowledgements = ThreadPoolExecutor(1, thread_name_prefix="kv-ack")
+        self._open: weakref.WeakSet[RemoteOffer] = weakref.WeakSet()
+        self._ended = threading.Event()
+        self._heartbeat: threading.Thread | None = None
         self._lock = threading.Lock()
 
     def offer(self, params: Mapping[str, Any], token_ids: Sequence[int], salt: str) -> RemoteOffer:
         """What `kv_transfer_params` of a request promise. Raises ValueError where they cannot be used."""
         host, port, name = params.get("remote_host"), params.get("remote_port"), params.get("remote_request_id")
+        is_early = name is None and params.get("transfer_id") is not None
+        name = params.get("transfer_id") if is_early else name
         if not isinstance(host, str) or not isinstance(port, int) or not isinstance(name, str):
             raise ValueError(
                 "kv_transfer_params need remote_host, remote_port and remote_request_id, as the prefill "
-                "server's answer has them"
+                "server's answer has them, or the transfer_id that it was given"
             )
         if not self._config.may_fetch_from(host, port):
             raise ValueError(
@@ -120,7 +134,7 @@ class Imports:
         required = None
         if self._config.kv_load_failure_policy == "fail":
             required = TransferFailed("the prompt's pages could not be fetched from the prefill server; send it again")
-        return RemoteOffer(
+        offer = RemoteOffer(
             self,
             self._peer(host, port),
             name,
@@ -130,7 +144,29 @@ class Imports:
             counts[1],
             required,
             time.perf_counter(),
+            is_early,
         )
+        self._keep_alive(offer)
+        return offer
+
+    def _keep_alive(self, offer: RemoteOffer) -> None:
+        """Let the other side know now and then that its pages are wanted: this request may wait long for a slot."""
+        if not self._config.heartbeat_seconds:
+            return
+        with self._lock:
+            self._open.add(offer)
+        if self._heartbeat is None:
+            self._heartbeat = threading.Thread(target=self._beat, name="kv-heartbeat", daemon=True)
+            self._heartbeat.start()
+
+    def _beat(self) -> None:
+        """In a thread. A peer that does not answer is no matter here: the fetch will say so."""
+        while not self._ended.wait(self._config.heartbeat_seconds):
+            with self._lock:
+                offers = [offer for offer in self._open if not offer.has_failed]
+            for peer in {offer.peer for offer in offers}:
+                with contextlib.suppress(PeerError):
+                    peer.renew([offer.transfer_id for offer in offers if offer.peer is peer][:_MOST_RENEWED])
 
     def _peer(self, host: str, port: int) -> Peer:
         timeout, key = self._config.timeout_seconds, self.api_key
@@ -138,19 +174,26 @@ class Imports:
 
     def fetch(self, offer: RemoteOffer, spans: Sequence[tuple[int, int]]) -> list[Any]:
         """Slabs of this engine, in host memory; in a thread. Raises PeerError or ValueError."""
-        started = time.perf_counter()
+        asked = time.perf_counter()
         self._agree(offer.peer)
         names = span_names(self._root, offer.salt, offer.token_ids, [stop for _, stop in spans])
-        content = offer.peer.fetch(offer.transfer_id, offer.salt, spans, names)
+        wait, found = self._config.timeout_seconds / 2 if offer.is_early else 0.0, None
+        while found is None:
+            if not offer.is_open:
+                raise PeerError("nobody wants them any more")
+            asked = time.perf_counter()
+            found = offer.peer.fetch(offer.transfer_id, offer.salt, spans, names, wait)
+        if offer.is_early and found.ended is not None:
+            offer.since = found.ended
         tokens = [stop - start for start, stop in spans]
-        rows = decode_rows(content, tokens, self._shapes)
+        rows = decode_rows(found.content, tokens, self._shapes)
         size = self._layout.page_size
         starts = [start % size for start, _ in spans]
         slabs = [slab_of(one, self._layout, at, self._structure) for one, at in zip(rows, starts, strict=True)]
         with self._lock:
             self.stats.pages += len(spans)
             self.stats.bytes += sum(tokens) * self._row_bytes
-            self.stats.seconds += time.perf_counter() - started
+            self.stats.seconds += time.perf_counter() - asked - found.waited
         return slabs
 
     def _agree(self, peer: Peer) -> None:
@@ -166,12 +209,17 @@ class Imports:
 
     def shutdown(self) -> None:
         """Acknowledge what is left, and close every connection."""
+        self._ended.set()
+        if self._heartbeat is not None:
+            self._heartbeat.join()
         self._acknowledgements.shutdown()
         for peer in self._peers.values():
             peer.close()
 
     def closed(self, offer: RemoteOffer) -> None:
         """Acknowledge, beside the engine, and count."""
+        with self._lock:
+            self._open.discard(offer)
         self.stats.handed_over += not offer.has_failed
         self.stats.failed += offer.has_failed
         self.stats.exposed_seconds += time.perf_counter() - offer.since

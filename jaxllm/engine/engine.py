@@ -123,6 +123,11 @@ class Engine:
         return self.scheduler.has_work or bool(self._in_flight)
 
     @property
+    def num_in_flight(self) -> int:
+        """Iterations that are dispatched and not read."""
+        return len(self._in_flight)
+
+    @property
     def scoring_engine(self) -> Engine:
         """Where passes run that sample nothing: here."""
         return self

@@ -1,8 +1,8 @@
-"""Admission by SLO: a request is refused early that would miss it, or make others miss it.
+"""Admission by SLO: a request is refused early that would miss it.
 
-Before a request is queued its time to first token is predicted from what is measured: operations that wait before it
-and its own (prefix hits taken off), over the operations per second of recent prefills, plus the wait for a slot. So is
-the time per token, from recent decodes. Off unless asked for; the error of the prediction is exported.
+Before a request is queued its time to first token is predicted (see `prediction`), with prefix hits taken off, and so
+is the time per token. What 99 of 100 recent predictions were too short by is added before a limit is compared with
+them. Off unless asked for; the error of the predictions is exported.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 from jaxllm.engine.completions import Job
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.errors import Unavailable
-from jaxllm.scheduling.request import Request
-from jaxllm.telemetry.accounting import IterationRecord
+from jaxllm.entrypoints.prediction import Row, pace_of, prompt_seconds, slot_seconds, token_seconds
+from jaxllm.scheduling.request import page_salt
 from jaxllm.telemetry.figures import Figure
 
-_WINDOW = 256  # predictions behind the error
+_WINDOW = 256  # predictions behind the error and the margin
+_MARGIN_SHARE = 0.99
 _MOST_RETRY_S = 60
 
 
@@ -49,71 +50,45 @@ class Admission:
         self.num_refused = 0
         self._engine, self._slo, self._clock = engine, slo, clock
         self._open: list[_Open] = []
-        self._errors: deque[float] = deque(maxlen=_WINDOW)
+        self._seen: deque[tuple[float, float]] = deque(maxlen=_WINDOW)  # predicted, and what came
 
     def check(self, jobs: Sequence[Job]) -> None:
         """Note these jobs, which are about to be submitted. Raises Unavailable where they would miss the SLO."""
         self._settle()
-        ttft, tpot = self.predicted_ttft(jobs), self.predicted_tpot(len(jobs))
-        for name, value in (("ttft", ttft), ("tpot", tpot)):
+        ttft, tpot = self.predicted_ttft(jobs), token_seconds(self._engine, len(jobs))
+        for name, value, margin in (("ttft", ttft, self.margin), ("tpot", tpot, 0.0)):
             limit = self._slo.get(name)
-            if value is not None and limit is not None and value > limit:
+            if value is not None and limit is not None and value + margin > limit:
                 self.num_refused += 1
-                wait = min(_MOST_RETRY_S, max(1, math.ceil(value - limit)))
+                wait = min(_MOST_RETRY_S, max(1, math.ceil(value + margin - limit)))
                 raise Unavailable(
-                    f"the {name} would be about {value:.3g} s and the SLO is {limit:g} s; try again later or elsewhere",
+                    f"the {name} would be about {value + margin:.3g} s and the SLO is {limit:g} s; try again later or "
+                    "elsewhere",
                     retry_after=wait,
                 )
         self._open += [_Open(job, ttft) for job in jobs]
 
+    @property
+    def margin(self) -> float:
+        """Seconds by which few recent first tokens came later than predicted."""
+        late = sorted(actual - predicted for predicted, actual in list(self._seen))
+        return max(0.0, late[min(len(late) - 1, int(_MARGIN_SHARE * len(late)))]) if late else 0.0
+
     def predicted_ttft(self, jobs: Sequence[Job]) -> float | None:
         """Seconds to the first token of the last of these jobs, or None while no prefill was measured."""
         engine = self._engine.scoring_engine  # of two pools the one that computes prompts
-        records = [r for r in _recent(engine) if 2 * r.num_prefill_tokens > r.num_tokens]
-        seconds = sum(r.seconds for r in records)
-        if not seconds:
+        if (pace := pace_of(engine)) is None:
             return None
-        rate = sum(r.flops for r in records) / seconds
         waiting = [o.job for o in self._open if not o.job.requests and not o.job.finished]
-        rows = [row for job in [*waiting, *jobs] for row in self._rows(job)]
-        rows += [(r.num_left, r.num_tokens) for r in engine.unfinished if r.num_left > 1 and not r.finished]
-        model = engine.accounting.model
-        pairs, keys = model.attended(rows)
-        flops = model.cost(tokens=sum(count for count, _ in rows), samples=len(rows), pairs=pairs, keys=keys).flops
-        return flops / rate + statistics.mean(r.seconds for r in records) + self._slot_wait(len(waiting) + len(jobs))
+        before, new = ([self._row(job) for job in some] for some in (waiting, jobs))
+        return prompt_seconds(engine, pace, before, new) + slot_seconds(self._engine, len(waiting) + len(jobs))
 
-    def _rows(self, job: Job) -> list[tuple[int, int]]:
-        """Tokens to compute, and the length they attend to, of a job that is not queued yet."""
+    def _row(self, job: Job) -> Row:
+        """Of a job that is not queued yet: what its prompt's cached prefix leaves to compute."""
         ids, pool = job.output.prompt_token_ids, self._engine.scoring_engine.memory.pools[0]
-        salt = job.asked.cache_salt if job.asked is not None else ""
+        salt = page_salt(job.asked.cache_salt if job.asked is not None else "", job.adapter)
         known = pool.num_cached(pool.hashes(ids, salt)) * pool.page_size if pool.enable_prefix_caching else 0
-        return [(max(1, len(ids) - known), len(ids))]
-
-    def _slot_wait(self, num_new: int) -> float:
-        """Seconds until so many more requests have slots, from what the running ones may still generate."""
-        scheduler, slots = self._engine.scheduler, self._engine.runner.shapes.spare_slot
-        running: list[Request] = list(scheduler.running)
-        lacking = len(running) + scheduler.num_waiting + num_new - slots
-        if lacking <= 0 or not running:
-            return 0.0
-        left = sorted(request.limit - request.num_tokens for request in running)
-        return left[min(lacking, len(left)) - 1] * (self.predicted_tpot(0) or 0.0)
-
-    def predicted_tpot(self, num_new: int) -> float | None:
-        """Seconds per token with so many requests more, or None while no decode was measured.
-
-        A line through recent iterations' seconds over the rows that decoded in them.
-        """
-        records = [r for r in _recent(self._engine) if r.num_decodes and r.num_sampled]
-        if not records:
-            return None
-        rows = [float(r.num_decodes) for r in records]
-        seconds = [r.seconds * r.num_decodes / r.num_sampled for r in records]
-        now = len(self._engine.scheduler.running) + num_new
-        if len({*rows}) < 2:
-            return statistics.mean(seconds)
-        slope, start = statistics.linear_regression(rows, seconds)
-        return max(min(seconds), start + max(0.0, slope) * now)
+        return max(1, len(ids) - known), len(ids)
 
     def _settle(self) -> None:
         """Compare predictions with what has come."""
@@ -121,8 +96,7 @@ class Admission:
         for entry in self._open:
             job = entry.job
             if job.first_token is not None and entry.predicted is not None:
-                actual = job.first_token - job.created
-                self._errors.append(abs(entry.predicted - actual) / max(actual, 1e-6))
+                self._seen.append((entry.predicted, job.first_token - job.created))
             elif not job.finished and job.first_token is None:
                 still_open.append(entry)
         self._open = still_open
@@ -132,14 +106,11 @@ class Admission:
         self._settle()
         text = "Requests refused because they would have missed the SLO."
         found = [Figure("slo_refused_requests", "counter", text, self.num_refused)]
-        if self._errors:
+        if self._seen:
             text = "Median relative error of the predicted time to first token."
-            found.append(Figure("slo_ttft_prediction_error", "gauge", text, statistics.median(self._errors)))
+            errors = [abs(predicted - actual) / max(actual, 1e-6) for predicted, actual in list(self._seen)]
+            found.append(Figure("slo_ttft_prediction_error", "gauge", text, statistics.median(errors)))
         return found
-
-
-def _recent(engine: Engine) -> list[IterationRecord]:
-    return [record for record in list(engine.records)[-_WINDOW:] if not record.compiled]
 
 
 def admission_of(engine: Any, slo: Mapping[str, float]) -> Admission | None:

@@ -8,6 +8,7 @@ do not take up again the slot that is to fall free for it, so its turn comes.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, Protocol
 
 
@@ -21,10 +22,15 @@ class Adapter(Protocol):
 
 
 class AdapterSlots:
-    """The slots of one engine, `1 .. num_slots`."""
+    """The slots of one engine, `1 .. num_slots`.
+
+    Attributes:
+        form: an adapter as this engine takes it, where adapters are made ready for another one.
+    """
 
     def __init__(self, num_slots: int):
         self.num_slots = num_slots
+        self.form: Callable[[Adapter], Adapter] = lambda adapter: adapter
         self.num_loads = 0
         self.reset()
 
@@ -60,7 +66,7 @@ class AdapterSlots:
         identity = adapter.identity
         if identity not in self._slot_of:
             self._slot_of[identity] = self._free.pop() if self._free else self._evict()
-            self._loads.append((self._slot_of[identity], adapter))
+            self._loads.append((self._slot_of[identity], self.form(adapter)))
             self.num_loads += 1
         self._slot_of.move_to_end(identity)
         self._users[identity] = self._users.get(identity, 0) + 1

@@ -113,6 +113,11 @@ class Held:
     swapped: Swapped | None = None
 
 
+def page_salt(cache_salt: str, adapter: Adapter | None) -> str:
+    """What besides its tokens decides a request's keys and values; no `cache_salt` of a user begins so."""
+    return cache_salt if adapter is None else f"\0{adapter.identity} {cache_salt}"
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A prompt on its way to tokens: what was asked, the tokens, what it holds of the cache, and how it ended.
@@ -194,8 +199,8 @@ class Request:
 
     @property
     def page_salt(self) -> str:
-        """What besides its tokens decides its keys and values; no `cache_salt` of a user begins so."""
-        return self.cache_salt if self.adapter is None else f"\0{self.adapter.identity} {self.cache_salt}"
+        """See the function of that name."""
+        return page_salt(self.cache_salt, self.adapter)
 
     @property
     def num_tokens(self) -> int:

@@ -151,3 +151,17 @@ def test_a_mesh_gives_the_same_tokens(llm, requests, folders, mesh):
     """On four devices keys and values have copies, and so have the matrices that make them."""
     on_mesh = LLM(str(folders.base), use_tqdm=False, mesh=mesh, **ENGINE)
     assert tokens(on_mesh, [PROMPT] * 3, requests[:3]) == tokens(llm, [PROMPT] * 3, requests[:3])
+
+
+@pytest.mark.parametrize("meshes", [("tp=1", "tp=1"), ("tp=4", "tp=1")])  # other copies of heads, or none
+def test_two_pools_serve_the_same_numbers(llm, requests, folders, meshes):
+    two = LLM(str(folders.base), use_tqdm=False, prefill_mesh=meshes[0], decode_mesh=meshes[1], **ENGINE)
+    prompts = [PROMPT, PROMPT * 2, *([PROMPT] * 3)]
+    assert tokens(two, prompts, requests) == tokens(llm, prompts, requests)
+    assert two.engine.transfers.handed_over == len(requests)
+    scored = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+    ours, theirs = (one.generate(PROMPT, scored, lora_request=requests[2])[0].prompt_logprobs for one in (two, llm))
+    for a, b in zip(ours[1:], theirs[1:], strict=True):
+        assert {t: v.logprob for t, v in a.items()} == pytest.approx({t: v.logprob for t, v in b.items()}, abs=1e-3)
+    for engine in two.engine.engines:
+        engine.pool.check([])

@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -184,6 +185,61 @@ def test_nobody_fetches_and_the_lease_ends(pair: Pair, monkeypatch: pytest.Monke
     assert answer.status_code == 404 and "lease" in answer.json()["error"]["message"]
 
 
+def early(pair: Pair, name: str) -> dict[str, Any]:
+    host, port = pair.prefill.llm.exchange.address
+    return {"do_remote_prefill": True, "remote_host": host, "remote_port": port, "transfer_id": name}
+
+
+def test_pages_travel_while_the_prompt_is_computed(pair: Pair) -> None:
+    """The decode server has its request before the prefill server has: it waits for each piece of the prompt."""
+    body = {"prompt": "early: " + PROMPT * 2, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    before, waits = stats(pair.decode), len(pair.prefill.llm.exchange.exports)
+    with ThreadPoolExecutor(1) as pool:
+        decode = pool.submit(
+            pair.ask, pair.decode, "/v1/completions", body | {"kv_transfer_params": early(pair, "one")}
+        )
+        wait_until(lambda: pair.decode.llm.engine.has_work)
+        asked = {**body, "max_tokens": 1, "kv_transfer_params": ASK | {"transfer_id": "one"}}
+        first = pair.ask(pair.prefill, "/v1/completions", asked)
+        assert first.json()["kv_transfer_params"]["remote_request_id"] == "one"
+        got = decode.result(patience(30)).json()
+    after = stats(pair.decode)
+    assert got["choices"][0]["text"] == pair.ask(pair.alone, "/v1/completions", body).json()["choices"][0]["text"]
+    memory = pair.decode.llm.engine.memory
+    token = row_bytes(memory.layout, memory.num_layers)
+    assert after.bytes - before.bytes == (got["usage"]["prompt_tokens"] - 1) * token and after.failed == before.failed
+    wait_until(lambda: len(pair.prefill.llm.exchange.exports) <= waits)
+
+
+def test_a_prompt_that_never_reaches_the_prefill_server_is_computed(pair: Pair, monkeypatch) -> None:
+    imports = pair.decode.llm.exchange.imports
+    monkeypatch.setattr(imports, "_config", dataclasses.replace(imports._config, timeout_seconds=0.4))
+    body = {"prompt": "never: " + PROMPT, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+    before = stats(pair.decode)
+    got = pair.ask(pair.decode, "/v1/completions", body | {"kv_transfer_params": early(pair, "never")}).json()
+    assert got["choices"][0]["text"] == pair.ask(pair.alone, "/v1/completions", body).json()["choices"][0]["text"]
+    assert stats(pair.decode).failed == before.failed + 1
+
+
+def test_pages_that_are_waited_for_outlive_their_lease(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode server without a free slot says that it will come."""
+    exports, imports = pair.prefill.llm.exchange.exports, pair.decode.llm.exchange.imports
+    monkeypatch.setattr(exports, "_lease", 1.0)
+    monkeypatch.setattr(imports, "_config", dataclasses.replace(imports._config, heartbeat_seconds=0.1))
+    if imports._heartbeat is not None:  # of earlier tests, with the interval that it began with
+        imports._ended.set()
+        imports._heartbeat.join(patience(10))
+        imports._ended.clear()
+        imports._heartbeat = None
+    body = {"prompt": "waits: " + PROMPT, "max_tokens": 1, "kv_transfer_params": ASK}
+    params = pair.ask(pair.prefill, "/v1/completions", body).json()["kv_transfer_params"]
+    offer = imports.offer(params, list(range(9)), "")
+    time.sleep(2.0)
+    assert params["remote_request_id"] in exports
+    offer.close()
+    wait_until(lambda: params["remote_request_id"] not in exports)
+
+
 def test_a_client_that_leaves_while_pages_come_leaves_nothing(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     real, has_begun = Peer.fetch, threading.Event()
     kept = len(pair.prefill.llm.exchange.exports)  # for earlier tests, until their leases end
@@ -221,6 +277,7 @@ def test_another_cache_type_is_refused_with_a_sentence(pair: Pair, monkeypatch: 
         ({"do_remote_prefill": True, "remote_host": "10.0.0.1", "remote_port": 80, "remote_request_id": "x"}, "peers"),
         ({"do_remote_decode": True}, "this server is a kv_consumer"),
         ({"do_remote_prefil": True}, "has no 'do_remote_prefil'"),
+        ({"transfer_id": "x" * 300}, "transfer_id must be"),
     ],
 )
 def test_bad_transfer_parameters_are_refused(pair: Pair, params: dict[str, Any], message: str) -> None:
@@ -304,6 +361,7 @@ def test_rows_survive_the_wire_and_damage_is_seen() -> None:
         ({"kv_role": "producer"}, "kv_role='producer'"),
         ({"kv_role": "kv_both", "kv_rank": 0}, "has no 'kv_rank'"),
         ({"kv_role": "kv_both", "kv_connector_extra_config": {"lease_seconds": 0}}, "lease_seconds=0"),
+        ({"kv_role": "kv_both", "heartbeat_seconds": -1}, "heartbeat_seconds=-1"),
     ],
 )
 def test_bad_configurations_are_refused(given: dict[str, Any], message: str) -> None:

@@ -1,0 +1,1 @@
+"""What `scripts/drive_pools.py` does, one file for each of its commands."""
