@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--warm-up",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="compile everything before the first request",
+        help="compile every program: the first few before requests are taken, the others beside them",
     )
     add_lora_modules(group)
     pool = parser.add_argument_group("several models on one device (docs/pool.md)")
@@ -209,6 +209,8 @@ def start_pool(args: argparse.Namespace, engine: dict[str, Any], listen: Listen,
 
 def _load(args: argparse.Namespace, engine: dict[str, Any], startup: Startup, hooks: dict[str, Any]) -> AsyncLLM:
     from jaxllm.entrypoints.async_llm import AsyncLLM
+    from jaxllm.entrypoints.engine_thread import EngineThread
+    from jaxllm.entrypoints.warm_up import WarmUp
 
     llm = AsyncLLM(
         slo=args.slo,
@@ -219,10 +221,14 @@ def _load(args: argparse.Namespace, engine: dict[str, Any], startup: Startup, ho
         **engine,
     )
     load_lora_modules(args, llm.adapters)
-    if args.warm_up:
-        startup.stage("compiling")
-        llm.engine.warm_up(scoring=True, on_compiled=startup.compiled)
-    llm.thread.measure_when_idle()
+    if not args.warm_up:
+        llm.thread.measure_when_idle()
+        return llm
+    startup.stage("compiling")
+    assert isinstance(llm.thread, EngineThread), "it is made by default"
+    llm.warm_up = WarmUp(llm.engine, llm.thread.measure_when_idle, llm.thread.fail)
+    llm.warm_up.first(startup.compiled)
+    llm.warm_up.start()
     return llm
 
 

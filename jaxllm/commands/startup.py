@@ -38,7 +38,7 @@ class Startup:
 
     def ready(self, text: str) -> None:
         """The server takes requests."""
-        self.say(f"warm in {time.perf_counter() - self._started:.1f} s")
+        self.say(f"ready in {time.perf_counter() - self._started:.1f} s")
         self.say(text)
 
     def say(self, text: str) -> None:

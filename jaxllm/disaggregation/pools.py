@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.disaggregation.passage import Passage
@@ -18,6 +18,9 @@ from jaxllm.engine.engine import SAVE_SECONDS, Engine, NewTokens
 from jaxllm.scheduling.request import Ending, Request, Status
 from jaxllm.telemetry.accounting import Accounting, Totals
 from jaxllm.telemetry.device_peaks import Ceilings
+
+if TYPE_CHECKING:
+    from jaxllm.runner.runner import ModelRunner
 
 _IDLE_SECONDS = 0.0005
 
@@ -128,10 +131,15 @@ class PrefillDecode:
         """See `Engine`."""
         return [*self.prefill.unfinished, *self.decode.unfinished]
 
-    def warm_up(self, *, scoring: bool = False, on_compiled: Callable[[int, int], None] | None = None) -> None:
+    def warm_up(self, *, scoring: bool = False, **how: Any) -> None:
         """See `Engine`."""
-        self.prefill.runner.warm_up(scoring=scoring, tiers=True, on_compiled=on_compiled)
-        self.decode.runner.warm_up(tiers=True, on_compiled=on_compiled)
+        self.prefill.runner.warm_up(scoring=scoring, tiers=True, **how)
+        self.decode.runner.warm_up(tiers=True, **how)
+
+    @property
+    def runners(self) -> list[ModelRunner]:
+        """See `Engine`."""
+        return [self.prefill.runner, self.decode.runner]
 
     def check_request(self, ids: Sequence[int], params: SamplingParams) -> tuple[list[int], int]:
         """See `Engine`."""

@@ -132,9 +132,14 @@ class Engine:
         """Where passes run that sample nothing: here."""
         return self
 
-    def warm_up(self, *, scoring: bool = False, on_compiled: Callable[[int, int], None] | None = None) -> None:
+    def warm_up(self, *, scoring: bool = False, **how: Any) -> None:
         """Compile all programs; see `ModelRunner.warm_up`."""
-        self.runner.warm_up(scoring=scoring, tiers=self.tiers is not None, on_compiled=on_compiled)
+        self.runner.warm_up(scoring=scoring, tiers=self.tiers is not None, **how)
+
+    @property
+    def runners(self) -> list[ModelRunner]:
+        """All that have programs to compile."""
+        return [self.runner]
 
     @property
     def unfinished(self) -> list[Request]:

@@ -29,6 +29,7 @@ from jaxllm.entrypoints.admission import admission_of
 from jaxllm.entrypoints.engine_thread import EngineThread
 from jaxllm.entrypoints.frontend import Frontend
 from jaxllm.entrypoints.tasks import Update
+from jaxllm.entrypoints.warm_up import WarmUp
 from jaxllm.scheduling.adapter_slots import Adapter
 
 if TYPE_CHECKING:
@@ -158,6 +159,7 @@ class AsyncLLM(Frontend):
         self.admission = admission_of(self.engine, parse_slo(slo))
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="prepare")
         self._streams: set[Stream] = set()
+        self.warm_up: WarmUp | None = None  # where one goes on beside the requests
         self._draining = False
         self._paused: str | None = None
         self._idle = asyncio.Event()
@@ -333,7 +335,8 @@ class AsyncLLM(Frontend):
         """Why the engine cannot be relied on, or None."""
         if not self.thread.is_alive:
             return "the engine is dead"
-        if (stalled := self.thread.stalled_seconds) > self._stuck_seconds:
+        is_compiling = self.warm_up is not None and not self.warm_up.is_over
+        if (stalled := self.thread.stalled_seconds) > self._stuck_seconds and not is_compiling:
             return f"the engine has made no progress for {stalled:.0f} s while work is pending"
         return None
 
@@ -380,6 +383,8 @@ class AsyncLLM(Frontend):
     def shutdown(self) -> None:
         """End the engine's thread; unfinished requests end with an error, and cached prefixes go to the disk tier."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+        if self.warm_up is not None:
+            self.warm_up.stop()
         if self.thread.stop():
             self.save_cache()
         for part in (self.exchange, self.events):

@@ -98,6 +98,14 @@ class EngineThread:
         """
         self._commands.put(self._want_ceilings)
 
+    def fail(self, error: Exception) -> None:
+        """End the thread as a failure that is final ends it."""
+
+        def end() -> None:
+            raise error
+
+        self._commands.put(end)
+
     def stop(self, timeout: float = 10.0) -> bool:
         """End the thread; unfinished work is aborted. False where it is stuck."""
         self._commands.put(None)

@@ -17,6 +17,7 @@ class PoolFace:
     """What `AsyncLLM` is to a server of one model, as far as no model in particular is meant."""
 
     exchange: Any = None  # pools hand no requests to other engines
+    warm_up: Any = None  # each model has its own, before it is ready
 
     def __init__(self, pool: Pool, stuck_seconds: float = 30.0):
         self.pool = pool

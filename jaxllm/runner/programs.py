@@ -197,6 +197,23 @@ def first_keys(shapes: RunnerShapes) -> list[Key]:
     return list({name: (name, bucket) for name, bucket in reversed(all_keys(shapes, [START]))}.values())[::-1]
 
 
+def soonest_first(keys: Sequence[Key]) -> list[Key]:
+    """Keys in the order in which they are likely to be needed: those of requests that come alone first.
+
+    Then those of more and more requests; what moves pages and what scores comes last.
+    """
+    sizes: dict[str, list[int]] = {}
+    for name, bucket in keys:
+        sizes.setdefault(name, []).append(bucket)
+    last = (TIERS, SCORING)
+
+    def rank(key: Key) -> tuple[int, int]:
+        group = PROGRAMS[key[0]].warm_up
+        return last.index(group) + 1 if group in last else 0, sizes[key[0]].index(key[1])
+
+    return sorted(keys, key=rank)
+
+
 # What programs are given by the host, and their sizes.
 
 

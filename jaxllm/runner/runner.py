@@ -190,6 +190,7 @@ class ModelRunner:
         scoring: bool = False,
         tiers: bool = False,
         on_compiled: Callable[[int, int], None] | None = None,
+        beside_requests: bool = False,
     ) -> None:
         """Compile every program there is, in threads; afterwards a compilation is a defect.
 
@@ -198,11 +199,19 @@ class ModelRunner:
             scoring: also those of embeddings and prompt logprobs.
             tiers: also those that move pages off the device and back.
             on_compiled: told how many of how many are done.
+            beside_requests: from a thread beside the one that dispatches; where other processes follow, these are told
+                nothing.
         """
         wanted = {SAMPLING: sampling, SCORING: scoring, TIERS: tiers}
         groups = tuple(group for group, is_wanted in wanted.items() if is_wanted)
-        self._tell(WarmUp(groups))
-        self.compiler.warm_up(groups, on_compiled)
+        if not beside_requests:
+            self._tell(WarmUp(groups))
+        self.compiler.warm_up(groups, on_compiled, beside_requests=beside_requests)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other process follows this one."""
+        return self._announce is None
 
     @property
     def num_compilations(self) -> int:

@@ -39,7 +39,7 @@ def stream(url: str) -> list[str]:
 
 def test_sigterm_finishes_every_accepted_request_and_refuses_new_ones(tiny_model):
     with process(tiny_model, SERVE) as (child, url), concurrent.futures.ThreadPoolExecutor(16) as pool:
-        wait_until(lambda: "peak_flops_per_second" in httpx.get(f"{url}/stats").json())
+        wait_until(lambda: "peak_flops_per_second" in httpx.get(f"{url}/stats").json(), 60)
         httpx.post(f"{url}/v1/completions", json={"prompt": "x"}, timeout=patience(60))
         assert 0 < httpx.get(f"{url}/stats").json()["mfu"] < 2
         with httpx.Client(base_url=url) as kept:
@@ -56,6 +56,18 @@ def test_sigterm_finishes_every_accepted_request_and_refuses_new_ones(tiny_model
         for events in (s.result() for s in streams):
             assert events[-1] == "[DONE]" and json.loads(events[-2])["choices"][0]["finish_reason"] == "length"
         assert child.wait(patience(30)) == 0, child.stderr.read()
+
+
+def test_requests_are_taken_while_programs_compile_and_after_that_nothing_does(tiny_model):
+    with process(tiny_model, SERVE) as (_, url):
+        early = httpx.post(f"{url}/v1/completions", json={"prompt": "x" * 100, "seed": 1}, timeout=patience(60))
+        assert early.status_code == 200
+        wait_until(lambda: httpx.get(f"{url}/health").json() == {"status": "ok"}, 60)
+        known = httpx.get(f"{url}/stats").json()["compilations"]
+        again = httpx.post(f"{url}/v1/completions", json={"prompt": "x" * 100, "seed": 1}, timeout=patience(60)).json()
+        assert again["choices"][0]["text"] == early.json()["choices"][0]["text"]
+        stats = httpx.get(f"{url}/stats").json()
+        assert stats["compilations"] == known and stats["compilations_after_warmup"] == 0
 
 
 def test_dead_engine_gives_clean_errors_and_a_non_zero_exit(tiny_model):

@@ -18,11 +18,17 @@ router = APIRouter()
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """200 while requests are taken; 503 when the engine is dead, stuck or draining."""
-    reason = context_of(request).llm.unavailable()
-    if reason is not None:
+    """200 while requests are taken; 503 when the engine is dead, stuck or draining.
+
+    With `warming_up` some programs still compile; a request that needs one of them waits for it.
+    """
+    llm = context_of(request).llm
+    if (reason := llm.unavailable()) is not None:
         raise ApiError(503, reason, code="unhealthy", headers={"retry-after": "10"})
-    return JSONResponse({"status": "ok"})
+    warm_up = llm.warm_up
+    if warm_up is None or warm_up.is_over:
+        return JSONResponse({"status": "ok"})
+    return JSONResponse({"status": "ok", "warming_up": f"{warm_up.done} of {warm_up.total} programs"})
 
 
 @router.get("/ping")
