@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jaxllm.config.sampling import SamplingParams
 from jaxllm.disaggregation.passage import Passage
 from jaxllm.engine.engine import SAVE_SECONDS, Engine, NewTokens
+from jaxllm.scheduling.pace import Pace
 from jaxllm.scheduling.request import Ending, Request, Status
 from jaxllm.telemetry.accounting import Accounting, Totals
 from jaxllm.telemetry.device_peaks import Ceilings
@@ -135,6 +136,11 @@ class PrefillDecode:
         """See `Engine`."""
         self.prefill.runner.warm_up(scoring=scoring, tiers=True, **how)
         self.decode.runner.warm_up(tiers=True, **how)
+
+    @property
+    def pace(self) -> Pace:
+        """See `Engine`; of the decode pool, which computes prompts only where pages did not come."""
+        return self.decode.pace
 
     @property
     def runners(self) -> list[ModelRunner]:

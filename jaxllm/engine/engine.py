@@ -21,6 +21,7 @@ from jaxllm.engine.prompts import check_ids, check_prompt
 from jaxllm.engine.schedulers import schedulers_for
 from jaxllm.runner.interface import Memory, Runner, Work
 from jaxllm.runner.sampler import NOT_FINITE, Sampled
+from jaxllm.scheduling.pace import Pace
 from jaxllm.scheduling.plan import Chunk
 from jaxllm.scheduling.replicas import Scheduling, side_by_side
 from jaxllm.scheduling.request import Ending, Held, Listener, Request, Status, next_arrival
@@ -92,7 +93,8 @@ class Engine:
         # The loop uses what `Runner` has; whoever asks for more (scoring, a warm-up) has an engine on devices.
         self.runner = cast("ModelRunner", runner)
         self.memory = cast("KVMemory", memory or runner.memory)
-        self.scheduler = scheduling or side_by_side(schedulers_for(self.memory, runner.shapes))
+        self.pace = Pace(runner.shapes.token_buckets)  # whoever serves streams sets its target
+        self.scheduler = scheduling or side_by_side(schedulers_for(self.memory, runner.shapes, pace=self.pace))
         self.pool = self.scheduler.pool
         self.tiers, self.mover = self.memory.tiers, self.memory.mover
         self.records: deque[IterationRecord] = deque(maxlen=4096)
@@ -430,6 +432,8 @@ class Engine:
             work.plan, read, dispatched=work.dispatched, now=now, num_compilations=compilations, drafts=drafts
         )
         self.records.append(record)
+        if not work.plan.is_decode_loop and not record.compiled:
+            self.pace.observe(work.plan.most_tokens, record.seconds)
         if drafts is not None:
             self._count_drafts(drafts, record)
         if log.isEnabledFor(logging.DEBUG):

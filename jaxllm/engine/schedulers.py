@@ -5,11 +5,14 @@ from __future__ import annotations
 from jaxllm.runner.interface import Memory
 from jaxllm.runner.shapes import RunnerShapes
 from jaxllm.scheduling.adapter_slots import AdapterSlots
+from jaxllm.scheduling.pace import Pace
 from jaxllm.scheduling.scheduler import Scheduler
 
 
-def schedulers_for(memory: Memory, shapes: RunnerShapes, *, chunked_prefill: bool = True) -> list[Scheduler]:
-    """A scheduler for each of the memory's page pools; they share the slots of adapters."""
+def schedulers_for(
+    memory: Memory, shapes: RunnerShapes, *, chunked_prefill: bool = True, pace: Pace | None = None
+) -> list[Scheduler]:
+    """A scheduler for each of the memory's page pools; they share the slots of adapters and the pace."""
     adapter_slots = AdapterSlots(shapes.max_loras)
     return [
         Scheduler(
@@ -23,6 +26,7 @@ def schedulers_for(memory: Memory, shapes: RunnerShapes, *, chunked_prefill: boo
             chunked_prefill=chunked_prefill,
             num_drafts=shapes.num_drafts,
             adapter_slots=adapter_slots,
+            pace=pace,
         )
         for replica, pool in enumerate(memory.pools)
     ]

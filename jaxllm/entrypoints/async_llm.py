@@ -31,6 +31,7 @@ from jaxllm.entrypoints.frontend import Frontend
 from jaxllm.entrypoints.tasks import Update
 from jaxllm.entrypoints.warm_up import WarmUp
 from jaxllm.scheduling.adapter_slots import Adapter
+from jaxllm.scheduling.pace import DEFAULT_SECONDS
 
 if TYPE_CHECKING:
     from jaxllm.decoding.beam_search import BeamSearchOutput, BeamSearchParams
@@ -131,7 +132,8 @@ class AsyncLLM(Frontend):
 
     Args:
         model: as for `LLM`.
-        slo: `ttft:2s,tpot:100ms`: refuse what would miss it; see `jaxllm.entrypoints.admission`.
+        slo: `ttft:2s,tpot:100ms`: refuse what would miss it; see `jaxllm.entrypoints.admission`. Chunks of prompts
+            beside streams are no larger than fit into `tpot`, by default 100 ms.
         max_num_queued_requests: requests that may wait beside those that run.
         stuck_seconds: without progress for so long, while there is work, the engine counts as stuck.
         before_step: a hook for tests that inject faults; called on the engine's thread.
@@ -156,7 +158,9 @@ class AsyncLLM(Frontend):
         super().__init__(model, use_tqdm=use_tqdm, on_stage=on_stage, **kwargs)
         self._capacity = self.engine.runner.shapes.spare_slot + max_num_queued_requests  # slots of all replicas
         self._stuck_seconds = stuck_seconds
-        self.admission = admission_of(self.engine, parse_slo(slo))
+        promised = parse_slo(slo)
+        self.admission = admission_of(self.engine, promised)
+        self.engine.pace.target = promised.get("tpot", DEFAULT_SECONDS)
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="prepare")
         self._streams: set[Stream] = set()
         self.warm_up: WarmUp | None = None  # where one goes on beside the requests

@@ -48,6 +48,15 @@ class IterationPlan:
         """Tokens that one iteration of this plan processes."""
         return sum(chunk.count for chunk in self.chunks)
 
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that the busiest replica processes in one iteration: what the size of the program follows."""
+        counts: dict[int, int] = {}
+        for chunk in self.chunks:
+            replica = chunk.request.replica
+            counts[replica] = counts.get(replica, 0) + chunk.count
+        return max(counts.values(), default=0)
+
 
 def granted(request: Request, steps: int) -> int:
     """Tokens this request may sample in a loop of `steps` iterations, where it is as long as it can be."""

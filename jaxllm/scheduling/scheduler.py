@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from jaxllm.scheduling.adapter_slots import AdapterSlots
+from jaxllm.scheduling.pace import Pace
 from jaxllm.scheduling.page_lists import PageLists, utilization
 from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.scheduling.plan import Chunk, IterationPlan, granted, reach
@@ -28,7 +29,7 @@ class Scheduler:
 
     `max_decode_steps=0`: no decode loops, every plan is a ragged step. `chunked_prefill=False`: a prompt waits for an
     iteration that has room for all of it. `num_drafts`: tokens that each step of a loop may draft and verify per
-    request, at most.
+    request, at most. `pace`: bounds chunks beside decodes that somebody reads along.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class Scheduler:
         chunked_prefill: bool = True,
         num_drafts: int = 0,
         adapter_slots: AdapterSlots | None = None,
+        pace: Pace | None = None,
     ):
         self.pool = pool
         self.tiers = tiers
         self.adapter_slots = adapter_slots or AdapterSlots(0)
         self.page_lists = PageLists(pool, tiers, first_page)
+        self.pace = pace
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_decode_steps = max_decode_steps
@@ -128,7 +131,7 @@ class Scheduler:
         if steps:
             return self._plan(self._decode_chunks(steps), [], is_decode_loop=True, num_steps=steps)
         chunks = self._decode_chunks(1) if decodes else []
-        admitted = self._prefill(chunks, self.max_num_batched_tokens - len(chunks))
+        admitted = self._prefill(chunks, self._budget(chunks) - len(chunks))
         if not chunks:
             self._make_way()
             return None
@@ -244,6 +247,11 @@ class Scheduler:
             if not self._is_long(long.num_left):
                 admitted += self._admit(chunks, budget, None)
         return admitted
+
+    def _budget(self, decodes: Sequence[Chunk]) -> int:
+        if self.pace is None or not any(chunk.request.streamed for chunk in decodes):
+            return self.max_num_batched_tokens
+        return min(self.max_num_batched_tokens, self.pace.most(len(decodes)))
 
     def _is_long(self, num_tokens: int) -> bool:
         return num_tokens > self.max_num_batched_tokens // 2
