@@ -32,8 +32,8 @@ class Pace:
     def observe(self, num_tokens: int, seconds: float) -> None:
         """An iteration of so many tokens took so long.
 
-        What makes one size slower or faster (longer contexts, other work on the machine) does so to all: a size that was
-        given up would else never be tried again.
+        What makes one size slower or faster (longer contexts, other work on the machine) does so to all: a size that
+        was given up would else never be tried again.
         """
         size = next((size for size in self._sizes if num_tokens <= size), self._sizes[-1])
         known = self._seconds.setdefault(size, seconds)
