@@ -36,7 +36,7 @@ class Bytes:
 
     inputs, x_bytes, kind, sums = 4, 1, INTS, INTS
     facts, brings_facts = FACTS, True
-    most_turning, most_turned = 12, 6
+    most_alone, most_rows = 12, 6
     declarations = f"declare {INTS} @{_DOT}({INTS}, {INTS}, {INTS})\n"
 
     def __init__(self, codes: Codes):

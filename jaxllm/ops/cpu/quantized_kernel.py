@@ -1,9 +1,10 @@
 """The product with quantised panels, as LLVM IR: codes become numbers in registers, group by group.
 
 A group of inputs is summed with its codes' own numbers, which bfloat16 holds exactly; its scale, and its minimum times
-the sum of its inputs, come in once per group, in float32: the product is that of the exact weights. Few rows of x read
-a panel's codes and turn them into numbers as they go; many find the panel turned once, in a buffer that the core's own
-cache holds. Both form a row's sums in the same order, whatever stands beside the row.
+the sum of its inputs, come in once per group, in float32: the product is that of the exact weights, where one expanded
+to bfloat16 would round each of them. A pass over a panel takes some rows of x. The first turns codes into numbers as it
+goes and leaves them in a buffer that the core's own cache holds; those that follow find them there. All form a row's
+sums in the same order, whatever stands beside it.
 
 Dimension letters: M rows of x, K contracted, N columns, B panels, C columns of a panel, J groups of inputs.
 """
@@ -83,18 +84,18 @@ class _Kernel:
 
     def __init__(self, s: QuantizedSizes, arithmetic: Arithmetic, num_parts: int):
         self.s, self.a, self.num_parts = s, arithmetic, num_parts
-        self.turns_once = s.m > arithmetic.most_turning
         self.computes_sums = s.has_minima and not arithmetic.brings_facts
-        num_passes = -(-s.m // (arithmetic.most_turned if self.turns_once else arithmetic.most_turning))
+        num_passes = 1 if s.m <= arithmetic.most_alone else -(-s.m // arithmetic.most_rows)
         rows, larger = divmod(s.m, num_passes)  # the first `larger` passes take one row more
-        passes = ((rows + 1, 0, larger), (rows, larger, num_passes))
-        self.passes = [(count, begin, stop, begin * (rows + 1)) for count, begin, stop in passes if begin < stop]
+        self.first = rows + 1 if larger else rows  # rows of the first pass
+        passes = ((rows + 1, 1, larger), (rows, max(1, larger), num_passes))
+        self.others = [(count, begin, stop) for count, begin, stop in passes if begin < stop]
+        self.larger = larger
 
     def text(self) -> str:
         """The definitions."""
-        parts = [_rows(self.s, self.a, count, turns=not self.turns_once) for count, *_ in self.passes]
-        if self.turns_once:
-            parts.append(_turn(self.s, self.a))
+        parts = [_rows(self.s, self.a, self.first, "first", turns=True, keeps=bool(self.others))]
+        parts += [_rows(self.s, self.a, count, f"rows{count}", turns=False) for count, *_ in self.others]
         if self.computes_sums:
             parts.append(_group_sums(self.s, self.a))
         return "".join(parts) + self._part()
@@ -105,7 +106,7 @@ class _Kernel:
         x, codes, *factors, y = self._operands(f, buffers)
         first = f.arithmetic("udiv", f.mul(part, s.num_panels), self.num_parts)
         end = f.arithmetic("udiv", f.mul(f.add(part, 1), s.num_panels), self.num_parts)
-        turned_bytes = _STEP // self.a.inputs * s.k if self.turns_once else 0
+        turned_bytes = _STEP // self.a.inputs * s.k if self.others else 0
         sums_bytes = -(-4 * s.m * s.num_groups // 64) * 64 if self.computes_sums else 0
         scratch = f.let(f"call ptr @aligned_alloc(i64 64, i64 {turned_bytes + sums_bytes + 64})")
         facts = f.at(x, s.m * s.k) if self.a.brings_facts else f.at(scratch, turned_bytes)
@@ -113,19 +114,20 @@ class _Kernel:
             f.do(f"call void @group_sums(ptr {x}, ptr {facts})")
         with f.loop(first, end) as panel:
             weights = f.at(codes, f.mul(panel, s.code_bytes))
-            if self.turns_once:
-                f.do(f"call void @turn(ptr {weights}, ptr {scratch})")
-                weights = scratch
             scales = [f.at(pointer, f.mul(panel, s.scale_bytes)) for pointer in factors]
             y_panel = f.at(y, f.mul(panel, 4 * PANEL))
-            for count, begin, stop, first_row in self.passes:
+
+            def multiply(name: str, row: Value) -> None:
+                x_rows = f.at(x, f.mul(row, self.a.x_bytes * s.k))
+                y_rows = f.at(y_panel, f.mul(row, 4 * PANEL * s.num_panels))
+                row_facts = f.at(facts, f.mul(row, 4 * self.a.facts * s.num_groups))
+                pointers = (x_rows, weights, scratch, scales[0], scales[-1], row_facts, y_rows)
+                f.do(f"call void @{name}({', '.join(f'ptr {p}' for p in pointers)})")
+
+            multiply("first", 0)
+            for count, begin, stop in self.others:
                 with f.loop(begin, stop) as nth:
-                    row = f.add(f.mul(f.sub(nth, begin), count), first_row)
-                    x_rows = f.at(x, f.mul(row, self.a.x_bytes * s.k))
-                    y_rows = f.at(y_panel, f.mul(row, 4 * PANEL * s.num_panels))
-                    row_facts = f.at(facts, f.mul(row, 4 * self.a.facts * s.num_groups))
-                    pointers = (x_rows, weights, scales[0], scales[-1], row_facts, y_rows)
-                    f.do(f"call void @rows{count}({', '.join(f'ptr {p}' for p in pointers)})")
+                    multiply(f"rows{count}", f.add(f.mul(nth, count), self.larger if count < self.first else 0))
         f.do(f"call void @free(ptr {scratch})")
         return f.text()
 
@@ -142,10 +144,13 @@ class _Kernel:
         return [*moved, y]
 
 
-def _rows(s: QuantizedSizes, a: Arithmetic, count: int, *, turns: bool) -> str:
-    """`count` rows of x times one panel. Arguments: x, codes or numbers, scales, minima, facts of groups, result."""
-    f = Function(f"rows{count}", ["ptr"] * 6, "noinline")
-    lanes, (x, w, scales, minima, facts, y) = Lanes(f), f.args
+def _rows(s: QuantizedSizes, a: Arithmetic, count: int, name: str, *, turns: bool, keeps: bool = False) -> str:
+    """`count` rows of x times one panel, its codes turned into numbers, which are kept; or the numbers kept before.
+
+    Arguments: x, codes, numbers, scales, minima, facts of groups, result.
+    """
+    f = Function(name, ["ptr"] * 7, "noinline")
+    lanes, (x, codes, numbers, scales, minima, facts, y) = Lanes(f), f.args
     places = [(row, half) for row in range(count) for half in _HALVES]
     totals = {place: f.variable(VECTOR, ZERO) for place in places}
     with f.loop(0, s.num_groups) as group:
@@ -157,10 +162,14 @@ def _rows(s: QuantizedSizes, a: Arithmetic, count: int, *, turns: bool) -> str:
         step = s.codes.per_word if turns else a.inputs  # inputs that lie side by side
         several = math.gcd(s.group, _UNROLLED)
         with f.loop(f.mul(group, s.group), f.mul(f.add(group, 1), s.group), several) as first:
-            at, column = f.at(w, f.mul(first, _STEP // step)), f.at(x, f.mul(first, a.x_bytes))
+            column, kept = f.at(x, f.mul(first, a.x_bytes)), f.at(numbers, f.mul(first, _STEP // a.inputs))
+            at = f.at(codes, f.mul(first, _STEP // step)) if turns else kept
             for nth in range(several // step):
-                vectors = _weights(f, s, a, f.at(at, _STEP * nth), turns=turns)
+                vectors = _turned(f, a, f.at(at, _STEP * nth)) if turns else [_loaded(f, a, f.at(at, _STEP * nth))]
                 for i, weights in enumerate(vectors):
+                    for half in _HALVES if keeps else ():
+                        place = _STEP * (nth * len(vectors) + i) + 64 * half
+                        f.store(a.kind, weights[half], f.at(kept, place), 64)
                     offset = a.x_bytes * (step * nth + a.inputs * i)
                     for row in range(count):
                         inputs = a.same(f, f.at(column, a.x_bytes * s.k * row + offset))
@@ -181,14 +190,16 @@ def _rows(s: QuantizedSizes, a: Arithmetic, count: int, *, turns: bool) -> str:
     return f.text()
 
 
-def _weights(f: Function, s: QuantizedSizes, a: Arithmetic, at: str, *, turns: bool) -> list[tuple[str, ...]]:
-    """Both halves' vectors of numbers from one step of codes, or of numbers that were turned before."""
-    words = [f.load(INTS, f.at(at, 64 * half), 64) for half in _HALVES]
-    if not turns:
-        return [tuple(a.as_numbers(f, word) for word in words)]
+def _turned(f: Function, a: Arithmetic, at: str) -> list[tuple[str, ...]]:
+    """Both halves' vectors of numbers from one step of codes."""
     for half in _HALVES:
         f.do(f"call void @llvm.prefetch.p0(ptr {f.at(at, _AHEAD + 64 * half)}, i32 0, i32 3, i32 1)")
-    return list(zip(*(a.numbers(f, word) for word in words), strict=True))
+    return list(zip(*(a.numbers(f, f.load(INTS, f.at(at, 64 * half), 64)) for half in _HALVES), strict=True))
+
+
+def _loaded(f: Function, a: Arithmetic, at: str) -> tuple[str, ...]:
+    """Both halves' numbers that were kept."""
+    return tuple(a.as_numbers(f, f.load(INTS, f.at(at, 64 * half), 64)) for half in _HALVES)
 
 
 def _factor(f: Function, s: QuantizedSizes, pointer: str, group: Value, half: int) -> str:
@@ -198,18 +209,6 @@ def _factor(f: Function, s: QuantizedSizes, pointer: str, group: Value, half: in
     if s.scale == "float":
         return f.load(VECTOR, at, 64)
     return f.let(f"fpext <16 x {s.scale}> {f.load(f'<16 x {s.scale}>', at, 32)} to {VECTOR}")
-
-
-def _turn(s: QuantizedSizes, a: Arithmetic) -> str:
-    """A panel's codes into numbers. Arguments: codes, result."""
-    f = Function("turn", ["ptr", "ptr"], "noinline")
-    codes, out = f.args
-    with f.loop(0, s.k // s.codes.per_word) as index:
-        at, to = f.at(codes, f.mul(index, _STEP)), f.at(out, f.mul(index, _STEP // a.inputs * s.codes.per_word))
-        for half in _HALVES:
-            for i, numbers in enumerate(a.numbers(f, f.load(INTS, f.at(at, 64 * half), 64))):
-                f.store(a.kind, numbers, f.at(to, _STEP * i + 64 * half), 64)
-    return f.text()
 
 
 def _group_sums(s: QuantizedSizes, a: Arithmetic) -> str:

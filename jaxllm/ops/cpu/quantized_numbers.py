@@ -54,7 +54,7 @@ class Arithmetic(Protocol):
         kind: LLVM's type of a vector of numbers.
         sums: the type of a group's sums.
         facts: 32-bit numbers known of each row's group, the sum of its inputs last; those that come with x.
-        most_turning, most_turned: rows of x that a pass can take, one that turns codes and one that reads numbers.
+        most_alone, most_rows: rows of x that the only pass can take, and one of several.
         declarations: of the functions that it calls.
     """
 
@@ -64,8 +64,8 @@ class Arithmetic(Protocol):
     sums: str
     facts: int
     brings_facts: bool
-    most_turning: int
-    most_turned: int
+    most_alone: int
+    most_rows: int
     declarations: str
 
     def numbers(self, f: Function, word: str) -> list[str]:
@@ -102,10 +102,7 @@ class Pairs:
 
     inputs, x_bytes, kind, sums = 2, 2, _PAIRS, VECTOR
     facts, brings_facts = 1, False
-    most_turning, most_turned = (
-        12,
-        6,
-    )  # of 32 registers two for a row's sums of a group, and two for those of all groups
+    most_alone, most_rows = 12, 6  # of 32 registers a row's sums of a group take two, those of all groups two more
     declarations = f"""
 declare {VECTOR} @{_DOT}({VECTOR}, {_PAIRS}, {_PAIRS})
 declare {_SHORTS} @{_PICK_SHORTS}({_SHORTS}, {_SHORTS})
@@ -170,7 +167,7 @@ declare {_EIGHT} @{_PICK_EIGHT}({_EIGHT}, <8 x i32>)
 
     def __init__(self, codes: Codes, *, is_wide: bool):
         self.codes, self.is_wide = codes, is_wide
-        self.most_turning, self.most_turned = (12, 6) if is_wide else (2, 2)  # of 16 registers four hold a row's sums
+        self.most_alone, self.most_rows = (12, 6) if is_wide else (2, 2)  # of 16 registers four hold a row's sums
 
     def numbers(self, f: Function, word: str) -> list[str]:
         """See `Arithmetic`."""
