@@ -1,25 +1,44 @@
 """SLO attainment of a pool, switched between tokens against switched between requests.
 
-`python scripts/pool_load.py --model PATH --num-models 8 --hold 3 --num-requests 300 --rates 1,2,4` makes a pool of
-`num-models` copies of one model in a budget for `hold` of them, sends requests in bursts with a long tail of models,
-and prints a JSON object: for each policy and rate the share of tokens that came by their deadlines (see
-`jaxllm.pool.attainment`), and the highest rate with at least 90%.
+`python scripts/pool_load.py` makes a pool of 8 copies of a tiny random model (or `--model PATH`) in a budget for 3,
+sends 300 requests in bursts with a long tail of models, and looks for the highest rate at which 90% are in time. The
+limits keep the proportions of Aegaeon's, TTFT 10 s to 100 ms per token, and are scaled to this machine: `tpot` is
+`--tpot-steps` times what one request that is alone takes for a token, and `ttft` a hundred times that. A request is in
+time if its first token is, and its tokens are on average. Rates rise or fall by the square root of two until one holds
+and the next does not, or the policy's share of `--minutes` is over. Prints one JSON object; beside the share of
+requests it has that of tokens that came by their deadlines (see `jaxllm.pool.attainment`).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
+import math
 import random
+import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from jaxllm import Pool, SamplingParams
-from jaxllm.families.presets import PRESETS
 from jaxllm.pool.attainment import tokens_in_time
 
 Arrival = tuple[float, str, int, int]  # when, which model, tokens in, tokens out
+_WARM_UP = {"prompt_token_ids": [5, 6, 7]}
+_MOST_RUNS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Seconds to the first token, and between two on average."""
+
+    ttft: float
+    tpot: float
 
 
 def arrivals(args: argparse.Namespace, rate: float) -> list[Arrival]:
@@ -31,7 +50,7 @@ def arrivals(args: argparse.Namespace, rate: float) -> list[Arrival]:
         model = rng.choices(range(args.num_models), weights)[0]
         lengths = (rng.lognormvariate(0, 0.6) for _ in range(2))
         size_in, size_out = (
-            max(2, min(4 * mean, int(mean * x)))
+            max(2, min(3 * mean, int(mean * x)))
             for mean, x in zip((args.input_len, args.output_len), lengths, strict=True)
         )
         out.append((now, f"m{model}", size_in, size_out))
@@ -43,7 +62,7 @@ async def send(pool: Pool, one: Arrival, started: float) -> tuple[float, list[fl
     when, name, size_in, size_out = one
     await asyncio.sleep(max(0.0, started + when - time.perf_counter()))
     llm = await asyncio.wrap_future(pool.ready(name))
-    params = SamplingParams(temperature=0.0, max_tokens=size_out, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=size_out, ignore_eos=True, detokenize=False)
     arrived, times = time.perf_counter(), []
     stream = await llm.open([{"prompt_token_ids": [(7 * i + size_in) % 200 + 3 for i in range(size_in)]}], params)
     try:
@@ -55,70 +74,117 @@ async def send(pool: Pool, one: Arrival, started: float) -> tuple[float, list[fl
     return arrived, times
 
 
-async def load(pool: Pool, plan: list[Arrival], args: argparse.Namespace) -> dict[str, Any]:
+def in_time(arrived: float, times: list[float], limits: Limits) -> bool:
+    """Whether a request met both."""
+    between = (times[-1] - times[0]) / max(1, len(times) - 1)
+    return times[0] - arrived <= limits.ttft and between <= limits.tpot
+
+
+async def load(pool: Pool, plan: list[Arrival], limits: Limits) -> dict[str, Any]:
     """All of a plan, measured."""
-    started = time.perf_counter()
+    started, switches = time.perf_counter(), pool.residents.totals.count
     results = await asyncio.gather(*(send(pool, one, started) for one in plan))
-    total = sum(len(times) for _, times in results)
-    met = sum(tokens_in_time(arrived, times, ttft=args.ttft, tpot=args.tpot) for arrived, times in results)
-    first = sorted(times[0] - arrived for arrived, times in results if times)
+    seconds, total = time.perf_counter() - started, sum(len(times) for _, times in results)
+    met = sum(tokens_in_time(arrived, times, ttft=limits.ttft, tpot=limits.tpot) for arrived, times in results)
+    first = sorted(times[0] - arrived for arrived, times in results)
     return {
-        "attainment": met / total,
-        "tokens": total,
-        "seconds": time.perf_counter() - started,
+        "requests_in_time": sum(in_time(*result, limits) for result in results) / len(results),
+        "first_tokens_in_time": sum(wait <= limits.ttft for wait in first) / len(first),
+        "tokens_in_time": met / total,
+        "tokens_per_s": total / seconds,
+        "seconds": seconds,
         "ttft_p50_s": first[len(first) // 2],
         "ttft_p99_s": first[int(0.99 * (len(first) - 1))],
+        "switches": pool.residents.totals.count - switches,
     }
 
 
-def measure(policy: str, rate: float, args: argparse.Namespace) -> dict[str, Any]:
-    """A fresh pool under one load."""
-    dummy = {"load_format": "dummy", "skip_tokenizer_init": True} if args.model in PRESETS else {}
-    table = {"path": args.model, "max_model_len": args.max_model_len, "max_num_seqs": args.max_num_seqs, **dummy}
-    table["kv_cache_memory_bytes"] = args.kv_cache_memory_bytes
-    models = {f"m{i}": dict(table) for i in range(args.num_models)}
-    with Pool({"m0": table}) as probe:
-        probe.llm("m0")
-        sizes = probe.model("m0").residence.sizes  # type: ignore[union-attr]
-    budget = args.hold * (sizes.weights + sizes.cache) + (1 << 20)
-    with Pool(models, device_memory_bytes=budget, policy=policy, tpot=args.tpot, warm_up=True) as pool:
-        for name in models:  # everything is loaded, compiled and touched
-            pool.generate(name, {"prompt_token_ids": [5, 6, 7]}, SamplingParams(max_tokens=4, ignore_eos=True))
-        before = pool.residents.totals.count
-        result = asyncio.run(load(pool, arrivals(args, rate), args))
-        return result | {"switches": pool.residents.totals.count - before}
+def table(path: str, args: argparse.Namespace) -> dict[str, Any]:
+    """One model's settings."""
+    sizes = {name: getattr(args, name) for name in ("max_model_len", "max_num_seqs", "kv_cache_memory_bytes")}
+    return {"path": path} | sizes
+
+
+def calibrated(path: str, args: argparse.Namespace) -> tuple[Limits, float, int]:
+    """The limits, seconds of an average request that is alone, and the bytes that a model takes."""
+    with Pool({"m": table(path, args)}) as pool:
+        sizes = pool.llm("m") and pool.model("m").residence.sizes  # type: ignore[union-attr]
+        seconds = []
+        for _ in range(6):  # the first compiles
+            started = time.perf_counter()
+            params = SamplingParams(temperature=0.0, max_tokens=args.output_len, ignore_eos=True)
+            pool.generate("m", {"prompt_token_ids": list(range(3, 3 + args.input_len))}, params)
+            seconds.append(time.perf_counter() - started)
+        step = min(seconds) / args.output_len
+        tpot = args.tpot or args.tpot_steps * step
+        return Limits(args.ttft or 100 * tpot, tpot), min(seconds), sizes.whole
+
+
+def highest_rate(pool: Pool, limits: Limits, first: float, until: float, args: argparse.Namespace) -> dict[str, Any]:
+    """The search for one policy."""
+    runs: dict[int, dict[str, Any]] = {}
+    i = 0
+    while i not in runs and len(runs) < _MOST_RUNS and time.monotonic() < until:
+        rate = first * math.sqrt(2) ** i
+        runs[i] = {"rate": rate} | asyncio.run(load(pool, arrivals(args, rate), limits))
+        print(json.dumps({"policy": pool.config.policy} | runs[i]), file=sys.stderr, flush=True)
+        i += 1 if runs[i]["requests_in_time"] >= 0.9 else -1
+    held = [run["rate"] for run in runs.values() if run["requests_in_time"] >= 0.9]
+    missed = [run["rate"] for run in runs.values() if run["requests_in_time"] < 0.9]
+    return {"holds_at": max(held, default=None), "misses_at": min(missed, default=None), "runs": list(runs.values())}
+
+
+@contextlib.contextmanager
+def model_of(args: argparse.Namespace) -> Iterator[str]:
+    """The model's path."""
+    if args.model:
+        yield args.model
+        return
+    from tests.helpers.tiny_model import write_tiny_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield str(write_tiny_model(Path(folder) / "tiny", hidden_size=128))
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--model", help="folder, file or name; default: a tiny random one")
     for name, default in (
         ("num-models", 8),
         ("hold", 3),
         ("num-requests", 300),
         ("input-len", 64),
-        ("output-len", 32),
-        ("max-model-len", 512),
+        ("output-len", 400),
+        ("max-model-len", 2048),
         ("max-num-seqs", 8),
-        ("kv-cache-memory-bytes", 64 << 20),
+        ("kv-cache-memory-bytes", 8 << 20),
         ("seed", 0),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--skew", type=float, default=1.0, help="of models' popularity; 0: all alike")
-    parser.add_argument("--ttft", type=float, default=10.0, help="seconds")
-    parser.add_argument("--tpot", type=float, default=0.1, help="seconds")
-    parser.add_argument("--rates", default="1,2,4", help="requests per second, all models together")
+    parser.add_argument("--tpot-steps", type=float, default=5.0, help="see above")
+    parser.add_argument("--ttft", type=float, help="seconds, in place of the scaled limit")
+    parser.add_argument("--tpot", type=float, help="seconds, in place of the scaled limit")
+    parser.add_argument("--first-rate", type=float, help="requests per second; default: what one after another makes")
     parser.add_argument("--policies", default="token,request")
+    parser.add_argument("--minutes", type=float, default=7.0, help="for all of it")
     args = parser.parse_args()
-    report: dict[str, Any] = {"slo": {"ttft_s": args.ttft, "tpot_s": args.tpot}, "results": []}
-    for policy in args.policies.split(","):
-        held = [0.0]
-        for rate in map(float, args.rates.split(",")):
-            result = measure(policy, rate, args)
-            report["results"].append({"policy": policy, "rate": rate} | result)
-            held += [rate] if result["attainment"] >= 0.9 else []
-        report[f"rate_at_90_percent_{policy}"] = max(held)
+    ends, report = time.monotonic() + 60 * args.minutes, dict[str, Any]()
+    with model_of(args) as path:
+        limits, alone, size = calibrated(path, args)
+        report |= {"ttft_s": limits.ttft, "tpot_s": limits.tpot, "alone_s": alone, "model_bytes": size}
+        models = {f"m{i}": table(path, args) for i in range(args.num_models)}
+        policies = args.policies.split(",")
+        for i, policy in enumerate(policies):
+            until = time.monotonic() + (ends - time.monotonic()) / (len(policies) - i)
+            budget = args.hold * size + (1 << 20)
+            with Pool(models, device_memory_bytes=budget, policy=policy, tpot=limits.tpot, warm_up=True) as pool:
+                for name in models:  # everything is loaded, compiled and touched
+                    pool.generate(name, _WARM_UP, SamplingParams(max_tokens=4, ignore_eos=True))
+                report[policy] = highest_rate(pool, limits, args.first_rate or 0.7 / alone, until, args)
+    rates = [report.get(policy, {}).get("holds_at") for policy in ("token", "request")]
+    report["ratio"] = rates[0] / rates[1] if all(rates) else None
     print(json.dumps(report, indent=1))
 
 
