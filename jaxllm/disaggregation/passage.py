@@ -16,7 +16,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,8 +83,9 @@ class LocalOffer:
             self.passage.wanted.append((self, (start, stop)))
 
     def fetch(self, spans: Sequence[tuple[int, int]]) -> list[Any | None]:
-        """See `Offer`."""
-        return [self._slabs[span].result(_FETCH_SECONDS) for span in spans]
+        """See `Offer`. What the stepping thread does not hand over in time (it compiles, say) is computed again."""
+        wait([self._slabs[span] for span in spans], _FETCH_SECONDS)
+        return [slab.result() if (slab := self._slabs[span]).done() else None for span in spans]
 
     def arrived(self, spans: Spans, slabs: Sequence[Any]) -> None:
         """These can be fetched now."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.config import EngineConfig
+from jaxllm.disaggregation import passage
 from jaxllm.engine.errors import EngineError
 from jaxllm.kv.logical import row_bytes
 from tests.helpers.tiny_model import write_tiny_model
@@ -129,6 +132,17 @@ def test_a_receiver_without_room_is_waited_for_and_loses_nothing(folder) -> None
     )
     check_equal(two.generate(prompts() * 2, GREEDY), one.generate(prompts() * 2, GREEDY))
     check_idle(two)
+
+
+def test_what_is_not_handed_over_in_time_is_not_waited_for(monkeypatch) -> None:
+    """The thread that steps both engines compiles, say: the pages are computed again, and nobody fails."""
+    monkeypatch.setattr(passage, "_FETCH_SECONDS", 0.05)
+    offer = passage.LocalOffer(SimpleNamespace(wanted=deque()), 0, [1, 2], 32, 0, 0.0)  # type: ignore[arg-type]
+    spans = [(0, 16), (16, 32)]
+    for span in spans:
+        offer.want(*span)
+    offer.arrived(spans[:1], ["slab"])
+    assert offer.fetch(spans) == ["slab", None]
 
 
 def test_several_completions_stops_beams_and_scores(folder) -> None:
