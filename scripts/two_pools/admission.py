@@ -87,11 +87,15 @@ def _fresh(wanted: Sequence[Body], seed: int) -> list[Body]:
 
 async def admission(args: argparse.Namespace) -> dict[str, Any]:
     wanted, result = bodies(args, 400), {}
-    print("what one server sustains, and predictions that refuse nothing", file=sys.stderr, flush=True)
-    server = Server(args, "--slo", "ttft:1000s")
+    print("what one server sustains", file=sys.stderr, flush=True)
+    server = Server(args)
     with running(server):
         await _saturated(server.url, _fresh(wanted, 1), args.seconds / 4)
         capacity, _ = await _saturated(server.url, _fresh(wanted, 2), args.seconds / 2)
+    print(f"{_LOADS['replay']} of that, with predictions that refuse nothing", file=sys.stderr, flush=True)
+    server = Server(args, "--slo", "ttft:1000s")  # a new one, whose predictions are those of the replay
+    with running(server):
+        await _saturated(server.url, _fresh(wanted, 1)[:_WARM_UP], 4.0)
         replay = await _offered(server.url, _fresh(wanted, 3), _LOADS["replay"] * capacity, args.seconds, 3)
         error = server.stats()["slo_ttft_prediction_error"]
     result["sustained_requests_per_s"] = round(capacity, 2)
@@ -100,7 +104,7 @@ async def admission(args: argparse.Namespace) -> dict[str, Any]:
     print(f"1.5 times as much, with --slo ttft:{limit}s", file=sys.stderr, flush=True)
     server = Server(args, "--slo", f"ttft:{limit}s")
     with running(server):
-        await _saturated(server.url, _fresh(wanted, 4)[:_WARM_UP], min(8.0, args.seconds / 4))
+        await _saturated(server.url, _fresh(wanted, 4)[:_WARM_UP], 4.0)
         seen = await _offered(server.url, _fresh(wanted, 5), _LOADS["overload"] * capacity, args.seconds, 5)
     in_time = sum(ttft <= limit for ttft in seen.ttft) / max(1, len(seen.ttft))
     result["overload"] = seen.summary() | {"slo_ttft_s": limit, "share_in_time": round(in_time, 4)}

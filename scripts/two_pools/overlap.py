@@ -57,7 +57,7 @@ async def overlap(args: argparse.Namespace) -> dict[str, Any]:
 def _hidden(before: dict[str, Any], after: dict[str, Any]) -> float:
     """Share of the time of the transfers in between that went by while the prompt was computed."""
     seconds, exposed = (after[name] - before[name] for name in ("kv_transfer_seconds", "kv_transfer_exposed_seconds"))
-    return max(0.0, 1.0 - exposed / seconds)
+    return max(0.0, 1.0 - exposed / seconds) if seconds else 0.0
 
 
 async def _one_after_the_other(
