@@ -48,7 +48,8 @@ def _larger(deployment: Deployment, temporaries: float) -> str | None:
             continue
         mesh = ",".join(f"{axis}={size}" for axis, size in {**sizes, "tp": tp}.items())
         try:
-            larger = deploy(dataclasses.replace(deployment.config, mesh=mesh), cfg, topology, deployment.limit)
+            config = dataclasses.replace(deployment.config, mesh=mesh)
+            larger = deploy(config, cfg, topology, deployment.limit, checkpoint=deployment.checkpoint)
         except ValueError:
             continue
         if pages_by_arithmetic(larger, temporaries) >= larger.shapes.num_pages:

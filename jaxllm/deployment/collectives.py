@@ -59,11 +59,12 @@ def _compiled_text(
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
     from jaxllm.weights.abstract import make_model
+    from jaxllm.weights.source import files_of
 
     devices = list(open_topology(topology).devices) if topology else devices
     mesh = make_mesh(config.mesh, devices, offset=config.device_offset)
     placement = Placement(mesh, load_rules(config.sharding_rules))
-    model = make_model(config, cfg, placement)
+    model = make_model(config, cfg, placement, files_of(config))
     dtype = jnp.dtype(jnp.bfloat16 if topology else jnp.float32)
     shapes = RunnerShapes(
         max_num_seqs=4,

@@ -17,6 +17,7 @@ from jaxllm.roofline.bounds import Collective, DeviceWork, lower_bound
 from jaxllm.sharding.rules import as_tuple
 
 if TYPE_CHECKING:
+    from jaxllm.checkpoints import Checkpoint
     from jaxllm.runner.programs import DeviceState
     from jaxllm.runner.shapes import RunnerShapes
     from jaxllm.weights.abstract import AbstractModel
@@ -32,6 +33,7 @@ class Deployment:
     shapes: RunnerShapes
     limit: int
     notes: tuple[str, ...] = ()
+    checkpoint: Checkpoint | None = None
 
     @property
     def budget(self) -> float:
@@ -66,39 +68,52 @@ class Memory:
 
 def open_deployment(config: EngineConfig, topology_name: str) -> Deployment:
     """Everything that is known without compiling. Raises ValueError as `make_plan`."""
-    from jaxllm.families.presets import model_config
+    from jaxllm.families import read_config
+    from jaxllm.families.presets import hf_config
     from jaxllm.sharding.rules import load_rules, parse_mesh
+    from jaxllm.weights.source import files_of
 
     parse_mesh(config.mesh)
     load_rules(config.sharding_rules)
     topology = open_topology(topology_name)
-    cfg, notes = _stretch(model_config(config.model), config.max_model_len)
-    return deploy(config, cfg, topology, memory_limit(topology), notes)
+    checkpoint = files_of(config)
+    hf = hf_config(config.model) if checkpoint is None else checkpoint.config
+    cfg, notes = _stretch(read_config(hf), config.max_model_len)
+    return deploy(config, cfg, topology, memory_limit(topology), notes, checkpoint)
 
 
 def deploy(
-    config: EngineConfig, cfg: ModelConfig, topology: Topology, limit: int, notes: tuple[str, ...] = ()
+    config: EngineConfig,
+    cfg: ModelConfig,
+    topology: Topology,
+    limit: int,
+    notes: tuple[str, ...] = (),
+    checkpoint: Checkpoint | None = None,
 ) -> Deployment:
-    """A configuration on the mesh of a slice that is open already. Raises ValueError where it is not legal."""
+    """A configuration on the mesh of a slice that is open already. Raises ValueError where it is not legal.
+
+    `checkpoint` says which of its matrices a model's files keep quantised; None: it has no files.
+    """
     from jaxllm.families.presets import model_config
     from jaxllm.runner.shapes import runner_shapes
     from jaxllm.sharding.mesh import Placement, make_mesh
     from jaxllm.sharding.rules import load_rules
     from jaxllm.weights.abstract import make_model
+    from jaxllm.weights.source import files_of
 
     if config.enable_lora:
         raise ValueError("adapters are no part of a deployment on paper; leave enable_lora (--enable-lora) out")
     placement = Placement(make_mesh(config.mesh, list(topology.devices)), load_rules(config.sharding_rules))
-    model = make_model(config, cfg, placement)
+    model = make_model(config, cfg, placement, checkpoint)
     if config.speculative is not None and config.speculative.model is not None:
         own = dataclasses.replace(config, model=config.speculative.model, speculative_config=None)
-        model = dataclasses.replace(model, draft=make_model(own, model_config(own.model), placement))
+        model = dataclasses.replace(model, draft=make_model(own, model_config(own.model), placement, files_of(own)))
     model.shardings()  # refuses what does not divide
     max_len = config.max_model_len or cfg.max_position_embeddings
     enough = dataclasses.replace(config, max_model_len=max_len, kv_cache_memory_bytes=1 << 60)
     shapes = runner_shapes(enough, model)
     pages = shapes.pages_per_row + 1 if config.max_model_len else 2
-    return Deployment(config, topology, model, dataclasses.replace(shapes, num_pages=pages), limit, notes)
+    return Deployment(config, topology, model, dataclasses.replace(shapes, num_pages=pages), limit, notes, checkpoint)
 
 
 def _stretch(cfg: ModelConfig, max_model_len: int | None) -> tuple[ModelConfig, tuple[str, ...]]:

@@ -58,9 +58,8 @@ def _legal(first: Deployment, config: EngineConfig) -> Iterator[Deployment]:
     for path in sorted(rules_folder().glob("*.toml")):
         for mesh in _meshes(cfg, path.stem, devices):
             try:
-                yield deploy(
-                    dataclasses.replace(config, mesh=mesh, sharding_rules=path.stem), cfg, first.topology, first.limit
-                )
+                one = dataclasses.replace(config, mesh=mesh, sharding_rules=path.stem)
+                yield deploy(one, cfg, first.topology, first.limit, checkpoint=first.checkpoint)
             except ValueError:
                 continue
 

@@ -70,6 +70,12 @@ def open_source(config: EngineConfig, *, progress: bool = True) -> ModelSource:
     return ModelSource(checkpoint.config, path, checkpoint)
 
 
+def files_of(config: EngineConfig) -> Checkpoint | None:
+    """The files of what `model` names, which say how its matrices are kept; None for a preset or random weights."""
+    is_preset = config.model in PRESETS and not os.path.exists(config.model)
+    return None if is_preset or config.load_format == "dummy" else named(open_checkpoint(resolve_model(config.model)))
+
+
 def content_identity(config: EngineConfig, hf: dict, path: Path | None, longest: int | None = None) -> str:
     """Like `model_identity`, and the same on every machine that has these files: by names, sizes, first and last MiB.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxllm.checkpoints import open_checkpoint
 from jaxllm.cli import main
 from jaxllm.config import EngineConfig
 from jaxllm.deployment import plan as planning
@@ -23,6 +24,7 @@ from jaxllm.deployment.topology import open_topology, parse_overflow, parse_topo
 from jaxllm.families.presets import model_config
 from jaxllm.roofline.bounds import Collective, DeviceWork, lower_bound
 from jaxllm.roofline.chips import CHIPS
+from jaxllm.weights.convert import convert
 from tests.helpers.patience import patience
 from tests.helpers.tiny_model import write_tiny_model
 
@@ -102,6 +104,17 @@ def test_tiny_model_fits_with_the_figures_that_arithmetic_gives(one_layer, topol
     assert plan["collectives"]["prefill"] == none | {"all-reduce": 3, "all-gather": 0}
     assert plan["collectives"]["decode"] == none | {"all-reduce": 3, "all-gather": 1}  # and the logits
     assert set(plan["lower_bound_ms"]) == {"decode", "prefill"} and plan["bound_by"] in plan["terms_ms"]["decode"]
+
+
+def test_quantised_files_are_planned_as_they_are_kept(one_layer, tmp_path):
+    folder = convert(one_layer, tmp_path / "small", to="safetensors", quantize="int4:64")
+    deployments = [
+        open_deployment(EngineConfig(model=m, mesh="tp=2", **SMALL), "v5e:2x2") for m in (one_layer, str(folder))
+    ]
+    plain, small = (deployment.model.parameter_bytes_per_device() for deployment in deployments)
+    linears = [info.shape for name, info in open_checkpoint(one_layer).tensors.items() if "_proj" in name]
+    saved = sum(n * k * (2 - 1 / 2 - 2 / 64) for n, k in linears) / 2
+    assert plain - small == pytest.approx(saved, rel=0.01)
 
 
 def test_model_that_cannot_fit_is_told_so_at_once_with_what_would(capsys):

@@ -79,6 +79,30 @@ def test_parameters_are_the_values_that_the_codes_stand_for(name, kind, tmp_path
             np.testing.assert_allclose(value, want[path], rtol=1e-5, atol=1e-6, err_msg=f"{path} {mesh}")
 
 
+def _by_layer(w_NK: np.ndarray) -> tuple[made.Tensors, np.ndarray]:
+    """The down projection, whose inputs are most, in 8 bits."""
+    return made.gptq(w_NK, 64, 8) if w_NK.shape[1] == 128 else made.gptq(w_NK)
+
+
+def test_gptq_layers_with_settings_of_their_own(tmp_path):
+    dynamic = {"-:model.embed": {}, "+:.*\\.down_proj": {"bits": 8, "group_size": 64, "mse": 2.4}, ".*": {"bits": 4}}
+    made.quantize("dense", _by_layer, GPTQ | {"dynamic": dynamic}, tmp_path)
+    want, got = parameters(tmp_path / "dense", "tp=1", "none"), parameters(tmp_path, "tp=1")
+    for path, value in got.items():
+        np.testing.assert_allclose(value, want[path], rtol=1e-5, atol=1e-6, err_msg=str(path))
+    for wrong, words in [
+        ({"-:.*down": {}}, "mlp.down_proj has a qweight, but"),
+        ({".*down": {"bits": 3}}, "bits=3"),
+        ({".*down": {"format": "marlin"}}, "unknown field format"),
+        ({"*": {}}, "dynamic '\\*'"),
+    ]:
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["quantization_config"] |= {"dynamic": wrong}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=words):
+            open_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "mesh"),
     [

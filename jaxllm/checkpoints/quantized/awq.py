@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxllm.checkpoints.base import Checkpoint
 from jaxllm.checkpoints.quantized.checkpoint import Linears
-from jaxllm.checkpoints.quantized.columns import columns_of
+from jaxllm.checkpoints.quantized.columns import Settings, columns_of, group_size
 from jaxllm.checkpoints.quantized.layers import known, only
 
 _WHERE = "quantization_config"
@@ -39,5 +39,6 @@ def linears(config: Mapping[str, Any], checkpoint: Checkpoint) -> Linears:
     only({"version": version.lower() if isinstance(version, str) else version}, _WHERE, "version", "gemm")
     only(config, _WHERE, "zero_point", True)
     bits = only({"bits": config.get("bits", config.get("w_bit", 4))}, _WHERE, "bits", 4)
-    group = config.get("group_size", config.get("q_group_size", 128))
-    return columns_of(config, checkpoint, bits=bits, group=group, is_awq=True)
+    group = group_size(_WHERE, {"group_size": config.get("group_size", config.get("q_group_size", 128))})
+    settings = Settings(bits=bits, group=group)
+    return columns_of(config, checkpoint, lambda layer: settings, is_awq=True)

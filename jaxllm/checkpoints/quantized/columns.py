@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,27 +17,51 @@ from jaxllm.config.quantization import Scheme
 _SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What the configuration says of one layer.
+
+    Attributes:
+        group: inputs that share a scale; -1: all.
+        is_symmetric: whether zeros are the middle of the codes.
+        is_permuted: whether inputs may be in an order of their own.
+    """
+
+    bits: int
+    group: int
+    is_symmetric: bool = False
+    is_permuted: bool = False
+
+
+def group_size(where: str, config: Mapping[str, Any]) -> int:
+    """The field of that name. Raises CheckpointError where it is no number of inputs."""
+    group = config.get("group_size", 128)
+    if type(group) is not int or group == 0 or group < -1:
+        raise CheckpointError(f"{where} has group_size={group!r}; expected a number of inputs, or -1")
+    return group
+
+
 def columns_of(
     config: Mapping[str, Any],
     checkpoint: Checkpoint,
+    settings_of: Callable[[str], Settings | None],
     *,
-    bits: int,
-    group: Any,
     is_awq: bool,
-    is_symmetric: bool = False,
     zero_shift: int = 0,
-    is_permuted: bool = False,
 ) -> Linears:
-    """Every layer that has a `qweight`. Raises CheckpointError naming one whose tensors do not fit together."""
-    if type(group) is not int or group == 0 or group < -1:
-        raise CheckpointError(f"quantization_config has group_size={group!r}; expected a number of inputs, or -1")
+    """Every layer that has a `qweight`. Raises CheckpointError naming one whose tensors do not fit together.
+
+    `settings_of(layer)` is None where the configuration leaves the layer out.
+    """
     left_out = names(config, "modules_to_not_convert")
     tensors, used = {}, set()
     for layer in modules_with(checkpoint.tensors, ".qweight"):
-        if matches(layer, left_out, whole=False):
+        settings = settings_of(layer)
+        if settings is None or matches(layer, left_out, whole=False):
             raise CheckpointError(f"layer {layer} has a qweight, but the configuration lists it as not converted")
+        bits, is_permuted = settings.bits, settings.is_permuted
         shape = _shape(layer, checkpoint, bits, is_awq)
-        own = shape[1] if group == -1 else group
+        own = shape[1] if settings.group == -1 else settings.group
         check_group(layer, shape[1], own)
         _check(layer, checkpoint, shape, own, bits)
         has_order = (
@@ -49,9 +74,9 @@ def columns_of(
         scheme = Scheme(
             codes="uint4" if bits == 4 else "int8",
             group=0 if own == shape[1] else own,
-            scale_dtype=checkpoint.tensors[f"{layer}.scales"].dtype if is_symmetric else "float32",
-            offset=8 if is_symmetric and bits == 4 else 0,
-            has_minima=not is_symmetric,
+            scale_dtype=checkpoint.tensors[f"{layer}.scales"].dtype if settings.is_symmetric else "float32",
+            offset=8 if settings.is_symmetric and bits == 4 else 0,
+            has_minima=not settings.is_symmetric,
             is_permuted=has_order,
         )
         tensors[f"{layer}.weight"] = ColumnsOfCodes(
