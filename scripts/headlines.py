@@ -59,7 +59,7 @@ def engine(
     cfg: ModelConfig, chip: str, policy: Policy | None = None, clock: VirtualClock | None = None, **sizes: Any
 ) -> PaperEngine:
     """One engine on paper."""
-    config = EngineConfig(**{"max_num_seqs": 64, "max_num_batched_tokens": 512} | sizes)
+    config = EngineConfig(**settings(max_num_seqs=64, max_num_batched_tokens=512) | sizes)
     return paper_engine(config, cfg, Hardware(chip=CHIPS[chip]), policy=policy, clock=clock)
 
 
@@ -233,7 +233,7 @@ def distserve() -> dict[str, float]:
         first = settings(max_num_batched_tokens=65536, mesh=meshes[0]) | sizes
         makers = {
             "prefill-first": (together(cfg, "a100", POLICIES["prefill-first"], **first), whole),
-            "chunked": (together(cfg, "a100", **first | {"max_num_batched_tokens": 512}), whole),
+            "chunked": (together(cfg, "a100", **first | settings(max_num_batched_tokens=512)), whole),
             "apart": (pools(cfg, meshes[1], meshes[2], max_num_batched_tokens=2048 + 256, **sizes), prefill + decode),
         }
         holds = Within(slo)
