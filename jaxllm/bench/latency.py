@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxllm.bench.decode_phase import decode_phase
 from jaxllm.config.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -33,13 +34,17 @@ def measure_latency(
         num_iters: repeats; the percentiles are over all requests of all of them (ITL: over all gaps).
 
     Returns:
-        Milliseconds, the sizes of one repeat, and how many programs were compiled after the warm-up.
+        Milliseconds, the sizes of one repeat, and how many programs were compiled after the warm-up. `tpot_ms` has what
+        decodes wait for the prompts of others; `decode_ms` is the time per token while every request of a batch
+        decodes, over batches.
     """
     runner = llm.engine.runner
     runner.warm_up(sampling=False, tiers=llm.engine.tiers is not None)
     requests = workload(0)
-    _arrivals(llm, requests[:batch_size], max_tokens=2)
-    tokens = [times for i in range(num_iters) for times in _run(llm, workload(1 + i), batch_size)]
+    arrivals(llm, requests[:batch_size], max_tokens=2)
+    batches = [batch for i in range(num_iters) for batch in _run(llm, workload(1 + i), batch_size)]
+    tokens = [times for batch in batches for times in batch]
+    decoding = [seconds for batch in batches if (seconds := decode_phase(batch)) is not None]
     return {
         "model": llm.config.model,
         "batch_size": batch_size,
@@ -48,18 +53,18 @@ def measure_latency(
         "output_tokens": sum(request.output_len for request in requests),
         "ttft_ms": percentiles([t[0] for t in tokens]),
         "tpot_ms": percentiles([(t[-1] - t[0]) / (len(t) - 1) for t in tokens if len(t) > 1]),
+        "decode_ms": percentiles(decoding),
         "itl_ms": percentiles([gap for t in tokens for gap in np.diff(t)]),
         "e2e_ms": percentiles([t[-1] for t in tokens]),
         "compilations_after_warmup": runner.num_compilations_after_warmup,
     }
 
 
-def _run(llm: LLM, requests: Sequence[Planned], batch_size: int) -> list[list[float]]:
-    starts = range(0, len(requests), batch_size)
-    return [times for start in starts for times in _arrivals(llm, requests[start : start + batch_size])]
+def _run(llm: LLM, requests: Sequence[Planned], batch_size: int) -> list[list[list[float]]]:
+    return [arrivals(llm, requests[i : i + batch_size]) for i in range(0, len(requests), batch_size)]
 
 
-def _arrivals(llm: LLM, requests: Sequence[Planned], max_tokens: int | None = None) -> list[list[float]]:
+def arrivals(llm: LLM, requests: Sequence[Planned], max_tokens: int | None = None) -> list[list[float]]:
     """For each request, when each of its tokens arrived, in seconds after all were sent."""
     engine, times = llm.engine, {}
     started = time.perf_counter()
@@ -84,6 +89,6 @@ def format_report(report: dict[str, Any]) -> str:
         f"{report['num_prompts']} prompts in batches of {report['batch_size']}: "
         f"{report['prompt_tokens']} prompt tokens, {report['output_tokens']} output tokens"
     ]
-    for name in ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"):
-        lines.append(f"{name:<8} " + "  ".join(f"{p} {value:9.2f}" for p, value in report[name].items()))
+    for name in ("ttft_ms", "tpot_ms", "decode_ms", "itl_ms", "e2e_ms"):
+        lines.append(f"{name:<9} " + "  ".join(f"{p} {value:9.2f}" for p, value in report[name].items()))
     return "\n".join([*lines, f"compilations after warm-up {report['compilations_after_warmup']}"])

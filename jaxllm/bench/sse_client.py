@@ -32,6 +32,10 @@ class Target:
         """The JSON at `path`."""
         return json.loads(b"".join([line async for line in self._lines("GET", path, b"")]))
 
+    async def text(self, path: str) -> str:
+        """The text at `path`."""
+        return "\n".join([line.decode(errors="replace") async for line in self._lines("GET", path, b"")])
+
     async def events(self, path: str, body: Any) -> AsyncIterator[tuple[float, Any]]:
         """Arrival time (`time.perf_counter`) and JSON of every event until `[DONE]`."""
         async for line in self._lines("POST", path, json.dumps(body).encode()):

@@ -1,4 +1,4 @@
-"""`jaxllm bench throughput | latency | prefix | speculative | startup | ...`: flags in, report out."""
+"""`jaxllm bench throughput | latency | scaling | prefix | speculative | startup | ...`: flags in, report out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxllm.bench import scaling as bench_scaling
 from jaxllm.bench import serve as bench_serve
 from jaxllm.commands.flags import add_engine_flags, engine_arguments, load_llm
 
@@ -63,11 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     startup.add_argument("--num-iters", type=int, default=3)
     startup.add_argument("--cold", action="store_true", help="with an empty compilation cache")
 
+    scaling = benches.add_parser("scaling", help="TTFT, TPOT and memory over context and batch; of servers, too")
+    scaling.set_defaults(run=bench_scaling.run)
+    bench_scaling.add_arguments(scaling)
+
     calibrate = benches.add_parser("calibrate", help="a profile of this device's iterations, for jaxllm simulate")
     calibrate.set_defaults(run=_calibrate)
     calibrate.add_argument("--out", type=Path, required=True, metavar="PROFILE.json", help="where it is written")
     calibrate.add_argument("--num-iters", type=int, default=2, help="rounds over the grid")
-    for bench_parser in (throughput, latency, prefix, speculative, startup, calibrate):
+    for bench_parser in (throughput, latency, prefix, speculative, startup, scaling, calibrate):
         add_engine_flags(bench_parser)
 
     replay = benches.add_parser("replay", help="a trace through scheduler and page pool, without any model")

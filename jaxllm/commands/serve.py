@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import os
 import ssl
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,7 +162,8 @@ def start(
     door = Door()
     startup = Startup(lambda stage: setattr(door, "stage", stage))
     with serving(door, listen, bound) as server:
-        llm = _load(args, engine, startup, hooks)
+        with _uncollected():
+            llm = _load(args, engine, startup, hooks)
         try:
             from jaxllm.server.app import make_app
 
@@ -222,14 +226,34 @@ def _load(args: argparse.Namespace, engine: dict[str, Any], startup: Startup, ho
     )
     load_lora_modules(args, llm.adapters)
     if not args.warm_up:
-        llm.thread.measure_when_idle()
+        _settle(llm)
         return llm
     startup.stage("compiling")
     assert isinstance(llm.thread, EngineThread), "it is made by default"
-    llm.warm_up = WarmUp(llm.engine, llm.thread.measure_when_idle, llm.thread.fail)
+    llm.warm_up = WarmUp(llm.engine, lambda: _settle(llm), llm.thread.fail)
     llm.warm_up.first(startup.compiled)
     llm.warm_up.start()
     return llm
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: nearly all that is made while a model is loaded is kept."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _settle(llm: AsyncLLM) -> None:
+    """Start-up is over: what it left behind stays, so the garbage collector shall not look through all of it again.
+
+    It would stop every thread for some tenths of a second, now and then.
+    """
+    gc.collect()
+    gc.freeze()
+    llm.thread.measure_when_idle()
 
 
 def _listen(args: argparse.Namespace) -> Listen:

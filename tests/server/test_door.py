@@ -56,6 +56,36 @@ def test_a_server_that_loads_says_so(capsys):
     assert said[0] == "jaxllm: loading m" and said[1:] == [f"jaxllm: compiled {n} of 8 programs" for n in (2, 4, 6, 8)]
 
 
+def test_pieces_of_a_stream_arrive_framed_and_the_connection_can_be_used_again():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        listen = Listen(port=free.getsockname()[1])
+    door = Door()
+
+    async def app(scope, receive, send):
+        length = [(b"content-length", b"4")] if scope["path"] == "/known" else []
+        await send({"type": "http.response.start", "status": 200, "headers": length})
+        for piece in (b"ab", b"", b"cd") if length else (b"one", b"", b"two\r\n", b"x" * 300):
+            await send({"type": "http.response.body", "body": piece, "more_body": True})
+        await send({"type": "http.response.body", "body": b"" if length else b"end"})
+
+    door.open(app)
+    whole = b"onetwo\r\n" + b"x" * 300 + b"end"
+    with serving_app(door, listen, listen.bind()), httpx.Client(base_url=listen.url, timeout=patience(10)) as client:
+        for _ in range(2):
+            answer = client.get("/")
+            assert answer.content == whole and answer.headers["transfer-encoding"] == "chunked"
+        assert client.get("/known").content == b"abcd"
+        assert client.head("/").content == b""
+        assert client.get("/").content == whole
+        with socket.create_connection((listen.host, listen.port), timeout=patience(10)) as old:
+            old.sendall(b"GET / HTTP/1.0\r\nhost: x\r\n\r\n")
+            received = b""
+            while data := old.recv(4096):
+                received += data
+        assert received.partition(b"\r\n\r\n")[2] == whole, "HTTP/1.0 knows no chunks"
+
+
 def test_a_head_that_never_comes_is_cut_off(live, monkeypatch):
     monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.3)
     host, port = live.url.removeprefix("http://").split(":")
