@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="TTFT, TPOT and memory over context")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure and print; needs flags of the engine where no server is named."""
+def run(args: argparse.Namespace, load: Callable[[], LLM]) -> int:
+    """Measure and print; `load` gives the engine where no server is named."""
     contexts, batches = _sizes(args.context, "--context"), _sizes(args.batch_size, "--batch-size")
     for name in ("output_len", "num_iters"):
         if getattr(args, name) < (2 if name == "output_len" else 1):
@@ -53,7 +53,9 @@ def run(args: argparse.Namespace) -> int:
         from jaxllm.roofline.plot import check_plotting
 
         check_plotting()
-    sources = [_server(url, args.api_key) for url in args.base_url] or [_engine(args, max(contexts), max(batches))]
+    sources = [_server(url, args.api_key) for url in args.base_url] or [
+        _engine(args, load, max(contexts), max(batches))
+    ]
     points = [
         {"source": name, **_point(run_batch, vocab, context, batch, args), "memory_bytes": memory()}
         for name, vocab, run_batch, memory in sources
@@ -73,12 +75,13 @@ def _sizes(text: str, flag: str) -> list[int]:
     return sizes
 
 
-def _engine(args: argparse.Namespace, context: int, batch: int) -> tuple[str, int, Run, Callable[[], int | None]]:
+def _engine(
+    args: argparse.Namespace, load: Callable[[], LLM], context: int, batch: int
+) -> tuple[str, int, Run, Callable[[], int | None]]:
     from jaxllm.bench.latency import arrivals
     from jaxllm.bench.throughput import peak_memory_bytes
-    from jaxllm.commands.flags import load_llm
 
-    llm: LLM = load_llm(args)
+    llm = load()
     shapes = llm.engine.runner.shapes
     if context + args.output_len > shapes.max_model_len:
         raise ValueError(

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     startup.add_argument("--cold", action="store_true", help="with an empty compilation cache")
 
     scaling = benches.add_parser("scaling", help="TTFT, TPOT and memory over context and batch; of servers, too")
-    scaling.set_defaults(run=bench_scaling.run)
+    scaling.set_defaults(run=lambda args: bench_scaling.run(args, lambda: load_llm(args)))
     bench_scaling.add_arguments(scaling)
 
     calibrate = benches.add_parser("calibrate", help="a profile of this device's iterations, for jaxllm simulate")

@@ -205,7 +205,9 @@ class Request:
     @property
     def num_tokens(self) -> int:
         """Length of the sequence on the device, at most."""
-        return min(len(self.token_ids) + self.num_pending, max(self.limit, len(self.token_ids)))
+        known = len(self.token_ids)  # asked for several times per token: no calls that can be spared
+        total, most = known + self.num_pending, self.limit
+        return total if total <= most else max(known, most)
 
     @property
     def num_left(self) -> int:
