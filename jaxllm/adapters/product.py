@@ -8,6 +8,7 @@ dim along which the modules of a parameter lie.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jaxllm.adapters.panels import LowRankPanels
 from jaxllm.adapters.peft import PeftAdapter
 from jaxllm.adapters.targets import Target, place
 from jaxllm.models.primitives import Product, contract
+from jaxllm.ops.cpu.low_rank import RowsBySlot
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +48,13 @@ class LowRank:
         """The matrices of a target."""
         return cls(a, b, target.stacked, target.module_of)
 
+    def with_slot(self, slot: jax.Array, one: LowRank) -> LowRank:
+        """Another adapter in a slot."""
+        return dataclasses.replace(self, a=self.a.at[slot].set(one.a), b=self.b.at[slot].set(one.b))
+
+
+Slots = LowRank | LowRankPanels  # the matrices of one parameter, of every slot
+
 
 def adapted_product(adapter: Mapping[str, LowRank], scale: float = 1.0) -> Product:
     """One adapter for every token: for training, and derivable in its matrices and in x.
@@ -63,14 +73,18 @@ def adapted_product(adapter: Mapping[str, LowRank], scale: float = 1.0) -> Produ
     return product
 
 
-def slotted_product(slots: Mapping[str, LowRank], slot_T: jax.Array) -> Product:
+def slotted_product(slots: Mapping[str, Slots], slot_T: jax.Array) -> Product:
     """Another adapter in every row: slot 0 stands for none, slot `s` for the matrices at `s - 1`."""
+    num_slots = next((m.a.shape[0] for m in slots.values() if isinstance(m, LowRankPanels)), None)
+    rows = None if num_slots is None else RowsBySlot.of(slot_T, num_slots)
 
     def product(name: str, spec: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
-        y = contract(spec, x, weight)
         if (matrices := slots.get(name)) is None:
-            return y
-        return y + _of_slots(spec, x, matrices, slot_T)
+            return contract(spec, x, weight)
+        if isinstance(matrices, LowRankPanels):
+            assert rows is not None, name
+            return matrices.product(spec, x, weight, rows)
+        return contract(spec, x, weight) + _of_slots(spec, x, matrices, slot_T)
 
     return product
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxllm.adapters.peft import PeftAdapter, read_peft
-from jaxllm.adapters.product import LowRank, adapter_arrays
+from jaxllm.adapters.product import Slots, adapter_arrays
+from jaxllm.adapters.slots import as_in_slots
 from jaxllm.adapters.targets import Target
 
 
@@ -25,12 +26,12 @@ class ReadyAdapter:
 
     Attributes:
         identity: changes with its numbers.
-        arrays: matrices for every target, with zeros up to the slots' rank.
+        arrays: matrices for every target, with zeros up to the slots' rank, as the slots keep them.
     """
 
     name: str
     identity: str
-    arrays: Mapping[str, LowRank]
+    arrays: Mapping[str, Slots]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +142,7 @@ class AdapterStore:
             for matrix in (matrices.a, matrices.b):
                 if not np.isfinite(matrix.astype(np.float32)).all():
                     raise ValueError(f"the adapter {name!r} has a number that is none (NaN or infinity) in {product}")
-        return ReadyAdapter(name, adapter.identity, arrays)
+        return ReadyAdapter(name, adapter.identity, as_in_slots(self._targets, arrays))
 
     def _keep(self, entry: Served, ready: ReadyAdapter) -> None:
         self._served[entry.name] = entry

@@ -34,6 +34,7 @@ class Target:
         shape, dims, dtype: of the parameter.
         contracted: its dims that products sum over.
         parts: the boxes that it is made of.
+        in_panels: the processor's own kernels multiply here, and may have the matrices of slots as they want them.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Target:
     dtype: np.dtype
     contracted: tuple[int, ...]
     parts: tuple[Part, ...]
+    in_panels: bool = False
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
@@ -165,12 +167,13 @@ def _back(targets: Sequence[int]) -> list[int]:
     return [int(i) + 1 for i in np.argsort(np.argsort(targets))]
 
 
-def targets_of(sources: WeightMap, parameters: Mapping[Any, Any]) -> dict[str, Target]:
+def targets_of(sources: WeightMap, parameters: Mapping[Any, Any], *, in_panels: bool = False) -> dict[str, Target]:
     """Every parameter of the blocks that products sum over, by name.
 
     Args:
         sources: the family's weight map for the placement.
         parameters: the variables of the decoder by path, with metadata `dims` and `contracted`.
+        in_panels: see `Target`.
     """
     found = {}
     for path, variable in parameters.items():
@@ -186,6 +189,7 @@ def targets_of(sources: WeightMap, parameters: Mapping[Any, Any]) -> dict[str, T
             np.dtype(value.dtype),
             tuple(contracted),
             sources[path].parts,
+            in_panels,
         )
     return found
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.adapters.product import LowRank
+from jaxllm.adapters.product import Slots
 from jaxllm.adapters.slots import no_adapter, stacked_slots
 from jaxllm.kv.memory import KVMemory
 from jaxllm.kv.page_programs import MOVE_BATCH, copy_pages, put_pages, take_pages
@@ -136,14 +136,14 @@ def abstract_state(model: AbstractModel, shapes: RunnerShapes, bucket: int = 1) 
     )
 
 
-def abstract_adapters(model: AbstractModel, shapes: RunnerShapes) -> dict[str, LowRank]:
+def abstract_adapters(model: AbstractModel, shapes: RunnerShapes) -> dict[str, Slots]:
     """The matrices of every slot of adapters, as shapes: cut as the activations that they multiply."""
     if not shapes.max_loras:
         return {}
     return stacked_slots(model.targets, model.placement, shapes.max_loras, shapes.max_lora_rank)
 
 
-def empty_adapters(model: AbstractModel, shapes: RunnerShapes) -> dict[str, LowRank]:
+def empty_adapters(model: AbstractModel, shapes: RunnerShapes) -> dict[str, Slots]:
     """No slot of adapters taken."""
     return jax.tree.map(
         lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), abstract_adapters(model, shapes)
@@ -345,7 +345,7 @@ def _take(_: Steps, pages: Pages, index_G: jax.Array) -> tuple[list[Any]]:
 
 
 def _load_adapter(_: Steps, adapters: Any, slot: jax.Array, matrices: Any) -> tuple[Any]:
-    return (jax.tree.map(lambda all_slots, one: all_slots.at[slot - 1].set(one), adapters, matrices),)
+    return ({name: all_slots.with_slot(slot - 1, matrices[name]) for name, all_slots in adapters.items()},)
 
 
 def _put(_: Steps, pages: Pages, index_G: jax.Array, slabs: Sequence[Any]) -> tuple[Pages]:

@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from jaxllm.adapters.product import LowRank, slotted_product
+from jaxllm.adapters.product import Slots, slotted_product
 from jaxllm.config import ModelConfig, SpeculativeConfig
 from jaxllm.kv.layout import page_size_of, page_specs, query_dims
 from jaxllm.kv.memory import write_pages
@@ -70,7 +70,7 @@ class Weights:
     """Leaves of the parameters, whose list it stands for, with the adapters in their slots beside them."""
 
     leaves: Any
-    adapters: Mapping[str, LowRank]
+    adapters: Mapping[str, Slots]
 
     def __getitem__(self, part: slice) -> Any:
         return self.leaves[part]

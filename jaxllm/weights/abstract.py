@@ -176,7 +176,8 @@ def _without_slow(model: AbstractModel) -> AbstractModel:
 def taking_adapters(model: AbstractModel, hf: Mapping[str, Any]) -> AbstractModel:
     """The model with its `targets`; `hf`, its configuration in Hugging Face's spelling, says how modules are called."""
     sources = family_of(hf).weight_map(model.cfg, model.kv_copies)
-    return replace(model, targets=targets_of(sources, dict(nnx.to_flat_state(model.state))))
+    in_panels = model.is_packed and not ffi.unavailable()
+    return replace(model, targets=targets_of(sources, dict(nnx.to_flat_state(model.state)), in_panels=in_panels))
 
 
 def stored_schemes(quantization: str, model: AbstractModel, checkpoint: Checkpoint) -> Schemes:

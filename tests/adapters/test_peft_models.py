@@ -13,11 +13,14 @@ import peft
 import pytest
 import torch
 
+from jaxllm.adapters.panels import LowRankPanels
 from jaxllm.adapters.peft import LoraConfig, read_peft, write_peft
 from jaxllm.adapters.product import LowRank, adapted_product, adapter_arrays, slotted_product
+from jaxllm.adapters.slots import as_in_slots, laid_anew
 from jaxllm.adapters.targets import Target, targets_of
 from jaxllm.checkpoints import open_checkpoint
 from jaxllm.families.registry import family_of, read_config
+from jaxllm.ops.cpu import ffi
 from jaxllm.sharding.mesh import Placement, make_mesh
 from jaxllm.sharding.rules import load_rules
 from jaxllm.weights.abstract import abstract_model
@@ -142,3 +145,23 @@ def test_every_family_has_targets_whose_matrices_come_back_as_they_were(tmp_path
             for module, (a_back, b_back) in target.to_modules(a, b).items():
                 np.testing.assert_array_equal(a_back, given[module][0])
                 np.testing.assert_array_equal(b_back, given[module][1])
+
+
+@pytest.mark.skipif(bool(ffi.unavailable()), reason="the processor has no kernels for bfloat16")
+def test_arrays_change_their_form_from_mesh_to_mesh(folders):
+    """From the panels of one CPU to the matrices of a mesh, and back."""
+    from flax import nnx
+
+    checkpoint = open_checkpoint(folders.base)
+    cfg = read_config(checkpoint.config)
+    model = abstract_model(cfg, Placement(make_mesh("tp=1"), load_rules("replicated")), jnp.dtype("bfloat16"))
+    sources, state = family_of(checkpoint.config).weight_map(cfg, 1), dict(nnx.to_flat_state(model.state))
+    here, there = (targets_of(sources, state, in_panels=in_panels) for in_panels in (True, False))
+    given = adapter_arrays(here, read_peft(folders.adapters[0]), 4)
+    kept = as_in_slots(here, given)
+    assert {type(matrices) for matrices in kept.values()} == {LowRank, LowRankPanels}  # some panels have two modules
+    moved = laid_anew(kept, here, there)
+    for name, matrices in given.items():
+        np.testing.assert_array_equal(moved[name].a, matrices.a)
+        np.testing.assert_array_equal(moved[name].b, matrices.b)
+    jax.tree.map(np.testing.assert_array_equal, laid_anew(moved, there, here), kept)

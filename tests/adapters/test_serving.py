@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
 from jaxllm import LLM, LoRARequest, SamplingParams
+from jaxllm.adapters.panels import LowRankPanels
+from jaxllm.ops.cpu import ffi
 from tests.adapters.conftest import ENGINE
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::RuntimeWarning")
@@ -165,3 +168,23 @@ def test_two_pools_serve_the_same_numbers(llm, requests, folders):
         assert {t: v.logprob for t, v in a.items()} == pytest.approx({t: v.logprob for t, v in b.items()}, abs=1e-3)
     for engine in two.engine.engines:
         engine.pool.check([])
+
+
+@pytest.mark.skipif(bool(ffi.unavailable()), reason="the processor has no kernels for bfloat16")
+def test_the_processors_kernel_gives_the_logprobs_of_xla(folders, requests):
+    """Three adapters and the base in one batch: prompts longer than an iteration, decodes of one row each."""
+    params = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=0, logprobs=0)
+    seen = {}
+    for backend in ("xla", "llvm"):
+        sizes = ENGINE | {"dtype": "bfloat16", "max_loras": 3, "max_model_len": 64, "max_num_batched_tokens": 32}
+        llm = LLM(str(folders.base), use_tqdm=False, matmul_backend=backend, **sizes)
+        kinds = {type(matrices) for matrices in llm.engine.runner.state.adapters.values()}
+        assert (LowRankPanels in kinds) == (backend == "llvm")
+        outputs = llm.generate([PROMPT] * 4, params, lora_request=requests[:4])
+        seen[backend] = [
+            [next(iter(entry.values())).logprob for entry in (*output.prompt_logprobs[1:], *output.outputs[0].logprobs)]
+            for output in outputs
+        ]
+    np.testing.assert_allclose(seen["llvm"], seen["xla"], atol=0.05, rtol=0)
+    base, *adapted = np.array(seen["llvm"])
+    assert all(np.abs(base - one).max() > 0.5 for one in adapted)

@@ -4,6 +4,7 @@ A kernel is the text of `define void @part(ptr %buffers, i64 %part)`: the addres
 order, and which of its parts to do; shapes are constants of the text. Around it this module puts what XLA's foreign
 function interface asks for, and a loop in which XLA's own threads take one part after another, the calling thread
 among them: it never waits for a thread that has not begun, so devices that share the threads cannot block each other.
+Where later parts need what the first ones make, they wait for those, which somebody has begun by then.
 Knows nothing of what a kernel computes. llvmlite compiles the text in milliseconds.
 """
 
@@ -54,9 +55,12 @@ def num_threads() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def register(kernel: str, num_parts: int, num_operands: int) -> str:
-    """Compile a kernel of one result, once, and return its name for `jax.ffi.ffi_call`: the same in every process."""
-    text = kernel + _handler(num_parts, num_operands)
+def register(kernel: str, num_parts: int, num_operands: int, *, num_results: int = 1, num_first: int = 0) -> str:
+    """Compile a kernel, once, and return its name for `jax.ffi.ffi_call`: the same in every process.
+
+    The first `num_first` parts are done before any other begins.
+    """
+    text = kernel + _handler(num_parts, num_operands, num_results, num_first)
     name = f"jaxllm_{hashlib.sha256(text.encode()).hexdigest()[:24]}"
     with _lock:
         if name not in _engines:
@@ -99,14 +103,15 @@ def _interface() -> tuple[int, int, int]:
     return major, minor, 48 + 8 * functions.index("XLA_FFI_ThreadPool_Schedule")
 
 
-def _handler(num_parts: int, num_operands: int) -> str:
+def _handler(num_parts: int, num_operands: int, num_results: int, num_first: int) -> str:
     """What XLA calls. Offsets are those of the structures in xla/ffi/api/c_api.h.
 
-    A job is `{next part, parts done, holders, addresses}` on the heap: a helper may wake when all is done.
+    A job is `{next part, parts done, holders, addresses}` on the heap: a helper may wake when all is done. Until the
+    first parts are done no other is, so their number among those done says that they are.
     """
     major, minor, schedule = _interface()
     num_helpers = max(min(num_threads(), num_parts) - 1, 0)
-    count = num_operands + 1
+    count = num_operands + num_results
     copies = "".join(
         f"""
   %list{i} = load ptr, ptr {"%arguments" if i < num_operands else "%results"}
@@ -125,6 +130,26 @@ declare void @free(ptr)
 declare i32 @sched_yield()
 declare void @llvm.x86.sse2.pause()
 
+define internal void @until(ptr %done, i64 %count) {{
+entry:
+  br label %look
+look:
+  %turns = phi i64 [0, %entry], [%turns.next, %spin], [%turns.next, %give_way]
+  %turns.next = add i64 %turns, 1
+  %finished = load atomic i64, ptr %done acquire, align 8
+  %enough = icmp sge i64 %finished, %count
+  br i1 %enough, label %exit, label %spin
+spin:
+  call void @llvm.x86.sse2.pause()
+  %long = icmp sgt i64 %turns, {_SPINS}
+  br i1 %long, label %give_way, label %look
+give_way:
+  call i32 @sched_yield()
+  br label %look
+exit:
+  ret void
+}}
+
 define internal void @work(ptr %job) {{
 entry:
   %buffers = getelementptr i8, ptr %job, i64 24
@@ -133,7 +158,13 @@ entry:
 next:
   %part = atomicrmw add ptr %job, i64 1 acq_rel
   %mine = icmp slt i64 %part, {num_parts}
-  br i1 %mine, label %run, label %exit
+  br i1 %mine, label %taken, label %exit
+taken:
+  %is_first = icmp slt i64 %part, {num_first}
+  br i1 %is_first, label %run, label %later
+later:
+  call void @until(ptr %done, i64 {num_first})
+  br label %run
 run:
   call void @part(ptr %buffers, i64 %part)
   atomicrmw add ptr %done, i64 1 release
@@ -203,21 +234,7 @@ execute:
   %schedule_field = getelementptr i8, ptr %api, i64 {schedule}
   %schedule = load ptr, ptr %schedule_field{helpers}
   call void @work(ptr %job)
-  br label %wait
-wait:
-  %turns = phi i64 [0, %execute], [%turns.next, %spin], [%turns.next, %give_way]
-  %turns.next = add i64 %turns, 1
-  %finished = load atomic i64, ptr %done acquire, align 8
-  %all = icmp eq i64 %finished, {num_parts}
-  br i1 %all, label %exit, label %spin
-spin:
-  call void @llvm.x86.sse2.pause()
-  %long = icmp sgt i64 %turns, {_SPINS}
-  br i1 %long, label %give_way, label %wait
-give_way:
-  call i32 @sched_yield()
-  br label %wait
-exit:
+  call void @until(ptr %done, i64 {num_parts})
   call void @leave(ptr %job)
   ret ptr null
 }}

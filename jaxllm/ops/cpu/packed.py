@@ -26,9 +26,9 @@ from jaxllm.ops.cpu.lanes import VECTOR, ZERO
 PANEL = 32  # columns; two registers of sixteen float32 sums for each row of x
 _ROWS = 12  # of x at a time: 24 sums, two registers of weights and some to spare, of 32
 _PACK_ELEMENTS = 1 << 17  # of a matrix packed at a time
-_DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
-_DECLARATIONS = f"""
-declare {VECTOR} @{_DOT}({VECTOR}, <32 x bfloat>, <32 x bfloat>)
+DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
+DECLARATIONS = f"""
+declare {VECTOR} @{DOT}({VECTOR}, <32 x bfloat>, <32 x bfloat>)
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 """
 _AHEAD = 4096  # bytes to prefetch ahead where each panel is read once
@@ -130,25 +130,49 @@ def _target(m: int, k: int, num_panels: int) -> str:
 
 
 def _kernel(m: int, k: int, num_panels: int, num_parts: int) -> str:
-    """All rows of x times some of the panels, in as few passes over each panel as there are groups of 12 rows."""
-    num_passes = -(-m // _ROWS)
-    rows, num_larger = divmod(m, num_passes)  # the first `num_larger` passes take one row more
-    groups = [g for g in ((rows + 1, 0, num_larger), (rows, num_larger, num_passes)) if g[1] < g[2]]
+    """All rows of x times some of the panels."""
     f = Function("part", ["ptr", "i64"])
     buffers, part = f.args
     x, w, y = (f.load("ptr", f.at(buffers, 8 * i), 8) for i in range(3))
-    first = f.arithmetic("udiv", f.mul(part, num_panels), num_parts)
-    end = f.arithmetic("udiv", f.mul(f.add(part, 1), num_panels), num_parts)
-    with f.loop(first, end) as panel:
-        w_panel, y_panel = f.at(w, f.mul(panel, 2 * PANEL * k)), f.at(y, f.mul(panel, 4 * PANEL))
-        for count, begin, stop in groups:
-            with f.loop(begin, stop) as nth:
-                row = f.add(f.mul(f.sub(nth, begin), count), begin * (rows + 1))
-                x_rows, y_rows = f.at(x, f.mul(row, 2 * k)), f.at(y_panel, f.mul(row, 4 * PANEL * num_panels))
-                ahead = f.at(w_panel, _AHEAD if num_passes == 1 else _next_panel(f, nth, 2 * PANEL * k))
-                f.do(f"call void @rows{count}(ptr {x_rows}, ptr {w_panel}, ptr {y_rows}, ptr {ahead})")
-    parts = [_rows(count, k, num_panels, prefetches=2 if num_passes == 1 else 1) for count, _, _ in groups]
-    return _DECLARATIONS + "".join(parts) + f.text()
+    with f.loop(*share(f, part, num_parts, num_panels)) as panel:
+        multiply_panel(f, (m, k, num_panels), x, w, y, panel)
+    return DECLARATIONS + row_functions(m, k, num_panels) + f.text()
+
+
+def share(f: Function, part: Value, num_parts: int, count: Value) -> tuple[Value, Value]:
+    """First and end of a part's share of so many."""
+    first = f.arithmetic("udiv", f.mul(part, count), num_parts)
+    return first, f.arithmetic("udiv", f.mul(f.add(part, 1), count), num_parts)
+
+
+def multiply_panel(f: Function, sizes: tuple[int, int, int], x: str, w: str, y: str, panel: Value) -> None:
+    """All rows of x times one panel, in as few passes over it as there are groups of 12 rows.
+
+    Sizes are M, K and the number of panels; calls `row_functions` of the same.
+    """
+    m, k, num_panels = sizes
+    groups, num_passes = _groups(m)
+    w_panel, y_panel = f.at(w, f.mul(panel, 2 * PANEL * k)), f.at(y, f.mul(panel, 4 * PANEL))
+    for count, begin, stop in groups:
+        with f.loop(begin, stop) as nth:
+            row = f.add(f.mul(f.sub(nth, begin), count), begin * (count + 1))
+            x_rows, y_rows = f.at(x, f.mul(row, 2 * k)), f.at(y_panel, f.mul(row, 4 * PANEL * num_panels))
+            ahead = f.at(w_panel, _AHEAD if num_passes == 1 else _next_panel(f, nth, 2 * PANEL * k))
+            f.do(f"call void @rows{count}(ptr {x_rows}, ptr {w_panel}, ptr {y_rows}, ptr {ahead})")
+
+
+def _groups(m: int) -> tuple[list[tuple[int, int, int]], int]:
+    """(rows of a pass, first pass, end) and how many passes there are; the first ones take one row more."""
+    num_passes = -(-m // _ROWS)
+    rows, num_larger = divmod(m, num_passes)
+    groups = [(rows + 1, 0, num_larger), (rows, num_larger, num_passes)]
+    return [group for group in groups if group[1] < group[2]], num_passes
+
+
+def row_functions(m: int, k: int, num_panels: int) -> str:
+    """What `multiply_panel` calls."""
+    groups, num_passes = _groups(m)
+    return "".join(_rows(count, k, num_panels, prefetches=2 if num_passes == 1 else 1) for count, _, _ in groups)
 
 
 def _next_panel(f: Function, nth: Value, panel_bytes: int) -> Value:
@@ -174,7 +198,7 @@ def _rows(count: int, k: int, num_panels: int, prefetches: int) -> str:
             for half in (0, 1):
                 operands = f"<32 x bfloat> {numbers}, <32 x bfloat> {weights[half]}"
                 total = sums[row, half]
-                total.set(f.let(f"call {VECTOR} @{_DOT}({VECTOR} {total.get()}, {operands})"))
+                total.set(f.let(f"call {VECTOR} @{DOT}({VECTOR} {total.get()}, {operands})"))
     for (row, half), total in sums.items():
         f.store(VECTOR, total.get(), f.at(y, 4 * PANEL * num_panels * row + 64 * half))
     return f.text()
