@@ -25,6 +25,7 @@ def schedulers_for(
             tiers=memory.tiers,
             chunked_prefill=chunked_prefill,
             num_drafts=shapes.num_drafts,
+            max_drafting_rows=shapes.speculating_rows,
             adapter_slots=adapter_slots,
             pace=pace,
         )

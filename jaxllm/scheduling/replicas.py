@@ -148,8 +148,8 @@ class Replicas:
         )
         if not merged.is_decode_loop:
             return merged
-        of_parts = zip(drafting, plans, strict=True)
-        return replace(merged, chunks=[chunk for part, plan in of_parts for chunk in part.with_drafts(plan)])
+        of_parts, num_rows = zip(drafting, plans, strict=True), max(len(plan.chunks) for plan in plans)
+        return replace(merged, chunks=[chunk for part, plan in of_parts for chunk in part.with_drafts(plan, num_rows)])
 
     def fork(self, parent: Request, child: Request) -> None:
         """See `Scheduler.fork`."""

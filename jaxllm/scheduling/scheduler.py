@@ -29,7 +29,8 @@ class Scheduler:
 
     `max_decode_steps=0`: no decode loops, every plan is a ragged step. `chunked_prefill=False`: a prompt waits for an
     iteration that has room for all of it. `num_drafts`: tokens that each step of a loop may draft and verify per
-    request, at most. `pace`: bounds chunks beside decodes that somebody reads along.
+    request, at most; `max_drafting_rows`: rows of a loop beyond which none drafts. `pace`: bounds chunks beside decodes
+    that somebody reads along.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Scheduler:
         tiers: Tiers | None = None,
         chunked_prefill: bool = True,
         num_drafts: int = 0,
+        max_drafting_rows: int | None = None,
         adapter_slots: AdapterSlots | None = None,
         pace: Pace | None = None,
     ):
@@ -57,6 +59,7 @@ class Scheduler:
         self.max_decode_steps = max_decode_steps
         self.chunked_prefill = chunked_prefill
         self.num_drafts = num_drafts if max_decode_steps else 0
+        self.max_drafting_rows = max_num_seqs if max_drafting_rows is None else max_drafting_rows
         self.running: list[Request] = []  # by rank: the first is the last to be preempted
         self._waiting: tuple[list[Ranked], list[Ranked]] = ([], [])  # heaps by rank: short prompts, long prompts
         self._slots = range(first_slot + max_num_seqs - 1, first_slot - 1, -1)
@@ -120,7 +123,7 @@ class Scheduler:
         `steps`: of a decode loop, where the caller knows that nothing comes in between; default: `loop_steps`.
         """
         plan = self.plan(self.loop_steps() if steps is None else steps)
-        return plan if plan is None else replace(plan, chunks=self.with_drafts(plan))
+        return plan if plan is None else replace(plan, chunks=self.with_drafts(plan, len(plan.chunks)))
 
     def plan(self, steps: int, *, decodes: bool = True) -> IterationPlan | None:
         """A decode loop of `steps` iterations (no more than `loop_steps` allows), or else one iteration.
@@ -188,12 +191,13 @@ class Scheduler:
         active = [r for r in self.running if not r.exhausted]
         if not active or any(r.num_left != 1 or r.one_at_a_time or r.streamed for r in active):
             return 0
-        left = [r.limit - r.num_tokens for r in active]
-        steps = min(self.max_decode_steps, max(left))
+        left = [r.limit - r.num_tokens for r in active]  # at least: drafts may be wrong
+        steps = min(self.max_decode_steps, max(left) + max(r.num_unsure for r in active))
         if self.num_waiting:
             if self._free_slots or len(active) < len(self.running) or any(r.may_stop for r in active):
                 return 0
-            steps = min(steps, *(tokens // (1 + self.num_drafts) for tokens in left))
+            num_drafts = self.num_drafts if len(active) <= self.max_drafting_rows else 0
+            steps = min(steps, *(tokens // (1 + num_drafts) for tokens in left))
         growth = sum(self.page_lists.missing(r, reach(r, steps)) for r in active)
         return steps if steps > 1 and growth <= self.pool.num_free else 0
 
@@ -206,9 +210,12 @@ class Scheduler:
                 chunks.append(self._take(request, 1, granted(request, steps)))
         return chunks
 
-    def with_drafts(self, plan: IterationPlan) -> list[Chunk]:
-        """A plan's chunks; in a decode loop rows may draft, where there are pages that nobody else needs now."""
-        if not plan.is_decode_loop or not self.num_drafts:
+    def with_drafts(self, plan: IterationPlan, num_rows: int) -> list[Chunk]:
+        """A plan's chunks; in a decode loop rows may draft, where there are pages that nobody else needs now.
+
+        `num_rows`: of the loop; where each replica has its own, those of the replica that has most.
+        """
+        if not plan.is_decode_loop or not self.num_drafts or num_rows > self.max_drafting_rows:
             return plan.chunks
         return [self._with_drafts(chunk, plan.num_steps) for chunk in plan.chunks]
 
@@ -399,6 +406,8 @@ class Scheduler:
         """Count tokens as computed: later plans build on it before the device is done."""
         chunk = Chunk(request, request.held.num_computed, count, num_samples)
         end = chunk.start + count
+        if request.num_unsure:  # it may be there already, and its last token is never computed
+            end = min(end, request.limit - 1)
         request.held.num_computed = min(end + max(0, num_samples - 1), max(end, request.limit - 1))
         request.num_pending += num_samples
         self.page_lists.publish(request, len(request.token_ids))
