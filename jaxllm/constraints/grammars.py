@@ -88,13 +88,19 @@ class GrammarConstraint:
 
     def copy(self) -> GrammarConstraint:
         """An independent constraint in the same state."""
-        return GrammarConstraint(self._matcher.deep_copy(), self.warnings)
+        copied = GrammarConstraint(self._matcher.deep_copy(), self.warnings)
+        copied.finished, copied.error = self.finished, self.error
+        return copied
 
     def accept(self, token: int) -> None:
         """Take one sampled token."""
         self._matcher.consume_token(token)
         self._check()
         self.finished = self._matcher.is_stopped()
+
+    def forced(self) -> Sequence[int]:
+        """The tokens that must come next, as the tokenizer would cut the text that must."""
+        return () if self.finished or self.error is not None else self._matcher.compute_ff_tokens()
 
     def rewind(self, tokens: Sequence[int]) -> None:
         """Go back to where exactly these tokens were accepted."""

@@ -25,6 +25,8 @@ class CopiedConstraint(Protocol):
 
     def accept(self, token: int) -> None: ...
 
+    def forced(self) -> Sequence[int]: ...
+
     def rewind(self, tokens: Sequence[int]) -> None: ...
 
     def fill_mask(self, words: Any) -> None: ...
@@ -52,6 +54,10 @@ class TokenMask:
 
     def accept(self, token: int) -> None:
         """Nothing changes."""
+
+    def forced(self) -> Sequence[int]:
+        """None: masks of a single token are too rare to look for."""
+        return ()
 
     def rewind(self, tokens: Sequence[int]) -> None:
         """Nothing changes."""
@@ -86,6 +92,10 @@ class BannedSequences:
     def accept(self, token: int) -> None:
         """Remember it."""
         self._recent = [*self._recent, token][-self._longest :]
+
+    def forced(self) -> Sequence[int]:
+        """None: what is forbidden leaves a choice."""
+        return ()
 
     def rewind(self, tokens: Sequence[int]) -> None:
         """Remember the last of these."""
@@ -122,6 +132,10 @@ class AllOf:
         for part in self._parts:
             part.accept(token)
         self._look()
+
+    def forced(self) -> Sequence[int]:
+        """What the first says that forces any."""
+        return next((tokens for part in self._parts if (tokens := part.forced())), ())
 
     def rewind(self, tokens: Sequence[int]) -> None:
         """Set all of them back."""

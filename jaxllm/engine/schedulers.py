@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 from jaxllm.runner.interface import Memory
 from jaxllm.runner.shapes import RunnerShapes
 from jaxllm.scheduling.adapter_slots import AdapterSlots
+from jaxllm.scheduling.guesses import guess
 from jaxllm.scheduling.pace import Pace
 from jaxllm.scheduling.scheduler import Scheduler
 
@@ -14,6 +17,10 @@ def schedulers_for(
 ) -> list[Scheduler]:
     """A scheduler for each of the memory's page pools; they share the slots of adapters and the pace."""
     adapter_slots = AdapterSlots(shapes.max_loras)
+    speculation, drafts = shapes.speculation, None
+    if speculation is not None:
+        lengths = {"shortest": speculation.shortest_lookup, "longest": speculation.longest_lookup}
+        drafts = functools.partial(guess, **lengths)
     return [
         Scheduler(
             pool,
@@ -26,6 +33,7 @@ def schedulers_for(
             chunked_prefill=chunked_prefill,
             num_drafts=shapes.num_drafts,
             max_drafting_rows=shapes.speculating_rows,
+            guess=drafts,
             adapter_slots=adapter_slots,
             pace=pace,
         )

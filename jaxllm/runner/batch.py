@@ -82,10 +82,15 @@ class Drafting:
     Attributes:
         most: int32 `[R]`, drafts of each row and iteration at most.
         price: float32, what an iteration that verifies costs beyond a plain one, in plain ones, for each row.
+        is_given: bool `[R]`, rows whose `most` drafts the host has made: `given` int32 `[R, G]`, the first `num_sure`
+            `[R]` of them forced by a grammar.
     """
 
     most: Array
     price: Array
+    is_given: Array
+    given: Array
+    num_sure: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +130,30 @@ def lay_out(plan: IterationPlan, shapes: RunnerShapes, price: Callable[[int], fl
             inputs = batch, table, np.int32(plan.num_steps)
             if shapes.speculates(bucket):
                 size = len(batch.slot)
-                most = _at(rows, [chunk.num_drafts for chunk in sampling], size)
-                drafting = Drafting(most, np.float32(price(size)))
-                dispatches.append(Dispatch(f"speculate{suffix}", bucket, (*inputs, drafting)))
+                drafts = drafting(sampling, rows, size, shapes, price(size))
+                dispatches.append(Dispatch(f"speculate{suffix}", bucket, (*inputs, drafts)))
             else:
                 dispatches.append(Dispatch(f"decode{suffix}", bucket, inputs))
         else:
             dispatches.append(Dispatch(f"sample{suffix}", bucket, (batch,)))
     return Layout(dispatches, sampling, rows)
+
+
+def drafting(
+    chunks: Sequence[Chunk], rows: Sequence[int], num_rows: int, shapes: RunnerShapes, price: float
+) -> Drafting:
+    """What the rows of a decode loop may draft."""
+    given = np.zeros((num_rows, shapes.num_drafts), np.int32)
+    for chunk, row in zip(chunks, rows, strict=True):
+        if chunk.guess is not None:
+            given[row, : chunk.num_drafts] = chunk.guess.tokens
+    return Drafting(
+        most=_at(rows, [chunk.num_drafts for chunk in chunks], num_rows),
+        price=np.float32(price),
+        is_given=_at(rows, [chunk.guess is not None for chunk in chunks], num_rows, False, np.bool_),
+        given=given,
+        num_sure=_at(rows, [chunk.guess.num_sure if chunk.guess else 0 for chunk in chunks], num_rows),
+    )
 
 
 def _loads(plan: IterationPlan) -> list[Dispatch]:
@@ -182,16 +203,28 @@ def padded_pages(pages: Sequence[int]) -> np.ndarray:
 
 
 def _masks(chunks: Iterable[Chunk], shapes: RunnerShapes) -> Iterator[Dispatch]:
-    """The next token's bit mask into the slot of each request that has a constraint."""
-    constrained = [chunk.request for chunk in chunks if chunk.request.constraint is not None]
+    """The bit masks of the next token and of those after each draft, into the slots of requests with a constraint."""
+    constrained = [chunk for chunk in chunks if chunk.request.constraint is not None]
     for i in range(0, len(constrained), MASK_BATCH):
         batch = constrained[i : i + MASK_BATCH]
-        masks_GW = np.zeros((MASK_BATCH, shapes.mask_words), np.int32)
-        for mask, request in zip(masks_GW, batch, strict=False):
-            assert request.constraint is not None
-            request.constraint.fill_mask(mask)
-        slots = _pad([request.slot for request in batch], MASK_BATCH, fill=shapes.spare_slot)
-        yield Dispatch("mask", MASK_BATCH, (slots, masks_GW))
+        masks_GJW = np.zeros((MASK_BATCH, 1 + shapes.num_drafts, shapes.mask_words), np.int32)
+        for masks_JW, chunk in zip(masks_GJW, batch, strict=False):
+            _fill_masks(masks_JW, chunk)
+        slots = _pad([chunk.request.slot for chunk in batch], MASK_BATCH, fill=shapes.spare_slot)
+        yield Dispatch("mask", MASK_BATCH, (slots, masks_GJW))
+
+
+def _fill_masks(masks_JW: np.ndarray, chunk: Chunk) -> None:
+    """Where no draft stands, and where tokens do not matter, the first mask stays."""
+    constraint = chunk.request.constraint
+    assert constraint is not None
+    constraint.fill_mask(masks_JW[0])
+    masks_JW[1:] = masks_JW[0]
+    if chunk.guess is not None:
+        constraint = constraint.copy()
+        for mask, token in zip(masks_JW[1:], chunk.guess.tokens, strict=False):
+            constraint.accept(token)
+            constraint.fill_mask(mask)
 
 
 def _ragged(chunks: Sequence[Chunk], shapes: RunnerShapes) -> Dispatch:

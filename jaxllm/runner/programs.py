@@ -158,7 +158,7 @@ def zero_slots(shapes: RunnerShapes) -> SlotState:
         length=jnp.zeros(slots, jnp.int32),
         done=jnp.zeros(slots, jnp.bool),
         adapter=jnp.zeros(slots, jnp.int32),
-        allowed=jnp.zeros((slots, shapes.mask_words), jnp.int32),
+        allowed=jnp.zeros((slots, 1 + shapes.num_drafts, shapes.mask_words), jnp.int32),
         hit_rate=jnp.zeros(slots, jnp.float32),
     )
 
@@ -226,7 +226,7 @@ def _adapter(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
 
 
 def _masks(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
-    return np.zeros(bucket, np.int32), np.zeros((bucket, shapes.mask_words), np.int32)
+    return np.zeros(bucket, np.int32), np.zeros((bucket, 1 + shapes.num_drafts, shapes.mask_words), np.int32)
 
 
 def _ragged(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
@@ -263,8 +263,8 @@ def _speculating(
     rows: Callable[[AbstractModel, RunnerShapes, int], Inputs],
 ) -> Callable[[AbstractModel, RunnerShapes, int], Inputs]:
     def inputs(model: AbstractModel, shapes: RunnerShapes, bucket: int) -> Inputs:
-        most = np.zeros(shapes.num_replicas * bucket, np.int32)
-        return *_decoding(rows)(model, shapes, bucket), batches.Drafting(most, np.float32(0))
+        drafts = batches.drafting([], [], shapes.num_replicas * bucket, shapes, 0.0)
+        return *_decoding(rows)(model, shapes, bucket), drafts
 
     return inputs
 

@@ -27,6 +27,7 @@ from jaxllm.runner.draft_model import Drafter, forward_chunks, written
 from jaxllm.runner.prompt_lookup import look_up
 from jaxllm.runner.steps import Pages, SlotState, Steps, empty_samples, is_active
 
+_SURE = 0.95  # that a text that must come is cut into tokens as a tokenizer would
 _MEMORY = 0.9  # of the hit rate, per drafted token that was seen to be right or wrong
 
 
@@ -63,26 +64,32 @@ def speculating_loop(
         i, pages, state, draft_pages, out, drafted = carry
         length, active = state.length[batch.slot], is_active(state, batch)
         most = jnp.where(active, jnp.minimum(drafting.most, batch.limit - length - 1), 0)
+        is_given, found = drafting.is_given, jnp.where(drafting.is_given, 0, most)
         if steps.draft is None:
-            drafts_RG, count = look_up(state.history, batch.slot, length, most, speculation)
+            drafts_RG, found = look_up(state.history, batch.slot, length, found, speculation)
         else:
-            draft_pages, drafts_RG = drafter.first(draft_pages, state, most)
-            count = most
-        expected = _expected(state.hit_rate[batch.slot], count, width - 1)
+            draft_pages, drafts_RG = drafter.first(draft_pages, state, found)
+        drafts_RG = jnp.where(is_given[:, None], drafting.given, drafts_RG)
+        count = jnp.where(is_given & (i == 0), most, found)  # what was given says nothing of later iterations
+        expected = _expected(state.hit_rate[batch.slot], drafting.num_sure, count, width - 1)
+        observed = jnp.where(drafting.num_sure > 0, 0, count)
         verify = jnp.sum(expected) > drafting.price * jnp.sum(active)
 
         def several(carry):
             pages, state, draft_pages, _ = carry
             drafts = drafts_RG
             if steps.draft is not None:
-                draft_pages, drafts = drafter.others(draft_pages, state, drafts_RG, count)
-            pages, state, sampled = _verify(steps, params, pages, state, batch, table_RM, drafts, count)
+                draft_pages, drafts = drafter.others(draft_pages, state, drafts_RG, found)
+                drafts = jnp.where(is_given[:, None], drafting.given, drafts)
+            pages, state, sampled, hits = _verify(steps, params, pages, state, batch, table_RM, drafts, count)
+            state = _observe(state, batch.slot, hits, observed, width - 1)
             return pages, state, draft_pages, sampled
 
         def single(carry):
             pages, state, draft_pages, wide = carry
             pages, state, sampled = steps.decode_step(params, pages, state, batch, table_RM)
-            state = _observe(state, batch.slot, (sampled.tokens == drafts_RG[:, 0]).astype(jnp.int32), count, 1)
+            is_hit = (sampled.tokens == drafts_RG[:, 0]).astype(jnp.int32)
+            state = _observe(state, batch.slot, is_hit, observed, 1)
             return pages, state, draft_pages, jax.tree.map(lambda all_J, one: all_J.at[0].set(one), wide, sampled)
 
         # Loops of one round or none: unlike branches of `lax.cond`, they surely update the pages in place.
@@ -114,8 +121,11 @@ def _verify(
     table_RM: jax.Array,
     drafts_RG: jax.Array,
     count: jax.Array,
-) -> tuple[list[Any], SlotState, sampling.Sampled]:
-    """One iteration over each row's last token and its drafts; samples `[J, R]`, idle after the first that differs."""
+) -> tuple[list[Any], SlotState, sampling.Sampled, jax.Array]:
+    """One iteration over each row's last token and its drafts.
+
+    Samples `[J, R]`, idle after the first that differs, and how many drafts were right `[R]`.
+    """
     (num_rows, num_drafts), slot = drafts_RG.shape, batch.slot
     width, spare, j = num_drafts + 1, state.done.shape[0] - 1, jnp.arange(num_drafts + 1)
     length, active = state.length[slot], is_active(state, batch)
@@ -145,15 +155,16 @@ def _verify(
         length=state.length.at[at].add(jnp.sum(kept_RJ, axis=1)),
         done=state.done.at[at].max(jnp.any(kept_RJ & ends_RJ, axis=1)),
     )
-    state = _observe(state, slot, hits, count, num_drafts)
     sampled = dataclasses.replace(sampled, tokens=jnp.where(kept_RJ, sampled_RJ, sampling.IDLE).reshape(-1))
-    return pages, state, jax.tree.map(lambda a: jnp.swapaxes(a.reshape(num_rows, width, *a.shape[1:]), 0, 1), sampled)
+    sampled = jax.tree.map(lambda a: jnp.swapaxes(a.reshape(num_rows, width, *a.shape[1:]), 0, 1), sampled)
+    return pages, state, sampled, hits
 
 
-def _expected(rate: jax.Array, count: jax.Array, num_drafts: int) -> jax.Array:
-    """Drafts that will be accepted: `a + a^2 + ... + a^count`."""
-    power = rate[:, None] ** (1 + jnp.arange(num_drafts))
-    return jnp.sum(jnp.where(jnp.arange(num_drafts) < count[:, None], power, 0.0), axis=1)
+def _expected(rate: jax.Array, num_sure: jax.Array, count: jax.Array, num_drafts: int) -> jax.Array:
+    """Drafts that will be accepted: `a + a^2 + ... + a^count`, where `a` is `_SURE` for the first `num_sure`."""
+    j = jnp.arange(num_drafts)
+    together = jnp.cumprod(jnp.where(j < num_sure[:, None], _SURE, rate[:, None]), axis=1)
+    return jnp.sum(jnp.where(j < count[:, None], together, 0.0), axis=1)
 
 
 def _observe(state: SlotState, slot: jax.Array, hits: jax.Array, count: jax.Array, seen: int) -> SlotState:

@@ -7,7 +7,7 @@ Tokens, rows and pages come in sections, one per data-parallel replica; only the
 run on each device by itself, look at one section at a time.
 
 Dimension letters: T tokens, R rows, M pages per row, D model width, V vocabulary, S slots, L positions, G slots
-set together, W words of a bit mask.
+set together, J = 1 + drafts per row, W words of a bit mask.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class SlotState:
         length: int32 `[S + 1]`, how many there are. The host knows it only once it has read what was sampled.
         done: bool `[S + 1]`, a stop token was sampled: iterations already in flight must leave it alone.
         adapter: int32 `[S + 1]`, the slot of each request's adapter; 0: none.
-        allowed: int32 `[S + 1, W]`, the bit mask of the next token, for requests that have a constraint.
+        allowed: int32 `[S + 1, J, W]`, the bit masks of the next token and of those after each of its J - 1 drafts,
+            for requests that have a constraint.
         hit_rate: float32 `[S + 1]`, share of recent drafted tokens that were right (see `speculation`).
     """
 
@@ -198,9 +199,9 @@ class Steps:
         )
         return (state,)
 
-    def set_masks(self, state: SlotState, slots_G: jax.Array, masks_GW: jax.Array) -> tuple[SlotState]:
-        """Say which tokens may come next in these slots."""
-        return (dataclasses.replace(state, allowed=state.allowed.at[slots_G].set(masks_GW)),)
+    def set_masks(self, state: SlotState, slots_G: jax.Array, masks_GJW: jax.Array) -> tuple[SlotState]:
+        """Say which tokens may come next in these slots, and after their drafts."""
+        return (dataclasses.replace(state, allowed=state.allowed.at[slots_G].set(masks_GJW)),)
 
     def _sample_and_store(
         self, logits_RV: jax.Array, state: SlotState, batch: RowBatch, active: jax.Array
@@ -225,8 +226,9 @@ class Steps:
             sampled = sampling.sample_greedy(logits_RV)
         else:
             per_row = length.shape[0] // batch.slot.shape[0]
-            rows = dataclasses.replace(batch.sampling, allowed=state.allowed[batch.slot])
-            rows, stop_ids = jax.tree.map(lambda a: jnp.repeat(a, per_row, axis=0), (rows, batch.stop_ids))
+            rows, stop_ids = jax.tree.map(lambda a: jnp.repeat(a, per_row, axis=0), (batch.sampling, batch.stop_ids))
+            masks = state.allowed[batch.slot, :per_row]
+            rows = dataclasses.replace(rows, allowed=masks.reshape(-1, masks.shape[-1]))
             sampled = sampling.sample(logits_RV, rows, state.history[batch.slot], length, stop_ids)
         return dataclasses.replace(sampled, tokens=self.placement.shard(sampled.tokens, None))
 

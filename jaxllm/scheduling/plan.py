@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxllm.scheduling.guesses import Guess
 from jaxllm.scheduling.request import Request
 
 
@@ -16,7 +17,7 @@ class Chunk:
     plan's number of steps in a decode loop. Every step of a loop but the first computes a token sampled by the
     step before; `count` is 1 there. With `num_drafts` each step may sample up to as many tokens more: `num_samples` is
     the most that can come, `num_unsure` of it only if drafts are right, and `start` the furthest that the device can
-    have got.
+    have got. `guess`: the drafts themselves, where the host makes them.
     """
 
     request: Request
@@ -25,6 +26,7 @@ class Chunk:
     num_samples: int
     num_drafts: int = 0
     num_unsure: int = 0
+    guess: Guess | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,6 +49,14 @@ class Constraint(Protocol):
         """Write the allowed tokens as bits into int32 `words`, lowest bit first."""
         ...
 
+    def forced(self) -> Sequence[int]:
+        """The tokens that must come next, where there is no choice."""
+        ...
+
+    def copy(self) -> Constraint:
+        """An independent one in the same state."""
+        ...
+
     def rewind(self, tokens: Sequence[int]) -> None:
         """Go back to where exactly these tokens were accepted."""
         ...

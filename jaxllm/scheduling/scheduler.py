@@ -9,11 +9,12 @@ are still unread.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from jaxllm.scheduling.adapter_slots import AdapterSlots
+from jaxllm.scheduling.guesses import Guess
 from jaxllm.scheduling.pace import Pace
 from jaxllm.scheduling.page_lists import PageLists, utilization
 from jaxllm.scheduling.page_pool import PagePool
@@ -29,8 +30,8 @@ class Scheduler:
 
     `max_decode_steps=0`: no decode loops, every plan is a ragged step. `chunked_prefill=False`: a prompt waits for an
     iteration that has room for all of it. `num_drafts`: tokens that each step of a loop may draft and verify per
-    request, at most; `max_drafting_rows`: rows of a loop beyond which none drafts. `pace`: bounds chunks beside decodes
-    that somebody reads along.
+    request, at most; `max_drafting_rows`: rows of a loop beyond which none drafts. `guess`: up to so many drafts for a
+    request with a grammar; default: none. `pace`: bounds chunks beside decodes that somebody reads along.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Scheduler:
         chunked_prefill: bool = True,
         num_drafts: int = 0,
         max_drafting_rows: int | None = None,
+        guess: Callable[[Request, int], Guess] | None = None,
         adapter_slots: AdapterSlots | None = None,
         pace: Pace | None = None,
     ):
@@ -60,6 +62,7 @@ class Scheduler:
         self.chunked_prefill = chunked_prefill
         self.num_drafts = num_drafts if max_decode_steps else 0
         self.max_drafting_rows = max_num_seqs if max_drafting_rows is None else max_drafting_rows
+        self._guess = guess
         self.running: list[Request] = []  # by rank: the first is the last to be preempted
         self._waiting: tuple[list[Ranked], list[Ranked]] = ([], [])  # heaps by rank: short prompts, long prompts
         self._slots = range(first_slot + max_num_seqs - 1, first_slot - 1, -1)
@@ -221,19 +224,22 @@ class Scheduler:
 
     def _with_drafts(self, chunk: Chunk, steps: int) -> Chunk:
         request = chunk.request
-        asked = request.params.num_speculative_tokens
+        asked, guess = request.params.num_speculative_tokens, None
         most = self.num_drafts if asked is None else min(asked, self.num_drafts)
+        if request.one_at_a_time:
+            guess = self._guess(request, most) if self._guess and most and not request.stepwise else Guess()
+            most = len(guess.tokens)
         extra = (1 + most) * steps - chunk.num_samples
         end = min(request.num_tokens + extra, request.limit) - 1
         spare = self.pool.num_free - len(self.running)
-        if not most or request.one_at_a_time or self.page_lists.missing(request, end) > max(0, spare):
+        if not most or self.page_lists.missing(request, end) > max(0, spare):
             return chunk
         grown = self.page_lists.grow(request, end)
         assert grown, "there were pages enough"
         request.held.num_computed = end
         request.num_pending += extra
         request.num_unsure += extra
-        return replace(chunk, num_samples=chunk.num_samples + extra, num_drafts=most, num_unsure=extra)
+        return replace(chunk, num_samples=chunk.num_samples + extra, num_drafts=most, num_unsure=extra, guess=guess)
 
     # Rule 2: running prefills, then waiting requests, take what the decodes leave of the budget.
     #

@@ -104,6 +104,32 @@ def test_whatever_is_asked_the_tokens_and_logprobs_are_those_of_plain_decoding(p
     assert speculating.get_metrics()["compilations_total"] == before, "something compiled after warm-up"
 
 
+def test_masks_go_along_with_the_drafts_where_a_grammar_says_what_may_come(plain: LLM, speculating: LLM) -> None:
+    """What must come is drafted, what repeats too; the answers, and their logprobs, are those of plain decoding."""
+    record = {"type": "object", "properties": {"colour": {"enum": ["red", "green"]}, "count": {"type": "integer"}}}
+    schema = {"type": "array", "items": record | {"required": ["colour", "count"], "additionalProperties": False}}
+    asked = [{"json": schema}, {"regex": "(abcabd|abcabe|xyzw)*"}, {"choice": ["a long answer", "a longer one"]}]
+    params = [
+        SamplingParams(
+            temperature=temperature, seed=seed, max_tokens=90, logprobs=2, bad_words=words, structured_outputs=one
+        )
+        for seed, (one, temperature, words) in enumerate(
+            (one, temperature, words) for one in asked for temperature, words in ((0.0, None), (1.0, ["re"]))
+        )
+    ]
+    prompts = [{"prompt_token_ids": [97, 98, 99]}] * len(params)
+    drafts = speculating.engine.drafts
+    drafted, accepted = drafts.num_draft_tokens, drafts.num_accepted_tokens
+    expected, got = plain.generate(prompts, params), speculating.generate(prompts, params)
+    for one, other in zip(expected, got, strict=True):
+        one, other = one.outputs[0], other.outputs[0]
+        assert (other.text, other.token_ids, other.finish_reason) == (one.text, one.token_ids, one.finish_reason)
+        for at, of in zip(one.logprobs or [], other.logprobs or [], strict=True):
+            np.testing.assert_allclose([at[t].logprob for t in at], [of[t].logprob for t in at], atol=1e-4)
+    drafted, accepted = drafts.num_draft_tokens - drafted, drafts.num_accepted_tokens - accepted
+    assert accepted > 100 and accepted > 0.6 * drafted, "what a grammar forces is nearly always right"
+
+
 def test_requests_come_go_and_share_prefixes_and_no_page_is_lost(plain: LLM, folder: Path) -> None:
     engine = eager(folder, kv_cache_memory_bytes=40 * 8 * 256).engine  # fewer pages than four requests want
     rng = random.Random(1)
