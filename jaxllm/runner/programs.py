@@ -159,7 +159,7 @@ def zero_slots(shapes: RunnerShapes) -> SlotState:
         done=jnp.zeros(slots, jnp.bool),
         adapter=jnp.zeros(slots, jnp.int32),
         allowed=jnp.zeros((slots, 1 + shapes.num_drafts, shapes.mask_words), jnp.int32),
-        hit_rate=jnp.zeros(slots, jnp.float32),
+        hit_rate=jnp.zeros((slots, 2), jnp.float32),
     )
 
 

@@ -19,8 +19,8 @@ _BLOCK = 1024  # positions compared at a time
 
 def look_up(
     history_SL: jax.Array, slot: jax.Array, length: jax.Array, most: jax.Array, config: SpeculativeConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Up to `most` `[R]` drafts for each row: tokens `[R, G]`, and how many of them there are `[R]`.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Up to `most` `[R]` drafts for each row: tokens `[R, G]`, how many there are, and tokens that matched, `[R]` each.
 
     Args:
         history_SL: every slot's tokens.
@@ -50,8 +50,8 @@ def look_up(
 
     needed = jnp.max(jnp.where(most > 0, length, 0))
     best = jax.lax.fori_loop(0, -(-needed // block), compare, jnp.zeros(slot.shape, jnp.int32))
-    position = best % (num_positions + 1)
+    matched, position = jnp.divmod(best, num_positions + 1)
     period = jnp.maximum(length - position, 1)
     ahead = jnp.arange(config.num_speculative_tokens) % period[:, None]
     drafts_RG = history_SL[slot[:, None], position[:, None] + ahead]
-    return drafts_RG, jnp.where(best > 0, most, 0)
+    return drafts_RG, jnp.where(best > 0, most, 0), matched

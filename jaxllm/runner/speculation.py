@@ -28,7 +28,7 @@ from jaxllm.runner.prompt_lookup import look_up
 from jaxllm.runner.steps import Pages, SlotState, Steps, empty_samples, is_active
 
 _SURE = 0.95  # that a text that must come is cut into tokens as a tokenizer would
-_MEMORY = 0.9  # of the hit rate, per drafted token that was seen to be right or wrong
+_MEMORY = 0.85  # of the hit rate, per drafted token that was seen to be right or wrong
 
 
 @jax.tree_util.register_dataclass
@@ -64,14 +64,16 @@ def speculating_loop(
         i, pages, state, draft_pages, out, drafted = carry
         length, active = state.length[batch.slot], is_active(state, batch)
         most = jnp.where(active, jnp.minimum(drafting.most, batch.limit - length - 1), 0)
+        kind = jnp.ones(num_rows, jnp.int32)  # of draft: 0 where a single token matched, which says little
         is_given, found = drafting.is_given, jnp.where(drafting.is_given, 0, most)
         if steps.draft is None:
-            drafts_RG, found = look_up(state.history, batch.slot, length, found, speculation)
+            drafts_RG, found, matched = look_up(state.history, batch.slot, length, found, speculation)
+            kind = jnp.where(~is_given & (matched == 1), 0, kind)
         else:
             draft_pages, drafts_RG = drafter.first(draft_pages, state, found)
         drafts_RG = jnp.where(is_given[:, None], drafting.given, drafts_RG)
         count = jnp.where(is_given & (i == 0), most, found)  # what was given says nothing of later iterations
-        expected = _expected(state.hit_rate[batch.slot], drafting.num_sure, count, width - 1)
+        expected = _expected(state.hit_rate[batch.slot, kind], drafting.num_sure, count, width - 1)
         observed = jnp.where(drafting.num_sure > 0, 0, count)
         verify = jnp.sum(expected) > drafting.price * jnp.sum(active)
 
@@ -82,14 +84,14 @@ def speculating_loop(
                 draft_pages, drafts = drafter.others(draft_pages, state, drafts_RG, found)
                 drafts = jnp.where(is_given[:, None], drafting.given, drafts)
             pages, state, sampled, hits = _verify(steps, params, pages, state, batch, table_RM, drafts, count)
-            state = _observe(state, batch.slot, hits, observed, width - 1)
+            state = _observe(state, (batch.slot, kind), hits, observed, width - 1)
             return pages, state, draft_pages, sampled
 
         def single(carry):
             pages, state, draft_pages, wide = carry
             pages, state, sampled = steps.decode_step(params, pages, state, batch, table_RM)
             is_hit = (sampled.tokens == drafts_RG[:, 0]).astype(jnp.int32)
-            state = _observe(state, batch.slot, is_hit, observed, 1)
+            state = _observe(state, (batch.slot, kind), is_hit, observed, 1)
             return pages, state, draft_pages, jax.tree.map(lambda all_J, one: all_J.at[0].set(one), wide, sampled)
 
         # Loops of one round or none: unlike branches of `lax.cond`, they surely update the pages in place.
@@ -167,13 +169,17 @@ def _expected(rate: jax.Array, num_sure: jax.Array, count: jax.Array, num_drafts
     return jnp.sum(jnp.where(j < count[:, None], together, 0.0), axis=1)
 
 
-def _observe(state: SlotState, slot: jax.Array, hits: jax.Array, count: jax.Array, seen: int) -> SlotState:
+def _observe(
+    state: SlotState, at: tuple[jax.Array, jax.Array], hits: jax.Array, count: jax.Array, seen: int
+) -> SlotState:
     """Remember how drafts did: the first `hits` of `count` were right, the one after them wrong, the rest unknown.
+
+    `at`: slots and kinds of draft, `[R]` each.
 
     A plain iteration shows (`seen`) what would have become of the first.
     """
     trials = jnp.minimum(jnp.minimum(hits + 1, count), seen)
     keep = _MEMORY**trials
-    rate = state.hit_rate[slot]
+    rate = state.hit_rate[at]
     rate = keep * rate + (1 - keep) * jnp.minimum(hits, trials) / jnp.maximum(trials, 1)
-    return dataclasses.replace(state, hit_rate=state.hit_rate.at[slot].set(rate))
+    return dataclasses.replace(state, hit_rate=state.hit_rate.at[at].set(rate))

@@ -39,7 +39,7 @@ from jaxllm.sharding.mesh import Placement
 
 Pages = Sequence[Any]  # per layer an array, or a pytree of arrays
 Rows = RaggedRows | SingleRows | RingBatch
-FIRST_HIT_RATE = 0.5  # of drafts of a request of which nothing is known
+FIRST_HIT_RATES = 0.3, 0.6  # of drafts of a request of which nothing is known: after one token that matched, after more
 
 
 @jax.tree_util.register_dataclass
@@ -54,7 +54,8 @@ class SlotState:
         adapter: int32 `[S + 1]`, the slot of each request's adapter; 0: none.
         allowed: int32 `[S + 1, J, W]`, the bit masks of the next token and of those after each of its J - 1 drafts,
             for requests that have a constraint.
-        hit_rate: float32 `[S + 1]`, share of recent drafted tokens that were right (see `speculation`).
+        hit_rate: float32 `[S + 1, 2]`, share of recent drafted tokens that were right, after a match of one token and
+            after better ones (see `speculation`).
     """
 
     history: jax.Array
@@ -195,7 +196,7 @@ class Steps:
             length=state.length.at[slot].set(length),
             done=state.done.at[slot].set(False),
             adapter=state.adapter.at[slot].set(adapter),
-            hit_rate=state.hit_rate.at[slot].set(FIRST_HIT_RATE),
+            hit_rate=state.hit_rate.at[slot].set(jnp.array(FIRST_HIT_RATES)),
         )
         return (state,)
 

@@ -69,6 +69,17 @@ def test_cached_prefixes_are_an_adapters_own(llm, requests):
     assert other.outputs[0].token_ids != first.outputs[0].token_ids
 
 
+def test_drafts_are_verified_by_each_requests_own_adapter(llm, requests, folders):
+    config = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+    drafting = LLM(str(folders.base), use_tqdm=False, **ENGINE | {"max_decode_steps": 4}, speculative_config=config)
+    drafting.engine.runner.draft_price = lambda rows: -1.0  # verify whatever there is
+    prompts = ["again and again and again"] * len(requests)
+    expected = tokens(llm, prompts, requests)
+    assert tokens(drafting, prompts, requests) == expected and len(set(map(tuple, expected))) > 2
+    drafts = drafting.engine.drafts
+    assert 0 < drafts.num_accepted_tokens < drafts.num_draft_tokens
+
+
 def test_prompt_logprobs_are_an_adapters_own(llm, requests):
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
     scored = [llm.generate(PROMPT, params, lora_request=one)[0].prompt_logprobs for one in requests[:3]]

@@ -21,6 +21,7 @@ from tests.helpers.tiny_model import write_tiny_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=2)
 SEEDED = SamplingParams(temperature=1.0, seed=7, top_p=0.9, max_tokens=12, ignore_eos=True, logprobs=2)
+NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
 LENGTHS = (5, 33, 100, 64, 130)
 MODELS: dict[str, dict[str, Any]] = {
     "dense": {},
@@ -91,7 +92,7 @@ def check_idle(llm: LLM) -> None:
         ("dense", ("tp=4", "tp=2"), {"page_size": 32, "prefill_page_size": 16}),  # each head twice, then once
         ("three_heads", ("tp=1", "tp=3"), {"kv_dtype": "int8"}),
         ("three_heads", ("tp=3", "tp=1"), {"kv_dtype": "fp8", "prefill_page_size": 32, "enable_prefix_caching": False}),
-        ("routed_windowed", ("tp=1", "dp=2,tp=2"), {"page_size": 8}),
+        ("routed_windowed", ("tp=1", "dp=2,tp=2"), {"page_size": 8, "speculative_config": NGRAM}),
         ("latent", ("tp=2", "tp=1"), {"prefill_page_size": 8}),
     ],
 )
@@ -99,9 +100,13 @@ def test_tokens_and_logprobs_equal_those_of_one_engine(folder, model, pools, set
     alone = {name: value for name, value in settings.items() if name == "kv_dtype"}
     one = make_llm(folder(model), **alone)
     two = make_llm(folder(model), prefill_mesh=pools[0], decode_mesh=pools[1], **settings)
+    for engine in two.engine.engines:
+        engine.runner.draft_price = lambda rows: -1.0  # where there are drafts, verify them
     params = [GREEDY, SEEDED, GREEDY, SEEDED, GREEDY]
     check_equal(two.generate(prompts(), params), one.generate(prompts(), params))
     assert two.engine.transfers.handed_over == len(LENGTHS) and not two.engine.transfers.failed
+    if "speculative_config" in settings:
+        assert sum(engine.drafts.num_draft_tokens for engine in two.engine.engines) > 10
     check_idle(two)
 
 

@@ -210,8 +210,11 @@ def test_every_kind_of_attention_verifies_what_it_decodes(family: str, tmp_path:
     assert llm.engine.drafts.num_draft_tokens > 50
 
 
-@pytest.mark.parametrize("options", [{"mesh": "dp=2,tp=2"}, {"kv_dtype": "int8", "max_decode_steps": 1}], ids=str)
-def test_on_a_mesh_and_with_a_quantised_cache(folder: Path, options: dict[str, Any]) -> None:
+QUANTISED = {"kv_dtype": "int8", "quantization": "int8", "max_decode_steps": 1}
+
+
+@pytest.mark.parametrize("options", [{"mesh": "dp=2,tp=2"}, QUANTISED], ids=["mesh", "quantised"])
+def test_on_a_mesh_and_with_quantised_weights_and_cache(folder: Path, options: dict[str, Any]) -> None:
     rng = random.Random(3)
     prompts = [some_prompt(rng) for _ in range(6)]
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)

@@ -36,7 +36,7 @@ def test_drafts_are_those_of_the_plain_search(monkeypatch, shortest: int, longes
         slots = np.array(rng.sample(range(7), 4), np.int32)
         lengths = np.array([rng.randrange(1, 51) for _ in range(4)], np.int32)
         most = np.array([rng.choice([0, 2, 5]) for _ in range(4)], np.int32)
-        drafts, counts = (np.asarray(a) for a in look_up(history, slots, lengths, most))
+        drafts, counts, _ = (np.asarray(a) for a in look_up(history, slots, lengths, most))
         for slot, length, limit, row, count in zip(slots, lengths, most, drafts, counts, strict=True):
             expected = naive(history[slot, :length].tolist(), limit, shortest, longest)
             assert row[:count].tolist() == expected
