@@ -25,9 +25,9 @@ class Guess:
 def guess(request: Request, most: int, *, shortest: int, longest: int) -> Guess:
     """Up to `most` drafts that the request's constraint allows; `shortest`, `longest`: see `look_up`.
 
-    Only for what has been read: nothing of the request is on its way.
+    For a request of which all is read but what is being planned.
     """
-    assert request.constraint is not None and not request.num_pending
+    assert request.constraint is not None
     forced = request.constraint.forced()[:most]
     tokens = [*forced, *look_up([*request.token_ids, *forced], most - len(forced), shortest, longest)]
     allowed = _allowed(request.constraint, tokens, request.stop_ids)
