@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxllm.bench.workload import Planned
 
 
-_EXAMPLE = '{"method": "ngram", "num_speculative_tokens": 4}'
+_EXAMPLE = '{"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 1}'
 HELP = "Measure throughput, latency or start-up."
 
 

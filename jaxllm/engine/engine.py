@@ -440,6 +440,8 @@ class Engine:
             log.debug("%s", record.line())
 
     def _count_drafts(self, drafts: LoopDrafts, record: IterationRecord) -> None:
+        self.drafts.num_iterations += drafts.num_passes
+        self.drafts.num_verifying += drafts.num_verifying
         for chunk, drafted, accepted in drafts.by_chunk:
             self.drafts.add(drafted, accepted)
             chunk.request.num_draft_tokens += sum(drafted)

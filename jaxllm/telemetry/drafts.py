@@ -42,9 +42,12 @@ class DraftTotals:
         num_drafts: times that a request had drafts verified.
         num_draft_tokens, num_accepted_tokens: how many tokens these had, and how many of them were right.
         accepted_at: how often the first, second ... draft was right.
+        num_iterations, num_verifying: of loops that may draft; those of them that verified drafts.
     """
 
     num_drafts: int = 0
+    num_iterations: int = 0
+    num_verifying: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     accepted_at: list[int] = field(default_factory=list)
