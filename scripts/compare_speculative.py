@@ -84,7 +84,7 @@ def prompts(model: str, lines: Path | None) -> dict[str, list[list[int]]]:
     from jaxllm.tokenizer import load_tokenizer
 
     texts = {"lines": lines.read_text(encoding="utf-8").splitlines()} if lines else WORKLOADS
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(Path(model))
     return {
         name: [tokenizer.chat_prompt([{"role": "user", "content": text}])["prompt_token_ids"] for text in some]
         for name, some in texts.items()
