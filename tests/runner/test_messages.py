@@ -64,7 +64,7 @@ def test_masks_travel_only_for_requests_that_have_a_constraint(parts):
     (mask,) = [m for m in (through_bytes(m, parts) for m in with_mask) if m.program == "mask"]
     slots, masks = mask.inputs
     assert slots[0] == 2 and (slots[1:] == parts[1].spare_slot).all()
-    assert masks[0, 0] == 1 << 7 and not masks[0, 1:].any() and not masks[1:].any()
+    assert masks[0, 0, 0] == 1 << 7 and not masks[0, 0, 1:].any() and not masks[1:].any()
 
 
 def through_bytes(message: bytes, parts) -> Dispatch:
