@@ -52,12 +52,15 @@ def look_up(token_ids: Sequence[int], most: int, shortest: int, longest: int) ->
 
 
 def _allowed(constraint: Constraint, tokens: Sequence[int], stop_ids: frozenset[int]) -> int:
-    """How many of these the constraint takes, one after the other, before the answer ends."""
+    """How many of these the constraint takes, one after the other; none that ends the answer.
+
+    Nothing may be sampled after the end: what ends it is sampled after the last draft.
+    """
     ahead = constraint.copy()
     for i, token in enumerate(tokens):
-        if ahead.finished or token in stop_ids:
+        if token in stop_ids:
             return i
         ahead.accept(token)
-        if ahead.error is not None:
+        if ahead.error is not None or ahead.finished:
             return i
     return len(tokens)
