@@ -127,7 +127,7 @@ def test_masks_go_along_with_the_drafts_where_a_grammar_says_what_may_come(plain
         for at, of in zip(one.logprobs or [], other.logprobs or [], strict=True):
             np.testing.assert_allclose([at[t].logprob for t in at], [of[t].logprob for t in at], atol=1e-4)
     drafted, accepted = drafts.num_draft_tokens - drafted, drafts.num_accepted_tokens - accepted
-    assert accepted > 100 and accepted > 0.6 * drafted, "what a grammar forces is nearly always right"
+    assert accepted > 20 and accepted > 0.6 * drafted, "what a grammar forces is nearly always right"
 
 
 def test_requests_come_go_and_share_prefixes_and_no_page_is_lost(plain: LLM, folder: Path) -> None:
