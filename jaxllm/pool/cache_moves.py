@@ -85,14 +85,18 @@ class CacheMoves:
         if leaves:
             self._budget.give_back(model.name, _PART)
 
+    def settle(self, model: PooledModel) -> None:
+        """Wait until nothing of a cache moves, wherever it is then: whoever needs it tries again, and hears why not."""
+        try:
+            self.finish(model)
+        except Exception as error:
+            log.warning("the cache of %s could not be brought back: %s", model.name, error)
+
     def arrive(self) -> None:
         """Take note of copies that are done."""
         for model in self._models.values():
             if model.moving is not None and model.moving.done():
-                try:
-                    self.finish(model)
-                except Exception as error:  # whoever needs it tries again and hears it
-                    log.warning("the cache of %s could not be brought back beforehand: %s", model.name, error)
+                self.settle(model)
 
     def wait_for(self, num_bytes: int) -> None:
         """Wait until caches that leave have made so much room; the caller knows that they will."""

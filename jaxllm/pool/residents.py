@@ -193,10 +193,7 @@ class Residents:
         """Nothing of it is on its way afterwards."""
         self._room.end_fetch(model)
         self._caches.keep(model)
-        try:
-            self._caches.finish(model)
-        except Exception as error:
-            log.warning("the cache of %s could not be brought back: %s", model.name, error)
+        self._caches.settle(model)
 
     def shutdown(self) -> None:
         """End what is under way."""

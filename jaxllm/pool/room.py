@@ -95,8 +95,8 @@ class Room:
         """Undo what was done for a model's next turn, where that has not been had yet."""
         self.end_fetch(model)
         if model.residence is not None and model.residence.cache.where is Where.COMING:
-            self._caches.finish(model)
-            self._caches.send_away(model)
+            self._caches.settle(model)
+            self.send_cache_away(model)
 
     def end_fetch(self, model: PooledModel) -> None:
         """Wait for weights under way, and free them."""

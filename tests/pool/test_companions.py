@@ -8,6 +8,7 @@ import pytest
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.adapters.lora_request import LoRARequest
+from jaxllm.engine.errors import EngineError
 from jaxllm.pool.pool import Pool
 from tests.helpers.peft_models import add_adapter
 from tests.pool.conftest import BUDGET, ENGINE, check_nothing_leaked
@@ -29,7 +30,7 @@ def adapter(four_models: dict[str, Path], tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-def test_adapters_and_draft_models_go_where_their_model_goes(four_models: dict[str, Path], adapter: Path):
+def test_adapters_and_draft_models_go_where_their_model_goes(four_models: dict[str, Path], adapter: Path, monkeypatch):
     llama = str(four_models["llama"])
     tuned = LLM(llama, enable_lora=True, max_loras=1, **ENGINE)
     expected = tokens(tuned.generate(PROMPTS, GREEDY, lora_request=LoRARequest("poet", 1, str(adapter))))
@@ -51,8 +52,14 @@ def test_adapters_and_draft_models_go_where_their_model_goes(four_models: dict[s
         held, sizes = pool.residents.budget.used, pool.model("plain").residence.sizes
         assert held == sizes.staying > 0, "adapters stay"
         check_nothing_leaked(pool)
+        monkeypatch.setattr(pool.host_kv, "read", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
+        with pytest.raises(EngineError, match="the model failed"):
+            pool.generate("drafted", PROMPTS, GREEDY)
+        assert pool.residents.budget.used == held, "a model whose cache cannot come leaves nothing behind"
+        monkeypatch.undo()
+        assert tokens(pool.generate("poet", PROMPTS, GREEDY)) == expected
         pool.undeploy("plain").result(60)
-        assert pool.residents.budget.used == 0
+        assert pool.residents.budget.used == 0 and pool.host_kv.slabs.num_used == 0
 
 
 def test_an_adapter_that_is_none_fails_its_model_in_words(four_models: dict[str, Path], tmp_path: Path):
