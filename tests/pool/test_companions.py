@@ -55,7 +55,8 @@ def test_adapters_and_draft_models_go_where_their_model_goes(four_models: dict[s
         monkeypatch.setattr(pool.host_kv, "read", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
         with pytest.raises(EngineError, match="the model failed"):
             pool.generate("drafted", PROMPTS, GREEDY)
-        assert pool.residents.budget.used == held, "a model whose cache cannot come leaves nothing behind"
+        used = pool.driver.call(lambda: pool.residents.budget.used).result(60)
+        assert used == held, "a model whose cache cannot come leaves nothing behind"
         monkeypatch.undo()
         assert tokens(pool.generate("poet", PROMPTS, GREEDY)) == expected
         pool.undeploy("plain").result(60)
