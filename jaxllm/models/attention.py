@@ -48,14 +48,20 @@ class Attention(nnx.Module):
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
         qkv = ctx.shard(qkv, "tokens", "heads", "qkv", "head_dim")
+        out = ctx.shard(self._attended(qkv, rope, ctx), "tokens", "heads_in", "group", "head_dim")
+        return ctx.to_residual(ctx.product(f"{self.name}.out", "TKGH,KGHD->TD", out, self.out), self.out_bias)
+
+    def _attended(self, qkv: jax.Array, rope: Tables | None, ctx: Context) -> jax.Array:
+        """`[T, K, G + 2, H]` -> `[T, K, G, H]`."""
+        is_plain = self.qk_norm is None and self.sinks is None and not self.interleaved
+        if rope is not None and is_plain and (out := ctx.attend_turned(qkv, rope, self.spec)) is not None:
+            return out
         turning, value = self._normed(qkv[:, :, :-1]), qkv[:, :, -1:]
         if rope is not None:
             turning = apply_rope(turning, rope, interleaved=self.interleaved)
         q_TKGH, kv_TK2H = turning[:, :, :-1], jnp.concatenate([turning[:, :, -1:], value], axis=2)
         sinks = None if self.sinks is None else self.sinks[...]
-        out = ctx.attend(self.index, q_TKGH, kv_TK2H, self.spec, sinks)
-        out = ctx.shard(out, "tokens", "heads_in", "group", "head_dim")
-        return ctx.to_residual(ctx.product(f"{self.name}.out", "TKGH,KGHD->TD", out, self.out), self.out_bias)
+        return ctx.attend(self.index, q_TKGH, kv_TK2H, self.spec, sinks)
 
     def _normed(self, qk: jax.Array) -> jax.Array:
         """Norm over each head, or over all heads of a token (repeated key heads leave their mean as it is)."""

@@ -39,7 +39,7 @@ class FeedForward(nnx.Module):
         if self.gate_up_bias is not None:
             h_TXF = h_TXF + self.gate_up_bias[...]
         h_TXF = ctx.shard(h_TXF, "ffn_tokens", "gate_up", "ffn")
-        h_TF = ctx.shard(activate(h_TXF, self.activation, self.clamped), "ffn_tokens", "ffn_in")
+        h_TF = ctx.shard(ctx.activate(h_TXF, self.activation, self.clamped), "ffn_tokens", "ffn_in")
         return ctx.to_residual(ctx.product(f"{self.name}.down", "TF,FD->TD", h_TF, self.down), self.down_bias)
 
 

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.config import ModelConfig
+from jaxllm.config import ClampedSwiglu, ModelConfig
 from jaxllm.ops.attention import AttentionSpec
+from jaxllm.ops.mlp import activate
 from jaxllm.ops.moe import Experts, grouped_product
 from jaxllm.ops.norm import layer_norm, rms_norm
+from jaxllm.ops.rope import Tables
 
 FLOAT32 = jnp.dtype(jnp.float32)
 
@@ -135,7 +137,8 @@ class Context:
     partial sums); `gathered(block)` is the block with the weights that it computes with; `longest` is the length of
     the longest sequence that can come, None for the model's own limit; `product(name, spec, x, weight)` multiplies with
     a block's matrices, `experts_product` with those of experts on the device that holds them; `routed(logits, experts)`
-    is told what each router chose.
+    is told what each router chose; `activate` is `ops.mlp.activate`, or what computes the same in fewer passes;
+    `attend_turned(qkv, rope, spec)` rotates and attends at once, or gives None where it is not written for that layer.
     """
 
     attend: Attend
@@ -147,6 +150,8 @@ class Context:
     product: Product = plain_product
     experts_product: ExpertsProduct = plain_experts_product
     routed: Callable[[jax.Array, jax.Array], None] = lambda logits_TE, expert_TY: None
+    activate: Callable[[jax.Array, str, ClampedSwiglu | None], jax.Array] = activate
+    attend_turned: Callable[[jax.Array, Tables, AttentionSpec], jax.Array | None] = lambda qkv_TKWH, rope, spec: None
 
     def to_residual(self, y_TD: jax.Array, bias: nnx.Param | None = None) -> jax.Array:
         """A half block's result in the residual type; a bias is added once, after the partial sums are."""

@@ -16,10 +16,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxllm.config import ClampedSwiglu
 from jaxllm.models.decoder import Block, Context, Decoder
 from jaxllm.models.primitives import Product, plain_product
 from jaxllm.ops.attention import AttentionSpec
 from jaxllm.ops.attention.packed import packed_attention
+from jaxllm.ops.cpu import ffi, span_attention, swiglu
+from jaxllm.ops.mlp import activate
+from jaxllm.ops.rope import Tables
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import as_tuple
 from jaxllm.training.batch import TokenBatch
@@ -129,9 +133,27 @@ class LossModel:
             functools.partial(self._block, balance),
             longest=self.span,
             product=self.product(parameters),
+            **self._kernels(batch),
         )
         tokens, positions = place.shard(batch.tokens, "tokens"), place.shard(batch.positions, "tokens")
         return decoder(tokens, positions, context), balance
+
+    def _kernels(self, batch: TokenBatch) -> dict[str, Any]:
+        """What a single CPU device computes by kernels of its own, for layers that they are written for."""
+        mesh = self.placement.mesh
+        if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu" or ffi.unavailable(quantized=True):
+            return {}
+
+        def attend_turned(qkv_TKWH: jax.Array, rope: Tables, spec: AttentionSpec) -> jax.Array | None:
+            if not span_attention.takes(qkv_TKWH, rope, spec, self.span):
+                return None
+            return span_attention.span_attention(qkv_TKWH, rope, batch.documents, span=self.span, scale=spec.scale)
+
+        def gated(h_TXF: jax.Array, name: str, clamped: ClampedSwiglu | None) -> jax.Array:
+            is_swiglu = name == "silu" and clamped is None and swiglu.takes(h_TXF)
+            return swiglu.swiglu(h_TXF) if is_swiglu else activate(h_TXF, name, clamped)
+
+        return {"attend_turned": attend_turned, "activate": gated}
 
     @property
     def dtype(self) -> jnp.dtype:
