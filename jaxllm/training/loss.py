@@ -16,16 +16,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxllm.config import ClampedSwiglu
 from jaxllm.models.decoder import Block, Context, Decoder
 from jaxllm.models.primitives import Product, plain_product
 from jaxllm.ops.attention import AttentionSpec
 from jaxllm.ops.attention.packed import packed_attention
-from jaxllm.ops.cpu import ffi, span_attention, swiglu
-from jaxllm.ops.mlp import activate
-from jaxllm.ops.rope import Tables
 from jaxllm.sharding.mesh import Placement
 from jaxllm.sharding.rules import as_tuple
+from jaxllm.training import kernels
 from jaxllm.training.batch import TokenBatch
 from jaxllm.weights.abstract import AbstractModel
 
@@ -109,7 +106,7 @@ class LossModel:
 
     def hidden(self, decoder: Decoder, parameters: Parameters, batch: TokenBatch) -> tuple[jax.Array, list[jax.Array]]:
         """Hidden states `[T, D]` before the final norm, and each routed layer's balancing loss."""
-        place, balance = self.placement, []
+        place, product, balance = self.placement, self.product(parameters), []
         on_cpu = place.mesh.devices.flat[0].platform == "cpu"
 
         def attend(
@@ -132,28 +129,11 @@ class LossModel:
             jnp.dtype(jnp.float32) if on_cpu else self.dtype,  # between products a CPU is faster in float32
             functools.partial(self._block, balance),
             longest=self.span,
-            product=self.product(parameters),
-            **self._kernels(batch),
+            product=kernels.trained_product(place) if product is plain_product else product,
+            **kernels.context_fields(place, batch, self.span),
         )
         tokens, positions = place.shard(batch.tokens, "tokens"), place.shard(batch.positions, "tokens")
         return decoder(tokens, positions, context), balance
-
-    def _kernels(self, batch: TokenBatch) -> dict[str, Any]:
-        """What a single CPU device computes by kernels of its own, for layers that they are written for."""
-        mesh = self.placement.mesh
-        if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu" or ffi.unavailable(quantized=True):
-            return {}
-
-        def attend_turned(qkv_TKWH: jax.Array, rope: Tables, spec: AttentionSpec) -> jax.Array | None:
-            if not span_attention.takes(qkv_TKWH, rope, spec, self.span):
-                return None
-            return span_attention.span_attention(qkv_TKWH, rope, batch.documents, span=self.span, scale=spec.scale)
-
-        def gated(h_TXF: jax.Array, name: str, clamped: ClampedSwiglu | None) -> jax.Array:
-            is_swiglu = name == "silu" and clamped is None and swiglu.takes(h_TXF)
-            return swiglu.swiglu(h_TXF) if is_swiglu else activate(h_TXF, name, clamped)
-
-        return {"attend_turned": attend_turned, "activate": gated}
 
     @property
     def dtype(self) -> jnp.dtype:

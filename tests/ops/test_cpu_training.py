@@ -9,7 +9,7 @@ import pytest
 
 from jaxllm.ops.attention import AttentionSpec
 from jaxllm.ops.attention.packed import packed_attention
-from jaxllm.ops.cpu import ffi, span_attention, swiglu
+from jaxllm.ops.cpu import ffi, row_product, span_attention, swiglu
 from jaxllm.ops.mlp import activate
 from jaxllm.ops.rope import apply_rope
 
@@ -66,3 +66,15 @@ def test_attention_says_what_it_is_not_written_for():
     assert span_attention.takes(qkv, rope, plain, 32)
     assert not span_attention.takes(qkv, rope, plain, 8)
     assert not span_attention.takes(qkv, (rope[0][:, :8], rope[1][:, :8]), plain, 32)
+
+
+@pytest.mark.skipif(ffi.unavailable() is not None, reason="needs bfloat16 instructions")
+@pytest.mark.parametrize(("t", "k", "n"), [(6, 16, 32), (34, 48, 96), (1536, 64, 128)])
+def test_product_over_rows_equals_that_of_rounded_numbers(t, k, n):
+    x, c = numbers(0, t, k).astype(jnp.bfloat16), numbers(1, t, n)
+    want = np.asarray(x, np.float64).T @ np.asarray(c.astype(jnp.bfloat16), np.float64)
+    assert row_product.takes(x, c)
+    for side in (c, c.astype(jnp.bfloat16)):
+        got = np.asarray(jax.jit(row_product.row_product)(x, side))
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    assert not row_product.takes(x[1:], c[1:]) and not row_product.takes(x, c[:, :16])
