@@ -95,9 +95,7 @@ def _rounded(f: Function, kind: str, pointer: str) -> str:
 def _add(f: Function, left: str, right: str, target: str, strides: tuple[int, int, int], pairs: Value) -> None:
     """Add the products of some pairs of rows to 8 rows and 32 columns of the result; strides are in bytes."""
     places = {(r, v): f.at(target, r * strides[2] + v) for r in range(_ROWS) for v in (0, BYTES)}
-    totals = {place: f.variable(VECTOR, ZERO) for place in places}
-    for place, total in totals.items():
-        total.set(f.load(VECTOR, places[place], BYTES))
+    totals = {place: f.variable(VECTOR, f.load(VECTOR, at, BYTES)) for place, at in places.items()}
     with f.loop(0, pairs) as pair:
         line, column = f.at(right, f.mul(pair, strides[1])), f.at(left, f.mul(pair, strides[0]))
         numbers = {v: f.load("<32 x bfloat>", f.at(line, v), BYTES) for v in (0, BYTES)}

@@ -114,8 +114,6 @@ class _Span:
         """Products of a vector with some columns."""
         f, lanes = self.f, self.lanes
         totals = [f.variable(VECTOR, ZERO) for _ in offsets]
-        for total in totals:
-            total.set(ZERO)
         with f.loop(0, self.s.width) as h:
             x, line = self.number(f.at(row, f.mul(h, 4))), f.at(columns, f.mul(h, 4 * self.s.span))
             for total, offset in zip(totals, offsets, strict=True):
@@ -130,9 +128,7 @@ class _Span:
         f, lanes = self.f, self.lanes
         mine = f.splat("i32", f.load("i32", f.at(self.documents, f.mul(t, 4))), 16)
         until = f.splat("i32", f.let(f"trunc i64 {t} to i32"), 16)
-        top, total = f.variable(VECTOR, ZERO), f.variable(VECTOR, ZERO)
-        top.set(constant(_MASKED))
-        total.set(ZERO)
+        top, total = f.variable(VECTOR, constant(_MASKED)), f.variable(VECTOR, ZERO)
 
         def score(offsets: list[Value]) -> None:
             for x, at in zip(self.with_columns(self.query, self.matrices[0], offsets), offsets, strict=True):
@@ -167,8 +163,6 @@ class _Span:
         f, lanes, s = self.f, self.lanes, self.s
         together = max(1, 4 // len(s.vectors))  # enough sums that none waits for itself; a span is a multiple of 16
         totals = {(j, v): f.variable(VECTOR, ZERO) for j in range(together) for v in s.vectors}
-        for total in totals.values():
-            total.set(ZERO)
         with f.loop(0, f.add(t, 1), together) as first:
             for j in range(together):
                 row, weight = row_of(f.add(first, j)), self.number(f.at(weights, f.mul(f.add(first, j), 4)))
@@ -243,7 +237,6 @@ class _Derivative(_Span):
         """Normalise the weights; the changes of the scores, times their scale, into `slopes`."""
         f, lanes = self.f, self.lanes
         total = f.variable(VECTOR, ZERO)
-        total.set(ZERO)
 
         def change_of_weights(offsets: list[Value]) -> None:
             for x, at in zip(self.with_columns(change, self.values, offsets), offsets, strict=True):
