@@ -169,7 +169,7 @@ def grid(*, rows: Sequence[int], longest: int, capacity: int, budget: int) -> It
     lengths = (4, 12, 24, 48, 64, 96, 128, 192, 256, budget // 2, budget, 2 * budget, 4 * budget)
     for length in sorted({n for n in lengths if n < longest and n <= most}):
         yield Point(prompt=length)
-        if 4 * length <= most // 2:
+        if 4 * length <= min(budget, most // 2):
             yield Point(prompt=length, count=4)
 
 
@@ -251,8 +251,9 @@ def run_point(engine: Engine, point: Point, prompts: Prompts) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
         return engine.add_request(ids, params, streamed=streamed)
 
+    # Rows that came first decode while others' prompts are computed; loops follow streams of the same rows, now cached.
     filling = point.rows * point.context // engine.runner.shapes.max_num_batched_tokens  # iterations, at most
-    tokens = filling + (_DECODES if point.streamed else 3 * _DECODES)
+    tokens = filling + _DECODES if point.streamed else 2 * _DECODES
     decoding = [add(prompts.of_row(row, point.context), tokens, point.streamed) for row in range(point.rows)]
     if point.prompt:
         while any(len(request.token_ids) == request.num_prompt for request in decoding):
