@@ -1,8 +1,8 @@
 """A checkpoint's linears rounded so that a text's hidden states change little, block after block (`gptq.py`).
 
 A block's inputs are those that the blocks before it give once they are rounded themselves, so later blocks make up for
-earlier ones. At any time one block's matrices exist, the hidden states of the text, and the Hessians of one product;
-of experts, those of one product's experts.
+earlier ones. At any time one block's matrices exist, the Hessians of its products (of each expert's), and the hidden
+states of the text.
 
 Dimension letters: S spans, T tokens, K inputs, E experts.
 """
@@ -25,7 +25,7 @@ from jaxllm.checkpoints import Checkpoint
 from jaxllm.weights.gptq import rounding_for
 from jaxllm.weights.layerwise import Inputs, LayerwiseDecoder
 from jaxllm.weights.quantize import Plan, stored_linear
-from jaxllm.weights.rounding import Pieces, numbers_of, round_to_nearest
+from jaxllm.weights.rounding import Pieces, numbers_of
 
 log = logging.getLogger(__name__)
 _SPAN = 2048  # tokens that are attended together
@@ -93,16 +93,12 @@ def _rounded_block(
     decoder: LayerwiseDecoder, layer: int, plan: Plan, states: list[np.ndarray], unseen: list[str]
 ) -> Iterator[tuple[str, Pieces]]:
     """Every linear of a block, those of one Hessian after each other."""
-    checkpoint, values = decoder.checkpoint, decoder.block(layer)
-    seen = [decoder.run(layer, values, x_TD)[1] for x_TD in states]
+    checkpoint, hessians = decoder.checkpoint, _hessians(decoder, layer, states)
     for path, owners in _owners(decoder, layer, plan).items():
-        hessians = _hessians([inputs[path] for inputs in seen]) if path in seen[0] else None
         for expert, names in owners.items():
-            if hessians is None or not hessians[expert].any():
-                unseen += names
-                rounding = lambda weights_NK: round_to_nearest(weights_NK, plan.scheme, 1)
-            else:
-                rounding = rounding_for(hessians[expert], plan.scheme)
+            hessian_KK = np.asarray(hessians.pop((path, expert), 0.0), np.float32)
+            unseen += [] if hessian_KK.any() else names
+            rounding = rounding_for(hessian_KK, plan.scheme)
             for name in names:
                 yield name, rounding(np.asarray(checkpoint.read(name), np.float32))
                 checkpoint.release(name)
@@ -123,18 +119,25 @@ def _owners(decoder: LayerwiseDecoder, layer: int, plan: Plan) -> dict[tuple, di
     return found
 
 
-def _hessians(seen: list[Inputs]) -> dict[int, np.ndarray]:
-    """float32 `[K, K]`: the sum of `x x^T` over the rows of each expert, or over all."""
-    total: dict[int, Any] = {}
-    for inputs in seen:
-        if inputs.sizes_E is None:
-            total[0] = _gram(inputs.rows) + total.get(0, 0)
-            continue
-        rows = np.asarray(inputs.rows, np.float32)
-        starts = np.cumsum([0, *np.asarray(inputs.sizes_E)])
-        for expert, (start, end) in enumerate(itertools.pairwise(starts)):
-            total[expert] = rows[start:end].T @ rows[start:end] + total.get(expert, 0)
-    return {expert: np.asarray(matrix) for expert, matrix in total.items()}
+def _hessians(decoder: LayerwiseDecoder, layer: int, states: list[np.ndarray]) -> dict[tuple[tuple, int], Any]:
+    """float32 `[K, K]` of every product and expert (0: there are none): the sum of `x x^T` of what it was given."""
+    values, total = decoder.block(layer), {}
+    for x_TD in states:
+        for path, inputs in decoder.run(layer, values, x_TD)[1].items():
+            for expert, gram_KK in _grams(inputs):
+                total[path, expert] = gram_KK + total.get((path, expert), 0)
+    return total
+
+
+def _grams(inputs: Inputs) -> Iterator[tuple[int, Any]]:
+    if inputs.sizes_E is None:
+        yield 0, _gram(inputs.rows)
+        return
+    rows = np.asarray(inputs.rows, np.float32)
+    starts = np.cumsum([0, *np.asarray(inputs.sizes_E)])
+    for expert, (start, end) in enumerate(itertools.pairwise(starts)):
+        if start < end:
+            yield expert, rows[start:end].T @ rows[start:end]
 
 
 @jax.jit

@@ -29,7 +29,7 @@ Rounding = Callable[[np.ndarray], Pieces]
 
 def rounding_for(hessian_KK: np.ndarray, scheme: Scheme) -> Rounding:
     """What rounds float32 matrices `[N, K]` whose inputs have this Hessian; to nearest where there were no inputs."""
-    if not np.diag(hessian_KK).any():
+    if not hessian_KK.any():
         return lambda weights_NK: round_to_nearest(weights_NK, scheme, 1)
     upper_KK = _inverse_factor(hessian_KK)
 
