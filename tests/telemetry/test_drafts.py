@@ -47,7 +47,10 @@ def test_the_price_learns_from_times_and_stays_near_the_model() -> None:
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_expected_tokens_are_those_of_the_formula(rate: float) -> None:
     drafts = 4
-    (expected,) = speculation._expected(jnp.array([rate]), jnp.array([drafts]), drafts)
+    sure = jnp.array([0, 2])  # of the second row a grammar says the first two
+    expected, with_sure = speculation._expected(jnp.array([rate, rate]), sure, jnp.array([drafts, drafts]), drafts)
     assert 1 + float(expected) == pytest.approx((1 - rate ** (drafts + 1)) / (1 - rate), rel=1e-5)
     draws = np.random.default_rng(0).random((20000, drafts)) < rate
     assert 1 + float(expected) == pytest.approx(1 + np.cumprod(draws, axis=1).sum(axis=1).mean(), rel=0.03)
+    share = speculation._SURE
+    assert float(with_sure) == pytest.approx(share + share**2 * (1 + rate + rate**2), rel=1e-5)
