@@ -281,20 +281,24 @@ def fit_all(measured: Sequence[Measured]) -> dict[str, dict[int, Terms]]:
 
 
 def fit(group: Sequence[Measured]) -> Terms:
-    """The terms, none negative, with the least sum of absolute relative errors: a few late iterations cost nothing.
+    """The terms, none negative, with the least sum of absolute relative errors: a few odd iterations cost nothing.
 
-    By iteratively reweighted least squares.
+    By iteratively reweighted least squares. Errors are relative to what is longer, measured or fitted: one that was
+    read late makes the next look short, and relative to that alone its error would outweigh all others.
     """
     from scipy.optimize import nnls
 
     works, seconds = [one.work for one in group], np.array([one.seconds for one in group])
     features = np.array([(1, w.tokens, w.chunk_pairs, w.decode_keys, w.admitted) for w in works], float)
     scale = np.maximum(features.max(axis=0), 1e-30) / np.median(seconds)
-    relative, weights = features / scale / seconds[:, None], np.ones(len(group))
+    features /= scale
+    longer, weights = np.maximum(seconds, np.median(seconds) / 2), np.ones(len(group))
     solution = np.zeros(features.shape[1])
     for _ in range(_REWEIGHTINGS):
-        solution, _ = nnls(relative * weights[:, None], weights)
-        weights = np.maximum(np.abs(relative @ solution - 1), _EXACT) ** -0.5
+        solution, _ = nnls(features * (weights / longer)[:, None], seconds * weights / longer)
+        fitted = features @ solution
+        longer = np.maximum(seconds, fitted)
+        weights = np.maximum(np.abs(fitted - seconds) / longer, _EXACT) ** -0.5
     return Terms(*(solution / scale).tolist())
 
 

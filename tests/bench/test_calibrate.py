@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from jaxllm.bench.calibrate import Measured, Prompts, fit_all, grid
+from jaxllm.bench.calibrate import Measured, Prompts, fit, fit_all, grid
 from jaxllm.roofline.iteration_time import DECODE, LOOP, RAGGED, IterationWork
 from jaxllm.roofline.profile import Profile, Terms, load_profile
 
@@ -55,6 +57,20 @@ def test_noise_and_outliers_cost_little():
     fitted = profile(0.05)
     errors = [fitted.seconds(one.work) / one.seconds - 1 for one in measured(0.0)]
     assert np.abs(errors).max() < 0.1 and np.abs(errors).mean() < 0.02
+
+
+def test_measurements_that_are_far_too_short_do_not_bend_the_fit():
+    terms, random = Terms(20e-3, 0.0, 0.0, 2.6e-7), np.random.default_rng(0)
+    group = []
+    for keys in random.permutation([500.0] * 11 + [80_000.0] * 49 + [240_000.0] * 76):
+        work = IterationWork(DECODE, 1, 1, 0.0, 0.0, float(keys))
+        group.append(Measured(work, 1, terms.seconds(work) * float(1 + 0.08 * random.standard_normal())))
+    short = next(i for i, one in enumerate(group) if one.work.decode_keys < 1000)
+    group[short] = dataclasses.replace(group[short], seconds=0.3e-3)
+    found = fit(group)
+    for keys in (0.0, 500.0, 80_000.0, 240_000.0):
+        work = IterationWork(DECODE, 1, 1, 0.0, 0.0, keys)
+        assert found.seconds(work) == pytest.approx(terms.seconds(work), rel=0.08)
 
 
 def test_a_profile_is_read_back(tmp_path):
