@@ -58,6 +58,10 @@ class DecodeRounds:
         batches = (batch for one in where for batch in self._batches[one])
         return next((b for b in batches if b.model == model and len(b.members) < most), None)
 
+    def crowding(self, instance: int, model: str) -> tuple[bool, int]:
+        """Whether no batch of a model has room on an instance, and how many batches of any are there."""
+        return self._fitting(model, instance) is None, len(self._batches[instance])
+
     def _new_batch(self, model: str, instance: int | None) -> Batch:
         if instance is None:
             instance = min(self._batches, key=lambda one: len(self._batches[one]))

@@ -89,7 +89,8 @@ class TokenLevel:
     """Aegaeon's: prefill in groups, decode in weighted rounds.
 
     An instance that does both alternates: the group that waits longest, then the batch whose turn it is. A turn of a
-    model takes along what else that model has: its next group, and its quota of the round.
+    model takes along what else that model has: its next group, and its quota of the round. As requests stay, a group
+    opens where a batch of its model has room, or where the fewest batches are.
 
     Args:
         costs: estimates of time.
@@ -110,13 +111,16 @@ class TokenLevel:
         longest: float = LONGEST_SECONDS,
         max_group: int = MAX_GROUP,
     ):
-        self._groups = PrefillGroups(prefill, costs, max_group=max_group)
+        self._groups = PrefillGroups(prefill, costs, max_group=max_group, crowding=self._crowding)
         self._rounds = DecodeRounds(decode, costs, tbt=tbt, longest=longest)
         self._prefill, self._decode = frozenset(prefill), frozenset(decode)
         self._model_of: dict[Hashable, str] = {}
         self._prefills_at: dict[Hashable, int] = {}
         self._current: dict[int, str] = {}
         self._group_was_first: dict[int, bool] = {}
+
+    def _crowding(self, instance: int, model: str) -> tuple[bool, int]:
+        return self._rounds.crowding(instance, model) if instance in self._decode else (False, 0)
 
     def add(self, item: Hashable, model: str) -> int:
         """See `Policy`."""

@@ -1,19 +1,24 @@
 """Who is prefilled next, where: groups of one model, first come first served.
 
 Requests in, one instance's next group out. A request joins a group of its model that has had fewer than eight members,
-on any instance; else it opens one on the least loaded. Plain Python, for the server and the simulator alike; an
-instance is a mesh that holds one model at a time.
+on any instance; else it opens one on the least crowded, then the least loaded. Plain Python, for the server and the
+simulator alike; an instance is a mesh that holds one model at a time.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from jaxllm.pool.costs import Costs
 
 MAX_GROUP = 8
+Crowding = Callable[[int, str], tuple[bool, int]]  # instance and model -> no place beside its own kind; models there
+
+
+def _nobody(_: int, __: str) -> tuple[bool, int]:
+    return False, 0
 
 
 @dataclass(slots=True, eq=False)
@@ -37,10 +42,13 @@ class PrefillGroups:
         instances: their names.
         costs: estimates, for the load of an instance.
         max_group: members of a group.
+        crowding: how little an instance suits a model's next request, apart from what waits to be prefilled there.
     """
 
-    def __init__(self, instances: Sequence[int], costs: Costs, *, max_group: int = MAX_GROUP):
-        self._costs, self._max_group = costs, max_group
+    def __init__(
+        self, instances: Sequence[int], costs: Costs, *, max_group: int = MAX_GROUP, crowding: Crowding = _nobody
+    ):
+        self._costs, self._max_group, self._crowding = costs, max_group, crowding
         self._queues: dict[int, deque[Group]] = {instance: deque() for instance in instances}
         self._serving: dict[int, Group | None] = dict.fromkeys(instances)
         self._where: dict[Hashable, tuple[int, str]] = {}  # of requests that are not prefilled yet
@@ -69,10 +77,14 @@ class PrefillGroups:
         )
 
     def _new_group(self, model: str) -> tuple[int, Group]:
-        instance = min(self._queues, key=self.load)
+        instance = min(self._queues, key=lambda one: self._unfit(one, model))
         group = Group(model)
         self._queues[instance].append(group)
         return instance, group
+
+    def _unfit(self, instance: int, model: str) -> tuple[bool, int, float]:
+        lacks, others = self._crowding(instance, model)
+        return lacks, others, self.load(instance)
 
     def _groups(self, instance: int) -> list[Group]:
         serving = self._serving[instance]

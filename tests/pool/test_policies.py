@@ -253,3 +253,16 @@ def test_requests_may_end_anywhere(actions):
     for item in [*waiting, *decoding]:
         policy.end(item)
     assert policy.next_turn(0) is None and policy.upcoming(0) == []
+
+
+def test_requests_that_stay_where_they_were_prefilled_are_spread_over_instances_and_keep_to_their_kind():
+    policy = TokenLevel(Fixed(batch=2), prefill=[0, 1, 2], decode=[0, 1, 2])
+    where = []
+    for item, model in (("a1", "a"), ("b1", "b"), ("a2", "a"), ("c1", "c"), ("a3", "a")):
+        instance = policy.add(item, model)
+        assert policy.next_turn(instance).starts == (item,)
+        where.append(policy.prefilled(item))
+    assert where[:4] == [0, 1, 0, 2], "a free instance for each model, and its own kind's for more of it"
+    assert where[4] == 0, "that group is open still"
+    policy.end("b1")
+    assert policy.add("d1", "d") == 1, "where nothing runs any more"
