@@ -63,16 +63,29 @@ def compare(base: Evaluated, other: Evaluated, tokens: np.ndarray) -> tuple[floa
     return math.exp(mean[0]), mean[1], mean[2]
 
 
+def _folder(kind: str, args: argparse.Namespace, parent: Path) -> Path:
+    """Where the model is, rounded as the kind says."""
+    if Path(kind).is_dir():
+        return Path(kind)
+    name, _, is_calibrated = kind.partition(" ")
+    if is_calibrated and args.calibration is None:
+        raise SystemExit(f"{kind!r} needs --calibration FILE")
+    calibration = Calibration(args.calibration, args.calibration_tokens) if is_calibrated else None
+    return convert(args.model, parent / "q", to="safetensors", quantize=name, calibration=calibration)
+
+
 def main() -> None:
     """The model as it is, then each kind."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--text", type=Path, required=True, help="held-out text")
-    parser.add_argument("--calibration", type=Path, required=True, help="another text, for the calibrated kinds")
+    parser.add_argument("--calibration", type=Path, help="another text, for the calibrated kinds")
     parser.add_argument("--calibration-tokens", type=int, default=DEFAULT_TOKENS)
     parser.add_argument("--num-tokens", type=int, default=50_000)
     parser.add_argument("--span", type=int, default=512, help="tokens that see each other")
-    parser.add_argument("--kinds", nargs="+", default=KINDS, help="as --quantize has them; 'int4:32 calibrated'")
+    parser.add_argument(
+        "--kinds", nargs="+", default=KINDS, help="as --quantize has them, 'int4:32 calibrated', or a folder"
+    )
     args = parser.parse_args()
     path = resolve_model(args.model)
     ids = load_tokenizer(path).encode(args.text.read_text(encoding="utf-8"))[: args.num_tokens]
@@ -84,11 +97,8 @@ def main() -> None:
     print("| weights | perplexity | change | loss added | KL (nats) | same likeliest token |\n|" + " --- |" * 6)
     print(f"| as they were | {start:.4f} | | | | |", flush=True)
     for kind in args.kinds:
-        name, _, is_calibrated = kind.partition(" ")
         with tempfile.TemporaryDirectory() as parent:
-            calibration = Calibration(args.calibration, args.calibration_tokens) if is_calibrated else None
-            folder = convert(args.model, Path(parent) / "q", to="safetensors", quantize=name, calibration=calibration)
-            perplexity, divergence, same = compare(base, Evaluated(folder, tokens), tokens)
+            perplexity, divergence, same = compare(base, Evaluated(_folder(kind, args, Path(parent)), tokens), tokens)
         change, added = perplexity / start - 1, math.log(perplexity / start)
         print(
             f"| {kind} | {perplexity:.4f} | {change:+.2%} | {added:+.4f} | {divergence:.5f} | {same:.2%} |", flush=True

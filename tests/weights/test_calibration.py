@@ -97,3 +97,21 @@ def test_flags_of_a_text_need_the_text() -> None:
     command.add_arguments(parser)
     with pytest.raises(ValueError, match="--calibration FILE"):
         command.run(parser.parse_args(["a", "b", "--quantize", "int4", "--calibration-tokens", "9"]))
+
+
+@pytest.mark.parametrize(("name", "group"), [("phi3", 16), ("deepseek_v3", 4)])
+def test_fused_tensors_are_rounded_whole_and_what_no_product_shows_to_nearest(
+    name: str, group: int, tiny_model, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    monkeypatch.setattr("jaxllm.weights.calibration.calibration_tokens", lambda *_: tokens()[:, :32] % 90)
+    folder = tiny_model(name).folder
+    for kind, calibration in (("nearest", None), ("gptq", Calibration(Path("text")))):
+        options = {"dtype": "float32", "quantize": f"int4:{group}", "calibration": calibration}
+        convert(str(folder), tmp_path / kind, to="safetensors", **options)
+    files = [open_checkpoint(tmp_path / kind) for kind in ("nearest", "gptq")]
+    assert files[0].tensors == files[1].tensors
+    changed = {key for key in files[0].quantized if (files[0].read(key) != files[1].read(key)).any()}
+    same = files[0].quantized.keys() - changed
+    unseen = [key for key in files[0].quantized if "kv_b_proj" in key]
+    assert changed and sorted(same) == sorted(unseen) and bool(unseen) == (name == "deepseek_v3")
+    assert not unseen or "rounded to nearest" in caplog.text
