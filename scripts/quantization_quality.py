@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, default=50_000)
     parser.add_argument("--span", type=int, default=512, help="tokens that see each other")
     parser.add_argument(
-        "--kinds", nargs="+", default=KINDS, help="as --quantize has them, 'int4:32 calibrated', or a folder"
+        "--kinds", nargs="+", default=KINDS, help="as --quantize has them, 'int4 calibrated', or a folder"
     )
     args = parser.parse_args()
     path = resolve_model(args.model)
