@@ -29,7 +29,6 @@ from jaxllm import Pool, SamplingParams
 from jaxllm.pool.attainment import tokens_in_time
 
 Arrival = tuple[float, str, int, int]  # when, which model, tokens in, tokens out
-_WARM_UP = {"prompt_token_ids": [5, 6, 7]}
 _MOST_RUNS = 6
 
 
@@ -101,8 +100,8 @@ async def load(pool: Pool, plan: list[Arrival], limits: Limits) -> dict[str, Any
 
 def table(path: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model's settings."""
-    sizes = {name: getattr(args, name) for name in ("max_model_len", "max_num_seqs", "kv_cache_memory_bytes")}
-    return {"path": path} | sizes
+    sizes = ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes")
+    return {"path": path} | {name: getattr(args, name) for name in sizes}
 
 
 def calibrated(path: str, args: argparse.Namespace) -> tuple[Limits, float, int]:
@@ -124,7 +123,7 @@ def highest_rate(pool: Pool, limits: Limits, first: float, until: float, args: a
     """The search for one policy."""
     runs: dict[int, dict[str, Any]] = {}
     i = 0
-    while i not in runs and len(runs) < _MOST_RUNS and time.monotonic() < until:
+    while i not in runs and len(runs) < _MOST_RUNS and (not runs or time.monotonic() < until):
         rate = first * math.sqrt(2) ** i
         runs[i] = {"rate": rate} | asyncio.run(load(pool, arrivals(args, rate), limits))
         print(json.dumps({"policy": pool.config.policy} | runs[i]), file=sys.stderr, flush=True)
@@ -158,6 +157,7 @@ def main() -> None:
         ("output-len", 400),
         ("max-model-len", 2048),
         ("max-num-seqs", 8),
+        ("max-num-batched-tokens", 128),
         ("kv-cache-memory-bytes", 8 << 20),
         ("seed", 0),
     ):
@@ -179,9 +179,11 @@ def main() -> None:
         for i, policy in enumerate(policies):
             until = time.monotonic() + (ends - time.monotonic()) / (len(policies) - i)
             budget = args.hold * size + (1 << 20)
-            with Pool(models, device_memory_bytes=budget, policy=policy, tpot=limits.tpot, warm_up=True) as pool:
-                for name in models:  # everything is loaded, compiled and touched
-                    pool.generate(name, _WARM_UP, SamplingParams(max_tokens=4, ignore_eos=True))
+            with Pool(models, device_memory_bytes=budget, policy=policy, tpot=limits.tpot) as pool:
+                for name in models:
+                    pool.llm(name)
+                practice = arrivals(args, 4 / alone)[: args.num_requests // 4]  # compiles, and touches memory
+                asyncio.run(load(pool, practice, limits))
                 report[policy] = highest_rate(pool, limits, args.first_rate or 0.7 / alone, until, args)
     rates = [report.get(policy, {}).get("holds_at") for policy in ("token", "request")]
     report["ratio"] = rates[0] / rates[1] if all(rates) else None
