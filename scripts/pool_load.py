@@ -29,7 +29,7 @@ from jaxllm import Pool, SamplingParams
 from jaxllm.pool.attainment import tokens_in_time
 
 Arrival = tuple[float, str, int, int]  # when, which model, tokens in, tokens out
-_MOST_RUNS = 6
+_MOST_RUNS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,7 @@ def model_of(args: argparse.Namespace) -> Iterator[str]:
     from tests.helpers.tiny_model import write_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
-        yield str(write_tiny_model(Path(folder) / "tiny", hidden_size=128))
+        yield str(write_tiny_model(Path(folder) / "tiny", hidden_size=256))
 
 
 def main() -> None:
@@ -154,7 +154,7 @@ def main() -> None:
         ("hold", 3),
         ("num-requests", 300),
         ("input-len", 64),
-        ("output-len", 400),
+        ("output-len", 300),
         ("max-model-len", 2048),
         ("max-num-seqs", 8),
         ("max-num-batched-tokens", 128),
@@ -166,7 +166,9 @@ def main() -> None:
     parser.add_argument("--tpot-steps", type=float, default=5.0, help="see above")
     parser.add_argument("--ttft", type=float, help="seconds, in place of the scaled limit")
     parser.add_argument("--tpot", type=float, help="seconds, in place of the scaled limit")
-    parser.add_argument("--first-rate", type=float, help="requests per second; default: what one after another makes")
+    parser.add_argument(
+        "--first-rate", type=float, help="requests per second; default: 0.4 of what one after another makes"
+    )
     parser.add_argument("--policies", default="token,request")
     parser.add_argument("--minutes", type=float, default=7.0, help="for all of it")
     args = parser.parse_args()
@@ -184,7 +186,7 @@ def main() -> None:
                     pool.llm(name)
                 practice = arrivals(args, 4 / alone)[: args.num_requests // 4]  # compiles, and touches memory
                 asyncio.run(load(pool, practice, limits))
-                report[policy] = highest_rate(pool, limits, args.first_rate or 0.7 / alone, until, args)
+                report[policy] = highest_rate(pool, limits, args.first_rate or 0.4 / alone, until, args)
     rates = [report.get(policy, {}).get("holds_at") for policy in ("token", "request")]
     report["ratio"] = rates[0] / rates[1] if all(rates) else None
     print(json.dumps(report, indent=1))
