@@ -243,6 +243,7 @@ def _shapes(
         residual_dtype=dtype,
         num_replicas=dp,
         speculation=config.speculative,
+        speculating_rows=config.max_num_seqs,  # whether drafts pay is decided by the times of the modelled device
     )
 
 

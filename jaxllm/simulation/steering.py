@@ -99,6 +99,8 @@ class Steered:
 
     def _free_steps(self) -> int:
         """Iterations in which nothing can change; 0 or 1 where the next must be looked at."""
+        if not any(part.running for part in self.parts):
+            return 0  # a request may have ended while an iteration of its drafts is still on its way
         steps = MOST_STEPS
         for part in self.parts:
             if part.running or part.num_waiting:
