@@ -30,7 +30,7 @@ class LowRankPanels:
     """The matrices of one parameter: of every slot, or of one adapter without the dim S.
 
     Attributes:
-        a: bfloat16 `[S, P, R, K]`.
+        a: bfloat16 `[S, P*R/4, K/32, 4, 32]`, see `low_rank.pack_a`.
         b: uint32 `[B, S, R/2, C]`.
         module_of: for each panel, the number of its module.
     """
@@ -44,21 +44,24 @@ class LowRankPanels:
         """One adapter's, of `a` and `b` as the target says."""
         modules, rank = a.shape[:2]
         b_RN = np.ascontiguousarray(b.reshape(rank, -1))
-        return cls(a.reshape(modules, rank, -1), low_rank.pack_b(b_RN), modules_of_panels(target))
+        a_PRK = a.reshape(modules, rank, -1)
+        return cls(low_rank.pack_a(a_PRK), low_rank.pack_b(b_RN), modules_of_panels(target))
 
     @classmethod
     def abstract(cls, target: Target, num_slots: int, rank: int, sharding: jax.sharding.Sharding) -> LowRankPanels:
         """Those of all slots, as shapes."""
         inputs, outputs = sizes(target)
-        a = jax.ShapeDtypeStruct((num_slots, len(target.modules), rank, inputs), target.dtype, sharding=sharding)
+        block = low_rank.block_of(rank)
+        blocks = (num_slots, len(target.modules) * rank // block, inputs // low_rank.LANES, block, low_rank.LANES)
+        a = jax.ShapeDtypeStruct(blocks, target.dtype, sharding=sharding)
         shape = (outputs // PANEL, num_slots, rank // 2, PANEL)
         return cls(a, jax.ShapeDtypeStruct(shape, np.uint32, sharding=sharding), modules_of_panels(target))
 
     def plain(self, target: Target) -> tuple[np.ndarray, np.ndarray]:
         """The reverse of `of`: an adapter's matrices as the target says."""
-        rank = self.a.shape[1]
+        rank = 2 * self.b.shape[1]
         a, b = target.shapes(rank)
-        return self.a.reshape(a), low_rank.unpack_b(self.b).reshape(b)
+        return low_rank.unpack_a(self.a, rank).reshape(a), low_rank.unpack_b(self.b).reshape(b)
 
     def with_slot(self, slot: jax.Array, one: LowRankPanels) -> LowRankPanels:
         """Another adapter in a slot."""
@@ -67,7 +70,7 @@ class LowRankPanels:
     def product(self, spec: str, x: jax.Array, weight: nnx.Param, rows: RowsBySlot) -> jax.Array:
         """The product with the parameter, every row's adapter added."""
         matrix, first = weight.get_value(), x.ndim - num_contracted(spec)
-        x_TK = x.reshape(-1, self.a.shape[-1])
+        x_TK = x.reshape(-1, math.prod(x.shape[first:]))
         if isinstance(matrix, PackedMatrix):
             y_TN = low_rank.product_and_low_rank(x_TK, matrix.panels, self.a, self.b, rows, self.module_of)
             return y_TN.reshape(*x.shape[:first], *matrix.remaining)

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from jaxllm.ops.cpu import ffi
-from jaxllm.ops.cpu.low_rank import RowsBySlot, add_low_rank, pack_b, product_and_low_rank, takes, unpack_b
+from jaxllm.ops.cpu.low_rank import (
+    RowsBySlot,
+    add_low_rank,
+    pack_a,
+    pack_b,
+    product_and_low_rank,
+    takes,
+    unpack_a,
+    unpack_b,
+)
 from jaxllm.ops.cpu.packed import matmul, pack
 
 if reason := ffi.unavailable():
@@ -28,17 +37,18 @@ class Case:
         self.x, self.w, self.a = numbers(0, rows, k), numbers(1, k, n), numbers(2, slots, modules, rank, k)
         self.b, self.slots = numbers(3, slots, rank, n), slots
         self.module_of = tuple(panel * modules // (n // 32) for panel in range(n // 32))
+        a_blocks = jnp.asarray(np.stack([pack_a(a) for a in self.a]))
         self.panels, self.b_panels = pack(self.w, (0,)), np.stack([pack_b(b) for b in self.b], axis=1)
 
         @jax.jit
         def together(x, slot):
             by_slot = RowsBySlot.of(slot, slots)
-            return product_and_low_rank(x, self.panels, self.a, self.b_panels, by_slot, self.module_of)
+            return product_and_low_rank(x, self.panels, a_blocks, self.b_panels, by_slot, self.module_of)
 
         @jax.jit
         def apart(x, slot):
             y = matmul(x, jnp.asarray(self.panels))
-            return add_low_rank(y, x, self.a, self.b_panels, RowsBySlot.of(slot, slots), self.module_of)
+            return add_low_rank(y, x, a_blocks, self.b_panels, RowsBySlot.of(slot, slots), self.module_of)
 
         self.ways = (together, apart)
 
@@ -95,7 +105,10 @@ def test_kernels_that_run_at_once_on_all_devices_do_not_wait_for_each_other():
         assert all(pool.map(many, jax.devices()))
 
 
-def test_panels_of_b_come_out_as_they_went_in():
+def test_blocks_and_panels_come_out_as_they_went_in():
+    for rank in (6, 8):
+        a = numbers(1, 3, rank, 64)
+        np.testing.assert_array_equal(unpack_a(pack_a(a), rank), a)
     b = numbers(0, 6, 96)
     np.testing.assert_array_equal(unpack_b(pack_b(b)), b)
 

@@ -1,13 +1,15 @@
 """Products of rows with low-rank matrices of their own: `y + (x A_s) B_s`, with another s in every row.
 
-Rows come sorted by their slot (`RowsBySlot`), so that the matrices of a slot are read once for up to six of its rows,
-and those of a slot without rows not at all. One call does both products: its first parts make `h = x A_s`, a block of
-4 of A's rows at a time, each of them contiguous; the others add `h B_s` to panels of y's columns, where B lies as
-`jaxllm.ops.cpu.packed` has its matrices, all slots of a panel one after the other. Where the matrix itself lies in such
-panels, its product is part of the same call, and y is in the core's own cache when B's turn comes. bfloat16 throughout,
-accumulated in float32, in one order for each row whatever stands beside it.
+Rows come in groups of up to six of one slot (`RowsBySlot`), so that the matrices of a slot are read once for a group,
+and those of a slot without rows not at all. One call does both products: its first parts make `h = x A_s`, 4 of A's
+rows at a time, which lie interleaved, 32 inputs of each by turns, so that they are read as one stream; the others add
+`h B_s` to panels of y's columns, where B lies as `jaxllm.ops.cpu.packed` has its matrices, all slots of a panel one
+after the other. Where the matrix itself lies in such panels, its product is part of the same call, and y is in the
+core's own cache when B's turn comes. bfloat16 throughout, accumulated in float32, in one order for each row whatever
+stands beside it.
 
-Dimension letters: T rows, S slots, P modules, R rank, K inputs, N outputs, B panels, C columns of a panel.
+Dimension letters: T rows, S slots, P modules, R rank, K inputs, N outputs, B panels, C columns of a panel; A's blocks
+are D, and I and J the inputs' two parts.
 """
 
 from __future__ import annotations
@@ -27,31 +29,41 @@ from jaxllm.ops.cpu.lanes import BYTES, VECTOR, ZERO
 from jaxllm.ops.cpu.packed import DECLARATIONS, DOT, PANEL, multiply_panel, pack, row_functions, share
 
 _ROWS = 6  # of one slot at a time: with 4 of A's rows 24 sums, of 32 registers
-_LANES = 32  # bfloat16 numbers of a register
-_AHEAD = 4096  # bytes of B to prefetch ahead
+LANES = 32  # bfloat16 numbers of a register
+_AHEAD = 4096  # bytes to prefetch ahead
 _NUMBERS = "<32 x bfloat>"
 _PREFETCH = "call void @llvm.prefetch.p0(ptr {}, i32 0, i32 3, i32 1)"
-_MORE = "declare i64 @llvm.smin.i64(i64, i64)\ndeclare i64 @llvm.smax.i64(i64, i64)\n"
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class RowsBySlot:
-    """Which rows have which slot.
+    """Which rows have which slot, in groups of up to six rows of one slot; rows without a slot are in none.
 
     Attributes:
         order: int32 `[T]`, the rows' numbers, sorted by their slot.
-        starts: int32 `[S + 2]`, where in it those of each slot begin, slot 0 (none) included; T at the end.
+        groups: int32 `[G, 3]`: slot (from 0 on), first row in the order and number of rows of each group.
+        count: int32 `[1]`, how many groups there are; those beyond it are empty.
     """
 
     order: jax.Array
-    starts: jax.Array
+    groups: jax.Array
+    count: jax.Array
 
     @classmethod
     def of(cls, slot_T: jax.Array, num_slots: int) -> RowsBySlot:
-        """Of each row's slot, 0 to S."""
-        before = slot_T[None, :] < jnp.arange(num_slots + 2)[:, None]
-        return cls(jnp.argsort(slot_T, stable=True).astype(jnp.int32), jnp.sum(before, axis=1, dtype=jnp.int32))
+        """Of each row's slot: 0 (none) to S. The groups of a slot are as even as can be."""
+        starts = jnp.sum(slot_T[None, :] < jnp.arange(1, num_slots + 2)[:, None], axis=1, dtype=jnp.int32)
+        begin, rows = starts[:-1], jnp.diff(starts)
+        per_slot = -(-rows // _ROWS)
+        ends = jnp.cumsum(per_slot, dtype=jnp.int32)
+        number = jnp.arange(slot_T.shape[0] // _ROWS + min(slot_T.shape[0], num_slots), dtype=jnp.int32)
+        slot = jnp.minimum(jnp.sum(ends[None, :] <= number[:, None], axis=1, dtype=jnp.int32), num_slots - 1)
+        nth, parts = number - (ends - per_slot)[slot], jnp.maximum(per_slot[slot], 1)
+        first, end = (rows[slot] * n // parts for n in (nth, nth + 1))
+        size = jnp.where(number < ends[-1], end - first, 0)
+        order = jnp.argsort(slot_T, stable=True).astype(jnp.int32)
+        return cls(order, jnp.stack([slot, begin[slot] + first, size], axis=1), ends[-1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +91,7 @@ class LowRankSizes:
     @property
     def block(self) -> int:
         """Rows of A at a time."""
-        return math.gcd(self.rank, 4)
+        return block_of(self.rank)
 
     @property
     def blocks(self) -> int:
@@ -89,7 +101,26 @@ class LowRankSizes:
 
 def takes(inputs: int, outputs: int, rank: int, dtype: np.dtype) -> bool:
     """Whether the kernel multiplies with such matrices."""
-    return dtype == jnp.bfloat16 and rank % 2 == 0 and inputs % _LANES == 0 and outputs % PANEL == 0
+    return dtype == jnp.bfloat16 and rank % 2 == 0 and inputs % LANES == 0 and outputs % PANEL == 0
+
+
+def block_of(rank: int) -> int:
+    """Rows of A that lie interleaved."""
+    return math.gcd(rank, 4)
+
+
+def pack_a(a_PRK: np.ndarray) -> np.ndarray:
+    """`[D, I, 4, J]` of one adapter's A: blocks of rows (2 where the rank does not divide by 4), interleaved."""
+    modules, rank, k = a_PRK.shape
+    block = block_of(rank)
+    rows = a_PRK.reshape(modules * rank // block, block, k // LANES, LANES)
+    return np.ascontiguousarray(rows.swapaxes(1, 2))
+
+
+def unpack_a(a_DIRJ: np.ndarray, rank: int) -> np.ndarray:
+    """`[P, R, K]`: the reverse."""
+    blocks, steps, block, lanes = a_DIRJ.shape
+    return a_DIRJ.swapaxes(1, 2).reshape(blocks * block // rank, rank, steps * lanes)
 
 
 def pack_b(b_RN: np.ndarray) -> np.ndarray:
@@ -107,7 +138,7 @@ def unpack_b(panels_BRC: np.ndarray) -> np.ndarray:
 def add_low_rank(
     y_TN: jax.Array,
     x_TK: jax.Array,
-    a_SPRK: jax.Array,
+    a_SDIRJ: jax.Array,
     b_BSRC: jax.Array,
     rows: RowsBySlot,
     module_of: tuple[int, ...],
@@ -117,122 +148,100 @@ def add_low_rank(
     Args:
         y_TN: float32.
         x_TK: rounded to bfloat16.
-        a_SPRK: bfloat16.
+        a_SDIRJ: bfloat16, see `pack_a`.
         b_BSRC: uint32, see `pack_b`.
         rows: their slots.
         module_of: the number of each panel's module.
     """
-    return _call(x_TK, a_SPRK, b_BSRC, rows, module_of, y_TN)
+    return _call(x_TK, a_SDIRJ, b_BSRC, rows, module_of, y_TN)
 
 
 def product_and_low_rank(
     x_TK: jax.Array,
     panels_BKC: jax.Array,
-    a_SPRK: jax.Array,
+    a_SDIRJ: jax.Array,
     b_BSRC: jax.Array,
     rows: RowsBySlot,
     module_of: tuple[int, ...],
 ) -> jax.Array:
     """`x W + (x A_s) B_s`, float32 `[T, N]`, of a matrix in panels; see `add_low_rank`."""
-    return _call(x_TK, a_SPRK, b_BSRC, rows, module_of, panels_BKC)
+    return _call(x_TK, a_SDIRJ, b_BSRC, rows, module_of, panels_BKC)
 
 
 def _call(
     x_TK: jax.Array, a: jax.Array, b: jax.Array, rows: RowsBySlot, module_of: tuple[int, ...], last: jax.Array
 ) -> jax.Array:
-    slots, modules, rank, k = a.shape
+    (slots, blocks, *_, block, _), (_, k), rank = a.shape, x_TK.shape, 2 * b.shape[2]
+    modules = blocks * block // rank
     sizes = LowRankSizes(x_TK.shape[0], k, slots, modules, rank, module_of, is_alone=last.ndim == 2)
     y = jax.ShapeDtypeStruct((sizes.rows, PANEL * sizes.panels), jnp.float32)
     h = jax.ShapeDtypeStruct((sizes.rows, modules * rank), jnp.bfloat16)
-    call = jax.ffi.ffi_call(_target(sizes), (y, h), input_output_aliases={5: 0} if sizes.is_alone else {})
-    return call(x_TK.astype(jnp.bfloat16), a, b, rows.order, rows.starts, last)[0]
+    operands = (x_TK.astype(jnp.bfloat16), a, b, rows.order, rows.groups, rows.count, last)
+    aliases = {len(operands) - 1: 0} if sizes.is_alone else {}
+    return jax.ffi.ffi_call(_target(sizes), (y, h), input_output_aliases=aliases)(*operands)[0]
 
 
 @functools.cache  # every layer's trace asks again
 def _target(s: LowRankSizes) -> str:
     num_first, num_parts = 2 * ffi.num_threads(), min(s.panels, 4 * ffi.num_threads())
-    return ffi.register(_kernel(s, num_first, num_parts), num_first + num_parts, 6, num_results=2, num_first=num_first)
+    return ffi.register(_kernel(s, num_first, num_parts), num_first + num_parts, 7, num_results=2, num_first=num_first)
 
 
 def _kernel(s: LowRankSizes, num_first: int, num_parts: int) -> str:
-    names = ("x", "a", "b", "order", "starts", "last", "y", "h")
+    names = ("x", "a", "b", "order", "groups", "count", "last", "y", "h")
     f = Function("part", ["ptr", "i64"])
     buffers, part = f.args
     at = {name: f.load("ptr", f.at(buffers, 8 * i), 8) for i, name in enumerate(names)}
     is_first, is_later = (f.let(f"icmp {test} i64 {part}, {num_first}") for test in ("slt", "sge"))
     with f.when(is_first):
-        _narrow_share(f, s, at, *share(f, part, num_first, _num_units(f, s, at)))
+        _narrow_share(f, s, at, *share(f, part, num_first, f.mul(f.load_index(at["count"]), s.blocks)))
     with f.when(is_later), f.loop(*share(f, f.sub(part, num_first), num_parts, s.panels)) as panel:
         if not s.is_alone:
-            multiply_panel(f, (s.rows, s.inputs, s.panels), at["x"], at["last"], at["y"], panel)
+            b = f.at(at["b"], f.mul(panel, 2 * PANEL * s.rank * s.slots))
+            multiply_panel(f, (s.rows, s.inputs, s.panels), at["x"], at["last"], at["y"], panel, then=b)
         _widen_panel(f, s, at, panel)
     most = min(_ROWS, s.rows)
     parts = [make(s, count) for make in (_narrow, _widen) for count in range(1, most + 1)]
     modules = f"@modules = internal constant [{s.panels} x i32] [{', '.join(f'i32 {m}' for m in s.module_of)}]\n"
     base = "" if s.is_alone else row_functions(s.rows, s.inputs, s.panels)
-    return DECLARATIONS + _MORE + modules + base + "".join(parts) + f.text()
-
-
-def _each_slot(f: Function, s: LowRankSizes, at: dict[str, str], visit: Callable[[Value, Value, Value, Value], None]):
-    """Calls visit(slot, its first row in the order, how many it has, in how many groups they come)."""
-    with f.loop(0, s.slots) as slot:
-        starts = f.at(at["starts"], f.mul(f.add(slot, 1), 4))
-        begin = f.load_index(starts)
-        count = f.sub(f.load_index(f.at(starts, 4)), begin)
-        visit(slot, begin, count, f.arithmetic("udiv", f.add(count, _ROWS - 1), _ROWS))
-
-
-def _num_units(f: Function, s: LowRankSizes, at: dict[str, str]) -> Value:
-    """How often some rows meet a block of A."""
-    total = f.variable("i64", "0")
-    _each_slot(f, s, at, lambda slot, begin, count, groups: total.set(str(f.add(total.get(), f.mul(groups, s.blocks)))))
-    return total.get()
+    return DECLARATIONS + modules + base + "".join(parts) + f.text()
 
 
 def _narrow_share(f: Function, s: LowRankSizes, at: dict[str, str], first: Value, end: Value) -> None:
-    """Some of the units: slot by slot, group by group, block by block."""
-    before = f.variable("i64", "0")
+    """Some of the times that a group meets a block of A: group by group, block by block."""
+    with f.loop(first, end) as unit:
+        group, block = f.arithmetic("udiv", unit, s.blocks), f.arithmetic("urem", unit, s.blocks)
 
-    def visit(slot: Value, begin: Value, count: Value, groups: Value) -> None:
-        passed, units = before.get(), f.mul(groups, s.blocks)
-        with f.loop(f.larger(f.sub(first, passed), 0), f.smaller(f.sub(end, passed), units)) as unit:
-            group, block = f.arithmetic("udiv", unit, s.blocks), f.arithmetic("urem", unit, s.blocks)
+        def operands(slot: Value) -> tuple[str, str, str]:
             a = f.at(at["a"], f.mul(f.add(f.mul(slot, s.blocks), block), 2 * s.block * s.inputs))
-            h = f.at(at["h"], f.mul(block, 2 * s.block))
-            _on_group(f, s, "narrow", (begin, count, groups, group), at, (at["x"], a, h))
-        before.set(str(f.add(passed, units)))
+            return at["x"], a, f.at(at["h"], f.mul(block, 2 * s.block))
 
-    _each_slot(f, s, at, visit)
+        _on_group(f, s, "narrow", at, group, operands)
 
 
 def _widen_panel(f: Function, s: LowRankSizes, at: dict[str, str], panel: Value) -> None:
     """Every row's own in one panel of y."""
     module = f.load_index(f.at("@modules", f.mul(panel, 4)))
     h, y = f.at(at["h"], f.mul(module, 2 * s.rank)), f.at(at["y"], f.mul(panel, 4 * PANEL))
-
-    def visit(slot: Value, begin: Value, count: Value, groups: Value) -> None:
-        b = f.at(at["b"], f.mul(f.add(f.mul(panel, s.slots), slot), 2 * PANEL * s.rank))
-        with f.loop(0, groups) as group:
-            _on_group(f, s, "widen", (begin, count, groups, group), at, (y, b, h))
-
-    _each_slot(f, s, at, visit)
+    size = 2 * PANEL * s.rank
+    b_panel = f.at(at["b"], f.mul(panel, size * s.slots))
+    with f.loop(0, f.load_index(at["count"])) as group:
+        _on_group(f, s, "widen", at, group, lambda slot: (y, f.at(b_panel, f.mul(slot, size)), h))
 
 
 def _on_group(
     f: Function,
     s: LowRankSizes,
     name: str,
-    group: tuple[Value, Value, Value, Value],
     at: dict[str, str],
-    operands: tuple[str, str, str],
+    group: Value,
+    operands: Callable[[Value], tuple[str, str, str]],
 ) -> None:
-    """Call a function with the rows of one of a slot's groups, which are as even as can be."""
-    begin, count, groups, nth = group
-    first = f.arithmetic("udiv", f.mul(count, nth), groups)
-    size = f.sub(f.arithmetic("udiv", f.mul(count, f.add(nth, 1)), groups), first)
-    row = f.add(begin, first)
-    order, (wide, matrix, h) = f.at(at["order"], f.mul(row, 4)), operands
-    h = f.at(h, f.mul(row, 2 * s.modules * s.rank))
+    """Call the function for as many rows as a group has; operands are x or y, the slot's matrix, and h."""
+    entry = f.at(at["groups"], f.mul(group, 12))
+    slot, row, size = (f.load_index(f.at(entry, 4 * i)) for i in range(3))
+    wide, matrix, h = operands(slot)
+    order, h = f.at(at["order"], f.mul(row, 4)), f.at(h, f.mul(row, 2 * s.modules * s.rank))
     for rows in range(1, min(_ROWS, s.rows) + 1):
         with f.when(f.let(f"icmp eq i64 {size}, {rows}")):
             f.do(f"call void @{name}{rows}(ptr {order}, ptr {wide}, ptr {matrix}, ptr {h})")
@@ -244,13 +253,13 @@ def _narrow(s: LowRankSizes, count: int) -> str:
     order, x, a, h = f.args
     rows = [f.at(x, f.mul(f.load_index(f.at(order, 4 * i)), 2 * s.inputs)) for i in range(count)]
     sums = {(i, r): f.variable(VECTOR, ZERO) for i in range(count) for r in range(s.block)}
-    with f.loop(0, 2 * s.inputs, 2 * _LANES) as step:
-        near = [f.at(a, f.add(step, 2 * s.inputs * r)) for r in range(s.block)]
-        matrix = [f.load(_NUMBERS, place, 2 * _LANES) for place in near]
+    with f.loop(0, s.inputs // LANES) as step:
+        near = [f.at(a, f.add(f.mul(step, 2 * LANES * s.block), 2 * LANES * r)) for r in range(s.block)]
+        matrix = [f.load(_NUMBERS, place, 2 * LANES) for place in near]
         for place in near:
-            f.do(_PREFETCH.format(f.at(place, 2 * s.inputs * s.block)))
+            f.do(_PREFETCH.format(f.at(place, _AHEAD)))
         for i in range(count):
-            numbers = f.load(_NUMBERS, f.at(rows[i], step), 2 * _LANES)
+            numbers = f.load(_NUMBERS, f.at(rows[i], f.mul(step, 2 * LANES)), 2 * LANES)
             for r in range(s.block):
                 sums[i, r].set(_dot(f, sums[i, r].get(), numbers, matrix[r]))
     for i in range(count):

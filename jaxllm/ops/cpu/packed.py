@@ -145,10 +145,13 @@ def share(f: Function, part: Value, num_parts: int, count: Value) -> tuple[Value
     return first, f.arithmetic("udiv", f.mul(f.add(part, 1), count), num_parts)
 
 
-def multiply_panel(f: Function, sizes: tuple[int, int, int], x: str, w: str, y: str, panel: Value) -> None:
+def multiply_panel(
+    f: Function, sizes: tuple[int, int, int], x: str, w: str, y: str, panel: Value, then: str | None = None
+) -> None:
     """All rows of x times one panel, in as few passes over it as there are groups of 12 rows.
 
-    Sizes are M, K and the number of panels; calls `row_functions` of the same.
+    Sizes are M, K and the number of panels; calls `row_functions` of the same. `then` is what will be read next: a
+    third pass, which has no more of the next panel to prefetch, prefetches it.
     """
     m, k, num_panels = sizes
     groups, num_passes = _groups(m)
@@ -158,6 +161,9 @@ def multiply_panel(f: Function, sizes: tuple[int, int, int], x: str, w: str, y: 
             row = f.add(f.mul(f.sub(nth, begin), count), begin * (count + 1))
             x_rows, y_rows = f.at(x, f.mul(row, 2 * k)), f.at(y_panel, f.mul(row, 4 * PANEL * num_panels))
             ahead = f.at(w_panel, _AHEAD if num_passes == 1 else _next_panel(f, nth, 2 * PANEL * k))
+            if then is not None and num_passes > 2:
+                is_early = f.let(f"icmp slt i64 {nth}, 2")
+                ahead = f.let(f"select i1 {is_early}, ptr {ahead}, ptr {then}")
             f.do(f"call void @rows{count}(ptr {x_rows}, ptr {w_panel}, ptr {y_rows}, ptr {ahead})")
 
 
