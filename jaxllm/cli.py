@@ -10,7 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from jaxllm.commands import (
     bench,
@@ -74,8 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes no abbreviations: `--prompt` must not become `--prompts-file`, nor a script break when a flag is added."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**{**settings, "allow_abbrev": False})
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxllm", description="Sharded LLM inference on JAX/XLA.")
+    parser = _Parser(prog="jaxllm", description="Sharded LLM inference on JAX/XLA.")
     parser.add_argument("--version", action="version", version=f"jaxllm {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in COMMANDS:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config import CacheRow, ModelConfig
-from jaxllm.ops.attention.kv import SCALE_DTYPE, QuantizedPages, is_quantized, split_pages
+from jaxllm.ops.attention.kv import SCALE_DTYPE, QuantizedPages, at_rest, is_quantized, numbers_dtype, split_pages
 from jaxllm.sharding.mesh import Placement
 
 Dims = tuple[str | None, ...]
@@ -36,6 +36,7 @@ class PageLayout:
         kv_copies: how often each key/value head is stored, so that heads divide by the mesh.
         dtype: of the numbers.
         interleaved: each head's value beside its key, for a kernel that wants it so.
+        as_integers: small floats are kept as the integers of their bits (`at_rest`).
     """
 
     row: CacheRow
@@ -44,6 +45,7 @@ class PageLayout:
     kv_copies: int
     dtype: jnp.dtype
     interleaved: bool = False
+    as_integers: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,14 +58,16 @@ class PageLayout:
     def abstract(self, placement: Placement) -> Any:
         """One layer's pages as shapes with shardings, cut by pages (into replicas) and heads as the rules say."""
         dims = page_dims(self.row, interleaved=self.interleaved)
-        values = jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=placement.sharding(*dims))
+        kept, scales_kept = (at_rest(x) if self.as_integers else x for x in (self.dtype, SCALE_DTYPE))
+        values = jax.ShapeDtypeStruct(self.shape, kept, sharding=placement.sharding(*dims))
         if not is_quantized(self.dtype):
             return values
-        scales = jax.ShapeDtypeStruct(self.shape[:-1], SCALE_DTYPE, sharding=placement.sharding(*dims[:-1]))
+        scales = jax.ShapeDtypeStruct(self.shape[:-1], scales_kept, sharding=placement.sharding(*dims[:-1]))
         return QuantizedPages(values, scales)  # type: ignore[arg-type]
 
     def to_logical(self, leaf: np.ndarray) -> np.ndarray:
         """An array of one page over all layers `[L, ...]` as `[L, 2, C, K, ...]`, each key/value head once."""
+        leaf = leaf.view(numbers_dtype(leaf.dtype))
         if self.interleaved:  # [L, C, 2K, ...]: each head's key, then its value
             layers, tokens, rows, *rest = leaf.shape
             leaf = np.moveaxis(leaf.reshape(layers, tokens, rows // 2, 2, *rest), 3, 1)
@@ -72,6 +76,7 @@ class PageLayout:
     def from_logical(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `to_logical`."""
         array = np.repeat(array, self.kv_copies, axis=3) if self.kv_copies > 1 else array
+        array = array.view(at_rest(array.dtype)) if self.as_integers else array
         if not self.interleaved:
             return array
         layers, halves, tokens, heads, *rest = array.shape

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxllm.kv.layout import PageLayout
 from jaxllm.kv.page_programs import device_bytes, set_rows, slab_struct
-from jaxllm.ops.attention.kv import QuantizedPages, as_bits, quantize, split_pages
+from jaxllm.ops.attention.kv import QuantizedPages, as_kept, numbers_dtype, quantize, split_pages
 from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.scheduling.tiers import Tiers
 from jaxllm.sharding.mesh import Placement
@@ -105,12 +105,11 @@ def write_pages(pages: Any, kv_TK2H: jax.Array, slots_T: jax.Array) -> Any:
     at = jnp.concatenate([keys_at + i * page_size for i in range(halves)])
 
     rows = kv_TK2H.transpose(2, 0, 1, 3).reshape(-1, *values.shape[3:])
-    if scales is None:
-        return set_rows(values.reshape(-1, *values.shape[3:]), at, rows).reshape(values.shape)
 
     def written(array: jax.Array, rows: jax.Array) -> jax.Array:
-        flat = array.reshape(-1, *array.shape[3:])
-        return as_bits(lambda flat, rows: set_rows(flat, at, rows), flat, rows).reshape(array.shape)
+        return set_rows(array.reshape(-1, *array.shape[3:]), at, as_kept(rows, array.dtype)).reshape(array.shape)
 
-    small, scale = quantize(rows, values.dtype)
+    if scales is None:
+        return written(values, rows)
+    small, scale = quantize(rows, numbers_dtype(values.dtype))
     return QuantizedPages(written(values, small), written(scales, scale))

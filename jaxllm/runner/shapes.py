@@ -38,6 +38,7 @@ class RunnerShapes:
         row_buckets: sizes of the sampling step and the decode loop.
         max_decode_steps: iterations of one decode loop; 0: there is none, every iteration is a ragged step.
         max_loras, max_lora_rank: slots for adapters and their rank; no slots: adapters are off.
+        kv_as_integers: whether the cache's small floats are kept as integers of their bits.
         separate_greedy: whether rows that are all plainly greedy have programs of their own.
         speculation: how tokens are drafted in decode loops, or None.
         speculating_rows: rows up to which that can pay.
@@ -56,6 +57,7 @@ class RunnerShapes:
     kv_dtype: jnp.dtype
     residual_dtype: jnp.dtype
     attention: AttentionBackend = XLA
+    kv_as_integers: bool = False
     num_replicas: int = 1
     speculation: SpeculativeConfig | None = None
     speculating_rows: int = 0
@@ -73,6 +75,7 @@ class RunnerShapes:
             kv_copies=kv_copies,
             dtype=self.kv_dtype,
             interleaved=self.attention.interleaved_pages,
+            as_integers=self.kv_as_integers,
         )
 
     @property
@@ -130,10 +133,11 @@ def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connec
     platform = model.placement.mesh.devices.flat[0].platform
     weights = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
     on_cpu = jnp.dtype(jnp.float32) if platform == "cpu" else weights
-    kv_dtype = _kv_dtype(config, on_cpu)
+    kv_dtype = _kv_dtype(config, weights, platform)
     cache_bytes = (connection or Alone()).least(_cache_bytes(config, model))
     models = [model, *([model.draft] if model.draft else [])]
     bytes_per_token = sum(token_bytes(each.cfg, kv_dtype, each.kv_copies) for each in models)
+    attention = _attention(config, model, kv_dtype, platform)
     num_pages, max_model_len = _lengths(config, model, cache_bytes, bytes_per_token)
     return RunnerShapes(
         max_num_seqs=config.max_num_seqs,
@@ -147,7 +151,8 @@ def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connec
         max_decode_steps=0 if config.deterministic else config.max_decode_steps,
         kv_dtype=kv_dtype,
         residual_dtype=on_cpu,
-        attention=_attention(config, model, kv_dtype, platform),
+        attention=attention,
+        kv_as_integers=platform == "cpu" and attention.reads_integers,
         num_replicas=model.placement.parts("pages"),
         speculation=config.speculative,
         speculating_rows=_speculating_rows(config, model, kv_dtype),
@@ -159,10 +164,11 @@ def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connec
     )
 
 
-def _kv_dtype(config: EngineConfig, default: jnp.dtype) -> jnp.dtype:
-    """On a CPU float32: XLA's backend there converts a whole bfloat16 cache to write one row."""
+def _kv_dtype(config: EngineConfig, weights: jnp.dtype, platform: str) -> jnp.dtype:
+    """That of the weights; float32 where a CPU has no kernel that reads smaller numbers."""
     if config.kv_dtype == "auto":
-        return default
+        slow = platform == "cpu" and choose_backend(config.attention_backend, platform).name != "llvm"
+        return jnp.dtype(jnp.float32) if slow else weights
     return jnp.dtype("float8_e4m3fn" if config.kv_dtype == "fp8" else config.kv_dtype)
 
 

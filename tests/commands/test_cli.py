@@ -148,6 +148,7 @@ def test_collectives_reports_the_mesh(jaxllm):
         [],
         ["generat"],
         ["generate", "x", "--frobnicate"],
+        ["generate", "--prompt", "x"],  # no abbreviation of --prompts-file
         ["generate", "x", "--max-tokens", "many"],
         ["bench"],
         ["generate", "x", "--dtype", "int3"],

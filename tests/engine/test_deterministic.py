@@ -25,7 +25,7 @@ def llm(tiny_llama: Path) -> LLM:
         max_num_seqs=6,
         max_num_batched_tokens=32,
         page_size=8,
-        kv_cache_memory_bytes=20 << 12,
+        kv_cache_memory_bytes=20 << 11,
     )
 
 

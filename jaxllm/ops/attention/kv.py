@@ -13,7 +13,6 @@ Dimension letters: P pages, C tokens per page, K key/value heads, H head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,8 @@ import jax.numpy as jnp
 
 SCALE_DTYPE = jnp.dtype(jnp.bfloat16)
 _LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
+_AT_REST = {"bfloat16": "uint16", "float16": "int16", "float8_e4m3fn": "uint8"}
+_NUMBERS = {integer: number for number, integer in _AT_REST.items()}
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +33,8 @@ class QuantizedPages:
     Attributes:
         values: int8 or float8_e4m3fn `[P, 2, C, K, H]` (latent rows: `[P, 1, C, 1, W]`).
         scales: bfloat16, the same without the last dim.
+
+    Either may lie there as integers of the same bits (`at_rest`).
     """
 
     values: jax.Array
@@ -60,21 +63,29 @@ def quantize(x: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     return (jnp.round(y) if jnp.dtype(dtype) == jnp.int8 else y).astype(dtype), scale
 
 
-def as_bits(function: Callable[..., jax.Array], x: jax.Array, *others: jax.Array) -> jax.Array:
-    """`function(x, *others)`, which only moves rows of arrays of one dtype; on a CPU, small floats as integers.
+def at_rest(dtype: jnp.dtype) -> jnp.dtype:
+    """The integers that keep the bits of small floats, or the dtype itself.
 
-    XLA's CPU backend would convert a whole array of small floats to read or write some of its rows. Elsewhere they
-    are moved as they are: there the change of type could cost a pass over the cache.
+    XLA's CPU backend converts (or copies) a whole array of small floats to read or write some of its rows, so a cache
+    lies there as integers.
     """
-    if x.dtype.itemsize > 2 or not jnp.issubdtype(x.dtype, jnp.floating):
-        return function(x, *others)
-    integer = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    return jnp.dtype(_AT_REST.get(jnp.dtype(dtype).name, dtype))
 
-    def moved(*arrays: jax.Array) -> jax.Array:
-        bits = (jax.lax.bitcast_convert_type(a, integer) for a in arrays)
-        return jax.lax.bitcast_convert_type(function(*bits), x.dtype)
 
-    return jax.lax.platform_dependent(x, *others, cpu=moved, default=function)
+def numbers_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Of the numbers that an array of a cache stands for: the inverse of `at_rest`."""
+    return jnp.dtype(_NUMBERS.get(jnp.dtype(dtype).name, dtype))
+
+
+def as_numbers(x: jax.Array) -> jax.Array:
+    """Rows of a cache as the numbers they stand for."""
+    return jax.lax.bitcast_convert_type(x, numbers_dtype(x.dtype)) if x.dtype.name in _NUMBERS else x
+
+
+def as_kept(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Numbers as a cache of this dtype keeps them."""
+    x = x.astype(numbers_dtype(dtype))
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)
 
 
 def dequantize(values: jax.Array, scales: jax.Array | None) -> jax.Array:

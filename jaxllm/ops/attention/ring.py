@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxllm.ops.attention.kv import dequantize, quantize, split_pages
+from jaxllm.ops.attention.kv import dequantize, numbers_dtype, quantize, split_pages
 from jaxllm.ops.attention.metadata import AttentionSpec, RaggedRows
 from jaxllm.ops.attention.xla import _MASKED, Partial, _Blocks, _finish, _merge, _nothing, _take, _with_sinks
 
@@ -109,7 +109,8 @@ def _both(make: Callable[[int], Any]) -> Any:
 def _as_cached(kv_TK2H: jax.Array, pages: Any) -> jax.Array:
     """Keys and values as the cache would give them back."""
     values, scales = split_pages(pages)
-    return kv_TK2H.astype(values.dtype) if scales is None else dequantize(*quantize(kv_TK2H, values.dtype))
+    dtype = numbers_dtype(values.dtype)
+    return kv_TK2H.astype(dtype) if scales is None else dequantize(*quantize(kv_TK2H, dtype))
 
 
 def _place(device: jax.Array, half: int, size: int) -> tuple[jax.Array, jax.Array]:

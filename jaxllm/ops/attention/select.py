@@ -37,6 +37,11 @@ class AttentionBackend:
     query_tile: int = 64
 
     @property
+    def reads_integers(self) -> bool:
+        """Whether it reads caches whose small floats are kept as integers (`kv.at_rest`)."""
+        return self.name in ("xla", "llvm")
+
+    @property
     def interleaved_pages(self) -> bool:
         """Whether its pages are `[P, C, 2K, H]`."""
         return self.name == "pallas_tpu"

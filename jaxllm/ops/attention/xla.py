@@ -12,14 +12,13 @@ together.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxllm.ops.attention.kv import as_bits, dequantize, split_pages
+from jaxllm.ops.attention.kv import as_numbers, dequantize, numbers_dtype, split_pages
 from jaxllm.ops.attention.metadata import AttentionSpec, RaggedRows
 
 _MASKED = -1e30  # finite: differences of two masked scores must not be NaN
@@ -121,7 +120,7 @@ class _Blocks:
     @property
     def dtype(self) -> jnp.dtype:
         """Of keys and values in products."""
-        return self.values.dtype if self.scales is None else jnp.dtype(jnp.float32)
+        return numbers_dtype(self.values.dtype) if self.scales is None else jnp.dtype(jnp.float32)
 
     def first(self, length: jax.Array) -> jax.Array | int:
         """Number of the first block that a query with `length` keys before and at it sees anything of."""
@@ -143,8 +142,7 @@ class _Blocks:
         def rows_of(array: jax.Array) -> jax.Array:
             num_pages, halves, page_size, *rest = array.shape
             flat = array.reshape(halves * num_pages, page_size, *rest)
-            taken = functools.partial(_take, index=halves * page_ids + half)
-            rows = taken(flat) if self.scales is None else as_bits(taken, flat)
+            rows = as_numbers(_take(flat, halves * page_ids + half))
             return rows.reshape(*page_ids.shape[:-1], self.span, *rest)
 
         return dequantize(rows_of(self.values), None if self.scales is None else rows_of(self.scales))

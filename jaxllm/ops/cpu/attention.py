@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxllm.ops.attention.kv import split_pages
+from jaxllm.ops.attention.kv import numbers_dtype, split_pages
 from jaxllm.ops.attention.metadata import AttentionSpec, RaggedRows, SingleRows
 from jaxllm.ops.cpu import ffi, key_lanes, key_segments, lanes, query_lanes, tile
 from jaxllm.ops.cpu.ir import Function, Value
@@ -33,8 +33,9 @@ def unsupported(pages: Any, spec: AttentionSpec) -> str | None:
     values, _ = split_pages(pages)
     if values.ndim != 5:
         return "its pages are interleaved"
-    if values.dtype.name not in _DTYPES:
-        return f"it reads no {values.dtype.name} cache"
+    dtype = numbers_dtype(values.dtype).name
+    if dtype not in _DTYPES:
+        return f"it reads no {dtype} cache"
     width = values.shape[-1]
     if width % 4 or (spec.value_width or width) % 4:
         return f"heads of {width} are not a multiple of 4 wide"
@@ -66,7 +67,7 @@ def attention(
         value_width=spec.value_width or width,
         page_size=values.shape[2],
         pages_per_row=pages_per_row,
-        cache=_DTYPES[values.dtype.name],
+        cache=_DTYPES[numbers_dtype(values.dtype).name],
         spec=spec,
         operands=(*operands, "out"),
     )
