@@ -259,9 +259,9 @@ def page_format(slab: Any, model: str, layout: PageLayout) -> PageFormat:
     """What a slab looks like on disk."""
 
     def array(leaf: Any) -> tuple[tuple[int, ...], str]:
-        dtype = jnp.dtype(leaf.dtype)
-        one = np.lib.stride_tricks.as_strided(np.zeros(1, dtype), leaf.shape, (0,) * len(leaf.shape))  # takes no memory
-        return layout.to_logical(one).shape, dtype.name
+        zero = np.zeros(1, jnp.dtype(leaf.dtype))
+        one = layout.to_logical(np.lib.stride_tricks.as_strided(zero, leaf.shape, (0,) * len(leaf.shape)))  # no memory
+        return one.shape, one.dtype.name
 
     return PageFormat(model, tuple(array(leaf) for leaf in jax.tree.leaves(slab)))
 
