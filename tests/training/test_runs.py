@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -136,7 +137,10 @@ def test_a_classifier_is_one_of_transformers(run, tiny_llama, tmp_path):
     assert right / 6 == pytest.approx(report["eval_accuracy"])
 
 
-def test_an_adapter_merged_is_the_model_that_was_trained(run, tiny_llama, instructions, tmp_path):
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_adapter_merged_is_the_model_that_was_trained_and_what_peft_makes_of_it(
+    run, tiny_llama, instructions, tmp_path
+):
     from jaxllm.training.merge import merge
 
     scratch = {"num_layers": None, "num_heads": None, "hidden_size": None, "context_length": None}
@@ -151,3 +155,13 @@ def test_an_adapter_merged_is_the_model_that_was_trained(run, tiny_llama, instru
     assert changed == {"q_proj", "v_proj", "down_proj"}
     facts = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
     assert (facts["r"], facts["lora_alpha"], facts["base_model_name_or_path"]) == (4, 8.0, str(tiny_llama))
+    base, merged = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+        for folder in (tiny_llama, tmp_path / "merged")
+    )
+    tokens = torch.arange(3, 43)[None]
+    with torch.no_grad():
+        plain, expected = base(tokens).logits, merged(tokens).logits
+        of_peft = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(tokens).logits
+    torch.testing.assert_close(of_peft, expected, atol=1e-4, rtol=1e-4)
+    assert (of_peft - plain).abs().max() > 0.1
