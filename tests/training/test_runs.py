@@ -138,9 +138,7 @@ def test_a_classifier_is_one_of_transformers(run, tiny_llama, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_an_adapter_merged_is_the_model_that_was_trained_and_what_peft_makes_of_it(
-    run, tiny_llama, instructions, tmp_path
-):
+def test_an_adapter_merged_is_the_model_that_was_trained_also_in_peft(run, tiny_llama, instructions, tmp_path):
     from jaxllm.training.merge import merge
 
     scratch = {"num_layers": None, "num_heads": None, "hidden_size": None, "context_length": None}
