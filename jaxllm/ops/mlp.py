@@ -17,6 +17,7 @@ _ACTIVATIONS = {
 }
 
 
+@functools.partial(jax.jit, static_argnames=("name", "clamped"))  # a program traces it once, not once per layer
 def activate(h_TXF: jax.Array, name: str, clamped: ClampedSwiglu | None = None) -> jax.Array:
     """`[T, 2, F]` (gate, up) or `[T, 1, F]` -> `[T, F]`."""
     if clamped is not None:

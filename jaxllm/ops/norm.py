@@ -1,4 +1,7 @@
-"""Normalisation. Dimension letters: T tokens, D model width."""
+"""Normalisation. Dimension letters: T tokens, D model width.
+
+Each is jitted on its own: a program traces it once, not once per layer.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import jax.numpy as jnp
 _MOST_TERMS = 64  # that are added one after the other
 
 
+@functools.partial(jax.jit, static_argnames=("eps", "axes"))
 def rms_norm(x_TD: jax.Array, scale_D: jax.Array, eps: float, axes: int | tuple[int, ...] = -1) -> jax.Array:
     """Root-mean-square norm over `axes` (Zhang & Sennrich 2019), computed in float32."""
     return cast("jax.Array", _differentiable(x_TD, scale_D, eps, axes))
@@ -54,6 +58,7 @@ def _backward(eps: float, axes: int | tuple[int, ...], kept: tuple[jax.Array, ja
 _differentiable.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.jit, static_argnames=("eps",))
 def layer_norm(x_TD: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float) -> jax.Array:
     """Mean and variance norm over the last dim (Ba et al. 2016), computed in float32."""
     x32 = x_TD.astype(jnp.float32)

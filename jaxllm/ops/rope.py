@@ -5,6 +5,7 @@ Dimension letters: T tokens, H head width. Knows nothing of requests: a token's 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -79,6 +80,7 @@ def _keep(x: jax.Array, matrix: np.ndarray) -> jax.Array:
     return jnp.matmul(x, matrix, precision="highest")
 
 
+@functools.partial(jax.jit, static_argnames=("interleaved",))  # a program traces it once, not once per layer
 def apply_rope(x: jax.Array, tables: Tables, *, interleaved: bool = False) -> jax.Array:
     """Rotate the first `dim` of the last dim of `x [T, ..., H]`; the rest passes through.
 
