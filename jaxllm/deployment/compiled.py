@@ -101,7 +101,12 @@ def _largest(name: str, shapes: RunnerShapes) -> Key:
 
 
 def compile_program(model: AbstractModel, shapes: RunnerShapes, key: Key) -> CompiledProgram:
-    """Compile one program of the engine and ask the compiler about it. Raises Overflow."""
+    """Compile one program of the engine and ask the compiler about it.
+
+    Raises:
+        Overflow: it needs more memory than there is.
+        ValueError: its page table is more than a kernel can look into.
+    """
     import jax
 
     from jaxllm.runner.programs import lower
@@ -111,6 +116,8 @@ def compile_program(model: AbstractModel, shapes: RunnerShapes, key: Key) -> Com
         with no_program_cache():
             compiled = lower(model, shapes, key).compile()
     except jax.errors.JaxRuntimeError as error:
+        if "memory space smem" in str(error):
+            raise ValueError(_too_many_pages(shapes)) from None
         if (found := parse_overflow(str(error))) is None:
             raise
         raise Overflow(f"the {key[0]} program, which needs {found[0] / 1e9:.2f} of {found[1] / 1e9:.2f} GB") from None
@@ -123,6 +130,15 @@ def compile_program(model: AbstractModel, shapes: RunnerShapes, key: Key) -> Com
         code=stats.generated_code_size_in_bytes,
         collectives=find_collectives(text),
         page_layouts=_count_layouts(text, jax.tree.leaves(make_memory(model, shapes).abstract())[0]),
+    )
+
+
+def _too_many_pages(shapes: RunnerShapes) -> str:
+    rows, pages, longest = shapes.max_num_seqs, shapes.pages_per_row, shapes.max_model_len
+    return (
+        f"the page table of {rows} requests of {pages} pages ({4 * rows * pages / (1 << 20):.2f} MiB) does not fit the "
+        f"scalar memory of the attention kernel; use a smaller max_model_len (--max-model-len, {longest} here) or "
+        f"max_num_seqs, or a larger page_size ({shapes.page_size} here)"
     )
 
 

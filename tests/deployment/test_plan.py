@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxllm.checkpoints import open_checkpoint
@@ -163,6 +164,16 @@ def test_temporaries_that_grow_with_the_cache_count_per_page(one_layer, monkeypa
 def test_compiler_that_ran_out_of_memory_is_understood(message, wanted, limit):
     assert parse_overflow(message) == (int(wanted * GIB), int(limit * GIB))
     assert parse_overflow("something else") is None
+
+
+def test_page_table_that_no_kernel_can_look_into_is_refused_with_what_to_change(one_layer, monkeypatch):
+    class Lowered:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError("Ran out of memory in memory space smem. Used 1.00M of 1.00M smem.")
+
+    monkeypatch.setattr("jaxllm.runner.programs.lower", lambda *_: Lowered())
+    message = refusal(make_plan, EngineConfig(model=one_layer, mesh="tp=2", **SMALL), "v5e:2x2")
+    assert "page table of 4 requests of 16 pages" in message and "--max-model-len, 256 here" in message
 
 
 @pytest.mark.parametrize(("batch", "published"), {1: 4.98, 8: 12.13, 16: 20.30, 32: 36.65}.items())
