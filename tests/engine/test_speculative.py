@@ -225,7 +225,7 @@ def test_on_a_mesh_and_with_quantised_weights_and_cache(folder: Path, options: d
     assert llm.engine.drafts.num_accepted_tokens > 10
 
 
-@pytest.mark.parametrize(("seed", "share"), [(0, (0.9, 1.0)), (1, (0.0, 0.5))], ids=["itself", "another"])
+@pytest.mark.parametrize(("seed", "share"), [(0, (0.8, 1.0)), (1, (0.0, 0.6))], ids=["itself", "another"])
 def test_a_draft_model_changes_no_token_however_good_it_is(
     plain: LLM, folder: Path, tmp_path: Path, seed: int, share: tuple[float, float]
 ) -> None:
@@ -238,7 +238,9 @@ def test_a_draft_model_changes_no_token_however_good_it_is(
     expected, got = plain.generate(prompts, params), llm.generate(prompts, params)
     assert [o.outputs[0].token_ids for o in got] == [o.outputs[0].token_ids for o in expected]
     assert llm.engine.drafts.num_draft_tokens > 100
-    assert share[0] <= llm.engine.drafts.acceptance_rate <= share[1]
+    assert share[0] <= llm.engine.drafts.acceptance_rate <= share[1], (
+        "grammars' drafts, which are the host's, among them"
+    )
 
 
 def test_figures_say_what_was_drafted_and_accepted(speculating: LLM) -> None:
