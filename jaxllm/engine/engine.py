@@ -28,7 +28,7 @@ from jaxllm.scheduling.request import Ending, Held, Listener, Request, Status, n
 from jaxllm.scheduling.tiers import Load
 from jaxllm.telemetry.accounting import Accounting, IterationRecord
 from jaxllm.telemetry.device_peaks import engine_cost, known_ceilings
-from jaxllm.telemetry.drafts import DraftPrice, DraftTotals, LoopDrafts
+from jaxllm.telemetry.drafts import DraftPauses, DraftPrice, DraftTotals, LoopDrafts
 from jaxllm.telemetry.figures import Transfers
 
 if TYPE_CHECKING:
@@ -106,6 +106,7 @@ class Engine:
         ridge = ceilings.ridge if ceilings else None
         self.draft_price = DraftPrice(self.accounting.model, runner.shapes.num_drafts, ridge)
         self.runner.draft_price = self.draft_price
+        self.draft_pauses = self.runner.draft_pauses = DraftPauses()
         self.eos_token_ids = tuple(eos_token_ids)
         if self.tiers is not None:
             self.tiers.prefill_rate = self.accounting.prefill_rate
@@ -442,6 +443,7 @@ class Engine:
     def _count_drafts(self, drafts: LoopDrafts, record: IterationRecord) -> None:
         self.drafts.num_iterations += drafts.num_passes
         self.drafts.num_verifying += drafts.num_verifying
+        self.draft_pauses.observe(drafts)
         for chunk, drafted, accepted in drafts.by_chunk:
             self.drafts.add(drafted, accepted)
             chunk.request.num_draft_tokens += sum(drafted)

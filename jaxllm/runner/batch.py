@@ -111,8 +111,13 @@ class Layout:
     rows: list[int]
 
 
-def lay_out(plan: IterationPlan, shapes: RunnerShapes, price: Callable[[int], float] = lambda _: 0.0) -> Layout:
-    """Everything an iteration needs, in the order in which the device must do it; for `price` see `Drafting`."""
+def lay_out(
+    plan: IterationPlan, shapes: RunnerShapes, price: Callable[[int], float] = lambda _: 0.0, *, drafts: bool = True
+) -> Layout:
+    """Everything an iteration needs, in the order in which the device must do it.
+
+    For `price` see `Drafting`. Without `drafts` a loop is a plain one, whatever its plan has room for.
+    """
     sampling = [chunk for chunk in plan.chunks if chunk.num_samples]
     sections = by_replica(sampling, shapes)
     bucket = bucket_for(max(map(len, sections)), shapes.row_buckets)
@@ -128,10 +133,10 @@ def lay_out(plan: IterationPlan, shapes: RunnerShapes, price: Callable[[int], fl
         if plan.is_decode_loop:
             table = page_table((c.request for c in sampling), rows, len(batch.slot), shapes.pages_per_row)
             inputs = batch, table, np.int32(plan.num_steps)
-            if shapes.speculates(bucket):
+            if drafts and shapes.speculates(bucket) and any(chunk.num_drafts for chunk in sampling):
                 size = len(batch.slot)
-                drafts = drafting(sampling, rows, size, shapes, price(size))
-                dispatches.append(Dispatch(f"speculate{suffix}", bucket, (*inputs, drafts)))
+                drafted = drafting(sampling, rows, size, shapes, price(size))
+                dispatches.append(Dispatch(f"speculate{suffix}", bucket, (*inputs, drafted)))
             else:
                 dispatches.append(Dispatch(f"decode{suffix}", bucket, inputs))
         else:

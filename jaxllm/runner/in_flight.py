@@ -52,7 +52,8 @@ class InFlight:
         if not self.plan.is_decode_loop:
             arrays = [a[None] for a in arrays]
         taken = np.cumsum(arrays[0] != IDLE, axis=0).tolist()  # tokens of each row after each step
-        counts = (taken[c.num_samples - 1][row] for c, row in zip(self.sampling, self.rows, strict=True))
+        last = len(taken) - 1  # what was planned with drafts may run without: then fewer come than could
+        counts = (taken[min(c.num_samples - 1, last)][row] for c, row in zip(self.sampling, self.rows, strict=True))
         rows = zip(self.sampling, self.rows, counts, strict=True)
         # What was read is NumPy's.
         return [(chunk, Sampled(*(a[:count, row] for a in arrays))) for chunk, row, count in rows]  # type: ignore[arg-type]

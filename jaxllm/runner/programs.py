@@ -306,7 +306,7 @@ def _greedy_buckets(shapes: RunnerShapes) -> Sequence[int]:
 
 
 def _loop_buckets(shapes: RunnerShapes) -> Sequence[int]:
-    return [bucket for bucket in shapes.row_buckets if shapes.max_decode_steps and not shapes.speculates(bucket)]
+    return shapes.row_buckets if shapes.max_decode_steps else ()
 
 
 def _speculating_buckets(shapes: RunnerShapes) -> Sequence[int]:

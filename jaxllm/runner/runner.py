@@ -36,6 +36,7 @@ from jaxllm.runner.sampler import Sampled
 from jaxllm.runner.shapes import RunnerShapes, make_memory
 from jaxllm.runner.shared_pages import SharedPages, Shelf
 from jaxllm.scheduling.plan import IterationPlan
+from jaxllm.telemetry.drafts import DraftPauses
 from jaxllm.weights.abstract import AbstractModel
 
 
@@ -63,6 +64,7 @@ class ModelRunner:
         self.state = DeviceState(self.memory)
         self._announce = announce
         self.draft_price: Callable[[int], float] = lambda _: 0.0  # see `Drafting`; for a number of rows
+        self.draft_pauses = DraftPauses()
 
     def start(self, params: Any) -> None:
         """Take the parameters and allocate pages, slots and the adapters' slots."""
@@ -88,7 +90,7 @@ class ModelRunner:
     def dispatch(self, plan: IterationPlan) -> InFlight:
         """Put one plan's work on the device queue."""
         started = self.now()
-        layout = lay_out(plan, self.shapes, self.draft_price)
+        layout = lay_out(plan, self.shapes, self.draft_price, drafts=not self.draft_pauses.begin(plan))
         sampled = self._execute_all(layout.dispatches)
         for array in jax.tree.leaves(sampled):
             array.copy_to_host_async()

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jaxllm.roofline.cost_model import ModelCost
-from jaxllm.scheduling.plan import Chunk
+from jaxllm.scheduling.plan import Chunk, IterationPlan
 
 _USUAL_RIDGE = 10.0  # FLOPs per byte at which a processor without a data sheet is taken to be as slow by either
 _REACHED = 0.5  # share of a data sheet's ridge that matrix products of few rows reach
 _LEAST, _MOST = 0.85, 2.0  # of the model's price, between which measured times may move it
 _LEARNING = 0.3
+_PATIENCE, _LONGEST_PAUSE = 8, 256  # iterations without any draft that was worth verifying; left out then, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +122,30 @@ class DraftPrice:
         step = _LEARNING * error / (num_plain**2 + num_verifying**2)
         floor = 0.1 * min(plain, verifying)
         self._seconds[rows] = max(floor, plain + step * num_plain), max(floor, verifying + step * num_verifying)
+
+
+class DraftPauses:
+    """Leaves drafts out for a while where none is worth verifying: a plain loop costs less than one that looks on.
+
+    Each pause is twice as long as the one before, until drafts are verified again or somebody new comes.
+    """
+
+    def __init__(self) -> None:
+        self._idle, self._left, self._next = 0, 0, _PATIENCE
+
+    def begin(self, plan: IterationPlan) -> bool:
+        """Whether what is dispatched now runs without drafts; those that a grammar allows are worth it in any case."""
+        if plan.admitted:
+            self._idle, self._left, self._next = 0, 0, _PATIENCE
+        if not plan.is_decode_loop or self._left <= 0 or any(chunk.guess for chunk in plan.chunks):
+            return False
+        self._left -= plan.num_steps
+        return True
+
+    def observe(self, drafts: LoopDrafts) -> None:
+        """What became of a loop that might draft."""
+        self._idle = 0 if drafts.num_verifying else self._idle + drafts.num_passes
+        if drafts.num_verifying:
+            self._next = _PATIENCE
+        elif self._idle >= _PATIENCE:
+            self._idle, self._left, self._next = 0, self._next, min(2 * self._next, _LONGEST_PAUSE)

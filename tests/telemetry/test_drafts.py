@@ -11,7 +11,8 @@ import pytest
 from jaxllm.families.presets import model_config
 from jaxllm.roofline.cost_model import model_cost
 from jaxllm.runner import speculation
-from jaxllm.telemetry.drafts import DraftPrice, DraftTotals, verifying_ratio
+from jaxllm.scheduling.plan import IterationPlan
+from jaxllm.telemetry.drafts import DraftPauses, DraftPrice, DraftTotals, LoopDrafts, verifying_ratio
 
 MODEL = model_cost(model_config("llama-2-7b"))
 
@@ -54,3 +55,24 @@ def test_expected_tokens_are_those_of_the_formula(rate: float) -> None:
     assert 1 + float(expected) == pytest.approx(1 + np.cumprod(draws, axis=1).sum(axis=1).mean(), rel=0.03)
     share = speculation._SURE
     assert float(with_sure) == pytest.approx(share + share**2 * (1 + rate + rate**2), rel=1e-5)
+
+
+def test_drafts_that_are_never_worth_it_are_left_out_ever_longer_until_somebody_comes() -> None:
+    pauses, loop = DraftPauses(), IterationPlan([], is_decode_loop=True, num_steps=8)
+    nothing, something = LoopDrafts([], 1, 8, 0), LoopDrafts([], 1, 8, 1)
+
+    def plain_loops() -> int:
+        pauses.observe(nothing)
+        count = 0
+        while pauses.begin(loop):
+            count += 1
+        return count
+
+    assert not pauses.begin(loop)
+    assert [plain_loops() for _ in range(5)] == [1, 2, 4, 8, 16]
+    pauses.observe(something)
+    assert plain_loops() == 1
+    pauses.observe(nothing)
+    newcomer = IterationPlan([], [object()])  # type: ignore[list-item]
+    assert not pauses.begin(newcomer) and not pauses.begin(loop)
+    assert plain_loops() == 1
