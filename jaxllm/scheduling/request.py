@@ -224,8 +224,8 @@ class Request:
 
     @property
     def exhausted(self) -> bool:
-        """Whether nothing more may be scheduled: the last token it may have is already sampled, drafts or not."""
-        return len(self.token_ids) + self.num_pending - self.num_unsure >= self.limit
+        """Whether nothing more may be scheduled: the last token it may have is already sampled."""
+        return self.num_tokens >= self.limit
 
     @property
     def may_stop(self) -> bool:

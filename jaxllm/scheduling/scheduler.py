@@ -194,8 +194,8 @@ class Scheduler:
         active = [r for r in self.running if not r.exhausted]
         if not active or any(r.num_left != 1 or r.one_at_a_time or r.streamed for r in active):
             return 0
-        left = [r.limit - r.num_tokens for r in active]  # at least: drafts may be wrong
-        steps = min(self.max_decode_steps, max(left) + max(r.num_unsure for r in active))
+        left = [r.limit - r.num_tokens for r in active]
+        steps = min(self.max_decode_steps, max(left))
         if self.num_waiting:
             if self._free_slots or len(active) < len(self.running) or any(r.may_stop for r in active):
                 return 0
@@ -412,8 +412,6 @@ class Scheduler:
         """Count tokens as computed: later plans build on it before the device is done."""
         chunk = Chunk(request, request.held.num_computed, count, num_samples)
         end = chunk.start + count
-        if request.num_unsure:  # it may be there already, and its last token is never computed
-            end = min(end, request.limit - 1)
         request.held.num_computed = min(end + max(0, num_samples - 1), max(end, request.limit - 1))
         request.num_pending += num_samples
         self.page_lists.publish(request, len(request.token_ids))
