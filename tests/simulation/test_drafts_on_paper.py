@@ -22,7 +22,6 @@ def test_drafts_that_are_all_right_bring_as_many_tokens_more():
     results, report = run([drafting(1.0)], [Arrival(0.0, 100, 101)])
     (outcome,) = results.outcomes
     assert outcome.num_tokens == 101 and report["acceptance_rate"] == 1.0 and report["mean_acceptance_length"] == 5
-    # Whether the last drafts are right is not known when the next iteration is planned: it finds nothing to do.
     assert report["iterations"] == 1 + 100 / 5
     assert outcome.tpot == pytest.approx(plain.tpot / 5, rel=0.1) and outcome.ttft == pytest.approx(plain.ttft)
 
