@@ -34,7 +34,7 @@ def test_parts_are_what_the_arrays_take_on_one_device(mesh):
         jnp.zeros(s.sharding.shard_shape(s.shape), s.dtype) for s in memory_check.abstract_state(model, shapes).pages
     ]
     assert needs.pages == sum(array.nbytes for array in pages)
-    assert needs.slots == (shapes.num_replicas * 8 + 1) * (256 * 4 + 1 + 3 * 4 + 4 * -(-50257 // 32))
+    assert needs.slots == (shapes.num_replicas * 8 + 1) * (256 * 4 + 1 + 4 * 4 + 4 * -(-50257 // 32))
     assert needs.weights == pytest.approx(2 * 124_439_808 / model.placement.parts("heads"), rel=0.35)
     assert needs.cache_setting == pytest.approx(64 << 20, rel=0.02)  # less than a page is lost
 
