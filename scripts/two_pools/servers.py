@@ -48,11 +48,12 @@ class Server:
         self._process.wait()
 
     def wait(self, seconds: float = 600.0) -> None:
-        """Until it is healthy."""
+        """Until it is healthy and compiles nothing in the background any more, which would show in what is timed."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline and self._process.poll() is None:
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/health", timeout=2).status_code == 200:
+                health = httpx.get(f"{self.url}/health", timeout=2)
+                if health.status_code == 200 and "warming_up" not in health.json():
                     return
             time.sleep(0.2)
         raise SystemExit(f"a server did not start: {' '.join(self._command)}")
