@@ -20,13 +20,14 @@ import json
 import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from peer_process import PeerProcess
 
 WORKLOADS = {
     "decode, 1 request": (1, 16, 64),
@@ -104,42 +105,19 @@ def in_turn(workers: dict[str, Worker], workload: tuple[int, int, int], rounds: 
     return seconds
 
 
-class Worker:
-    """One engine in a process of its own: takes a workload per line, answers with its seconds."""
+class Worker(PeerProcess):
+    """One engine: a workload is (requests, prompt tokens, output tokens)."""
 
     def __init__(self, name: str, python: str, args: argparse.Namespace, cache: str):
         model = args.gguf if name in OF_GGUF else args.model
         command = [python, __file__, "--worker", name, "--model", model, "--dtype", args.dtype]
         caches = {"JAX_COMPILATION_CACHE_DIR": "jax", "VLLM_CACHE_ROOT": "vllm", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
-        settings = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
         # Of these caches only our own is small enough to be written always.
-        settings |= {
+        settings = {
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
         }
-        env = os.environ | settings | {key: f"{cache}/{folder}" for key, folder in caches.items()}
-        self.name = name
-        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        assert self.child.stdin is not None
-        self.child.stdin.close()
-        try:
-            self.child.wait(60)
-        except subprocess.TimeoutExpired:
-            self.child.kill()
-
-    def run(self, workload: tuple[int, int, int]) -> float:
-        """Seconds of one workload (requests, prompt tokens, output tokens)."""
-        assert self.child.stdin is not None and self.child.stdout is not None
-        print(json.dumps(workload), file=self.child.stdin, flush=True)
-        for line in self.child.stdout:
-            if line.startswith("seconds "):  # engines print other things too
-                return float(line.split()[1])
-        raise SystemExit(f"compare_peers: {self.name} ended with exit code {self.child.wait()}")
+        super().__init__(name, command, settings | {key: f"{cache}/{folder}" for key, folder in caches.items()})
 
     def peak_bytes(self) -> int:
         """Largest resident size, summed over the process and its children."""

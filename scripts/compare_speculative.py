@@ -15,14 +15,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from peer_process import PeerProcess
 
 CONTEXT = 2048
 DRAFTS = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 1}
@@ -64,14 +64,14 @@ def compare(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         }
         for worker in workers.values():  # they load side by side
             for ids in (ids for texts in asked.values() for ids in texts):
-                worker.run(ids, 8)
+                worker.run([ids, 8])
         report: dict[str, dict[str, float]] = {}
         for workload, texts in asked.items():
             seconds: dict[str, list[float]] = {name: [0.0] * args.rounds for name in workers}
             for i in range(args.rounds):
                 for ids in texts:
                     for name, worker in workers.items():
-                        seconds[name][i] += worker.run(ids, args.output_len)
+                        seconds[name][i] += worker.run([ids, args.output_len])
             num = len(texts) * args.output_len
             report[workload] = {name: num / statistics.median(took) for name, took in seconds.items()}
             print(f"{workload}: {report[workload]}", file=sys.stderr)
@@ -91,35 +91,13 @@ def prompts(model: str, lines: Path | None) -> dict[str, list[list[int]]]:
     }
 
 
-class Worker:
-    """One engine in a process of its own: a prompt per line, answered with its seconds."""
+class Worker(PeerProcess):
+    """One engine: work is a prompt's ids and how many tokens to answer."""
 
     def __init__(self, name: str, python: str, plain: bool, args: argparse.Namespace):
         command = [python, __file__, "--worker", name, "--model", args.model, "--dtype", args.dtype]
         command += ["--plain"] if plain else ["--speculative-config", json.dumps(args.speculative_config)]
-        env = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1"}
-        self.name = name
-        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env, text=True)
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        assert self.child.stdin is not None
-        self.child.stdin.close()
-        try:
-            self.child.wait(60)
-        except subprocess.TimeoutExpired:
-            self.child.kill()
-
-    def run(self, ids: list[int], output: int) -> float:
-        """Seconds of one answer of so many tokens."""
-        assert self.child.stdin is not None and self.child.stdout is not None
-        print(json.dumps([ids, output]), file=self.child.stdin, flush=True)
-        for line in self.child.stdout:
-            if line.startswith("seconds "):  # engines print other things too
-                return float(line.split()[1])
-        raise SystemExit(f"compare_speculative: {self.name} ended with exit code {self.child.wait()}")
+        super().__init__(name, command)
 
 
 def table(report: dict[str, dict[str, float]]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from jaxllm.engine.completions import Job
 from jaxllm.engine.engine import Engine
 from jaxllm.engine.errors import Unavailable
-from jaxllm.entrypoints.prediction import Row, pace_of, prompt_seconds, slot_seconds, token_seconds
+from jaxllm.entrypoints.prediction import Row, iteration_cost_of, prompt_seconds, slot_seconds, token_seconds
 from jaxllm.scheduling.request import page_salt
 from jaxllm.telemetry.figures import Figure
 
@@ -77,7 +77,7 @@ class Admission:
     def predicted_ttft(self, jobs: Sequence[Job]) -> float | None:
         """Seconds to the first token of the last of these jobs, or None while no prefill was measured."""
         engine = self._engine.scoring_engine  # of two pools the one that computes prompts
-        if (pace := pace_of(engine)) is None:
+        if (pace := iteration_cost_of(engine)) is None:
             return None
         waiting = [o.job for o in self._open if not o.job.requests and not o.job.finished]
         before, new = ([self._row(job) for job in some] for some in (waiting, jobs))

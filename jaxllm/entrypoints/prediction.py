@@ -21,7 +21,7 @@ Row = tuple[int, int]  # tokens to compute, and the length that the last of them
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class IterationCost:
     """What iterations with prompts take: `seconds = iteration + operation * operations`."""
 
     iteration: float
@@ -33,7 +33,7 @@ def recent(engine: Engine) -> list[IterationRecord]:
     return [record for record in list(engine.records)[-RECENT:] if not record.compiled]
 
 
-def pace_of(engine: Engine) -> Pace | None:
+def iteration_cost_of(engine: Engine) -> IterationCost | None:
     """How fast prompts are computed, or None while none was."""
     records = [r for r in recent(engine) if 2 * r.num_prefill_tokens > r.num_tokens]
     seconds, work = [r.seconds for r in records], [r.flops for r in records]
@@ -42,11 +42,11 @@ def pace_of(engine: Engine) -> Pace | None:
     if len({*work}) >= _FEWEST:
         slope, start = statistics.linear_regression(work, seconds)
         if slope > 0 and start > 0:
-            return Pace(start, slope)
-    return Pace(0.0, sum(seconds) / sum(work))
+            return IterationCost(start, slope)
+    return IterationCost(0.0, sum(seconds) / sum(work))
 
 
-def prompt_seconds(engine: Engine, pace: Pace, waiting: Sequence[Row], new: Sequence[Row]) -> float:
+def prompt_seconds(engine: Engine, pace: IterationCost, waiting: Sequence[Row], new: Sequence[Row]) -> float:
     """Seconds until the last of the `new` rows is computed, with what is under way before it.
 
     Args:

@@ -133,11 +133,12 @@ def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connec
     platform = model.placement.mesh.devices.flat[0].platform
     weights = jnp.dtype("bfloat16" if config.dtype == "auto" else config.dtype)
     on_cpu = jnp.dtype(jnp.float32) if platform == "cpu" else weights
-    kv_dtype = _kv_dtype(config, weights, platform)
+    wanted = choose_backend(config.attention_backend, platform)
+    kv_dtype = _kv_dtype(config, weights, slow=platform == "cpu" and wanted.name != "llvm")
     cache_bytes = (connection or Alone()).least(_cache_bytes(config, model))
     models = [model, *([model.draft] if model.draft else [])]
     bytes_per_token = sum(token_bytes(each.cfg, kv_dtype, each.kv_copies) for each in models)
-    attention = _attention(config, model, kv_dtype, platform)
+    attention = _attention(config, model, kv_dtype, wanted)
     num_pages, max_model_len = _lengths(config, model, cache_bytes, bytes_per_token)
     return RunnerShapes(
         max_num_seqs=config.max_num_seqs,
@@ -164,10 +165,9 @@ def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connec
     )
 
 
-def _kv_dtype(config: EngineConfig, weights: jnp.dtype, platform: str) -> jnp.dtype:
-    """That of the weights; float32 where a CPU has no kernel that reads smaller numbers."""
+def _kv_dtype(config: EngineConfig, weights: jnp.dtype, *, slow: bool) -> jnp.dtype:
+    """That of the weights; float32 where a CPU has no kernel that reads smaller numbers (`slow`)."""
     if config.kv_dtype == "auto":
-        slow = platform == "cpu" and choose_backend(config.attention_backend, platform).name != "llvm"
         return jnp.dtype(jnp.float32) if slow else weights
     return jnp.dtype("float8_e4m3fn" if config.kv_dtype == "fp8" else config.kv_dtype)
 
@@ -229,9 +229,11 @@ def _speculating_rows(config: EngineConfig, model: AbstractModel, kv_dtype: jnp.
     return max((rows for rows, ratio in ratios if 1 + num_drafts >= _WORTH_COMPILING * ratio), default=0)
 
 
-def _attention(config: EngineConfig, model: AbstractModel, kv_dtype: jnp.dtype, platform: str) -> AttentionBackend:
+def _attention(
+    config: EngineConfig, model: AbstractModel, kv_dtype: jnp.dtype, wanted: AttentionBackend
+) -> AttentionBackend:
     local_heads = model.cfg.num_kv_heads * model.kv_copies // model.placement.parts("heads")
-    backend = fit_backend(choose_backend(config.attention_backend, platform), model.cfg, kv_dtype, local_heads)
+    backend = fit_backend(wanted, model.cfg, kv_dtype, local_heads)
     if model.placement.ring_size() > 1:
         backend = XLA  # the ring reads pages as XLA's attention does
     return dataclasses.replace(backend, query_tile=_DETERMINISTIC_TILE) if config.deterministic else backend

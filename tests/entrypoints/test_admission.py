@@ -13,7 +13,7 @@ from jaxllm import SamplingParams
 from jaxllm.engine.errors import Unavailable
 from jaxllm.entrypoints.admission import Admission
 from jaxllm.entrypoints.async_llm import AsyncLLM
-from jaxllm.entrypoints.prediction import Pace, pace_of, slot_seconds, token_seconds
+from jaxllm.entrypoints.prediction import IterationCost, iteration_cost_of, slot_seconds, token_seconds
 from jaxllm.roofline.cost_model import Cost
 from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.scheduling.request import page_salt
@@ -104,7 +104,7 @@ def test_cached_pages_are_an_adapters_own() -> None:
 
 def test_iterations_on_the_device_are_waited_for_and_short_prompts_pass_long_ones() -> None:
     records = [record(tokens=tokens, seconds=0.1 + tokens / 1000) for tokens in (100, 200, 300, 400)]
-    assert pace_of(engine(*records)) == Pace(pytest.approx(0.1), pytest.approx(0.001))
+    assert iteration_cost_of(engine(*records)) == IterationCost(pytest.approx(0.1), pytest.approx(0.001))
     busy = engine(*records, in_flight=2)
     assert Admission(busy, {}).predicted_ttft([job(100)]) == pytest.approx(0.2 + 1.5 * 0.35)
     long = engine(*records, unfinished=[request(5000)])  # leaves half of each iteration to the short one

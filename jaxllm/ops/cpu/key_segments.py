@@ -119,7 +119,7 @@ class Merge(Tile):
         """The definition."""
         f = self.f
         self.value = -(-self.s.value_width // 16)
-        self.result_at, self.sink_at, self.position_at, self.query_at = self._cut([self.value * BYTES, BYTES, BYTES, 0])
+        self.result_at, self.sink_at = self._cut([self.value * BYTES, BYTES])
         self.kv_len = f.load_index(f.at(self._operand("kv_len"), f.mul(self.row, 4)))
         self._each_lane(self._give_result)
         f.do(f"call void @free(ptr {self.block})")
