@@ -166,6 +166,7 @@ def attention(plan: Plan) -> Rows:
     ]
     sizes = [(64, 64, 4, 3), (128, 32, 8, 4), (128, 64, 8, 5), (64, 64, 4, 2), (128, 64, 8, 2)]
     prefills = [None, *(Tiling(pairs=m, keys=s, warps=w, stages=n) for m, s, w, n in sizes)]
+    yield from contexts(plan)
     for page_size in (16, 64):
         per_row = context // page_size
         shape = (rows * per_row + 1, 2, page_size, k, h)
@@ -212,6 +213,34 @@ def attention(plan: Plan) -> Rows:
                 (q, pages),
                 flops=flops,
             )
+
+
+def contexts(plan: Plan) -> Rows:
+    """One layer's decode attention from few rows to many, from short contexts to long ones."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxllm.ops.attention import AttentionSpec, SingleRows, pallas_gpu
+
+    interpret = jax.default_backend() == "cpu"
+    k, h, page_size = plan.model["num_kv_heads"], plan.model["head_dim"], plan.page_size
+    g, spec = plan.model["num_heads"] // k, AttentionSpec(scale=h**-0.5)
+    num_pages = (64 if interpret else 1 << 20) // page_size  # rows share pages, each in an order of its own
+    pages = jax.random.normal(jax.random.key(0), (num_pages, 2, page_size, k, h), jnp.bfloat16)
+
+    def attend(q: Any, arguments: Any) -> Any:
+        single = SingleRows(arguments["kv_len"], arguments["table"])
+        return pallas_gpu.attention(q, arguments["pages"], single, spec=spec, interpret=interpret)
+
+    for context in (32,) if interpret else (1024, 8192, 32768, 131072):
+        for rows in (1, 8, 32)[: 1 if interpret else None]:
+            keys = jax.random.split(jax.random.key(rows), rows)
+            orders = jax.vmap(lambda key: jax.random.permutation(key, num_pages))(keys)
+            table = orders[:, : context // page_size].astype(jnp.int32)
+            q = jax.random.normal(jax.random.key(2), (rows, k, g, h), jnp.bfloat16)
+            arguments = {"pages": pages, "kv_len": jnp.full(rows, context, jnp.int32), "table": table}
+            point = {"phase": "decode", "rows": rows, "context": context, "page_size": page_size, "tiling": "default"}
+            yield measured(point, repeated(attend, interpret), (q, arguments), bytes=2 * rows * context * k * h * 2)
 
 
 def engine(plan: Plan, kv_dtype: str = "auto", quantization: str = "auto") -> Rows:
