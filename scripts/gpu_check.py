@@ -251,9 +251,7 @@ def engine(plan: Plan, kv_dtype: str = "auto", quantization: str = "auto") -> Ro
     token_bytes = cost.kv_bytes * plan.model["num_layers"]
     keys = [("decode_greedy", bucket(runner, b)) for b, _ in plan.decode]
     prefills = plan.prefill if kv_dtype == quantization == "auto" else []
-    if prefills:
-        keys += [("ragged", t) for t in prefills]
-    futures = {key: runner.compiler.submit(key) for key in keys}  # all at once, and waited for as they are needed
+    compile_all(runner, keys)
     for rows, context in plan.decode:
         point = {
             "phase": "decode",
@@ -265,7 +263,6 @@ def engine(plan: Plan, kv_dtype: str = "auto", quantization: str = "auto") -> Ro
         if rows * (context + 8 * plan.steps + 64) > (runner.shapes.num_pages - 1) * plan.page_size:
             yield point | {"skipped": f"the cache would take {rows * context * token_bytes / 1e9:.0f} GB"}
             continue
-        futures["decode_greedy", bucket(runner, rows)].result()
         seconds = decode_seconds(runner, rows, context, plan)
         work = cost.cost(tokens=rows, samples=rows, pairs=rows * context, keys=rows * context)
         yield point | {
@@ -274,8 +271,8 @@ def engine(plan: Plan, kv_dtype: str = "auto", quantization: str = "auto") -> Ro
             "bytes_per_s": work.bytes / seconds,
             "flops_per_s": work.flops / seconds,
         }
+    compile_all(runner, [("ragged", tokens) for tokens in prefills])
     for tokens in prefills:
-        futures["ragged", tokens].result()
         seconds = prefill_seconds(runner, tokens)
         work = cost.cost(tokens=tokens, samples=0, pairs=tokens * (tokens + 1) // 2, keys=tokens)
         yield {
@@ -481,6 +478,14 @@ def make_runner(plan: Plan, kv_dtype: str, quantization: str) -> tuple[Any, Any]
     for i, page in enumerate(runner.state.pages):
         runner.state.pages[i] = jax.tree.map(noise, page)
     return runner, engine_cost(model, runner.shapes.kv_dtype)
+
+
+def compile_all(runner: Any, keys: list[tuple[str, int]]) -> None:
+    """Compile at once, and to the end: the compiler tries its kernels out on the device that is measured next."""
+    started = time.perf_counter()
+    for future in [runner.compiler.submit(key) for key in keys]:
+        future.result()
+    print(f"compiled {len(set(keys))} programs in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
 
 
 def bucket(runner: Any, rows: int) -> int:
