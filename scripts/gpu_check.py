@@ -7,7 +7,8 @@ Parts, each a process of its own with a time budget; what does not fit is skippe
   engine     a Llama-3.1-8B-shaped model with random weights: decode and prefill through the engine's compiled programs
   engine8    the same decodes with an int8 KV cache
   engine4    the same decodes with int4 weights in groups of 128
-  products   a decode's matrix products alone: bfloat16, and quantised by XLA and by the kernel, for several tile sizes
+  products   a decode's matrix products alone: bfloat16, and quantised by the kernel, for several tile sizes
+  offline    the whole engine: how long it takes to start, and requests through `LLM.generate`
   peer       the same work in transformers, static cache and torch.compile
 
 -> gpu_check.json and gpu_check.md. Needs jax, flax and numpy; torch and transformers for the peer. `--tiny` runs all of
@@ -33,11 +34,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 BUDGETS_S = {
     "ceilings": 35,
     "kernels": 60,
-    "attention": 45,
+    "attention": 75,
     "engine": 150,
     "engine8": 45,
     "engine4": 90,
-    "products": 60,
+    "products": 75,
+    "offline": 120,
     "peer": 120,
 }
 LLAMA_8B = {
@@ -264,7 +266,8 @@ def engine(plan: Plan, kv_dtype: str = "auto", quantization: str = "auto") -> Ro
             yield point | {"skipped": f"the cache would take {rows * context * token_bytes / 1e9:.0f} GB"}
             continue
         seconds = decode_seconds(runner, rows, context, plan)
-        work = cost.cost(tokens=rows, samples=rows, pairs=rows * context, keys=rows * context)
+        pairs, keys = cost.attended([(1, context)] * rows)
+        work = cost.cost(tokens=rows, samples=rows, pairs=pairs, keys=keys)
         yield point | {
             "ms": 1e3 * seconds,
             "tokens_per_s": rows / seconds,
@@ -274,7 +277,8 @@ def engine(plan: Plan, kv_dtype: str = "auto", quantization: str = "auto") -> Ro
     compile_all(runner, [("ragged", tokens) for tokens in prefills])
     for tokens in prefills:
         seconds = prefill_seconds(runner, tokens)
-        work = cost.cost(tokens=tokens, samples=0, pairs=tokens * (tokens + 1) // 2, keys=tokens)
+        pairs, keys = cost.attended([(tokens, tokens)])
+        work = cost.cost(tokens=tokens, samples=0, pairs=pairs, keys=keys)
         yield {
             "phase": "prefill",
             "tokens": tokens,
@@ -307,26 +311,24 @@ def products(plan: Plan) -> Rows:
 
     from jaxllm.config.quantization import Scheme
     from jaxllm.ops import quantized_gpu
-    from jaxllm.ops.quantized import QuantizedMatrix
-    from jaxllm.ops.quantized_gpu import Tiling
-    from jaxllm.weights.rounding import round_to_nearest
+    from jaxllm.ops.quantized_columns import QuantizedColumns, lay_columns
+    from jaxllm.ops.quantized_gpu import Tiling, decode_tiling
+    from jaxllm.sharding.mesh import make_mesh
+    from jaxllm.weights.quantized import Quantized
 
     interpret = jax.default_backend() == "cpu"
-    d, f, copies = (
-        plan.model["hidden_size"],
-        plan.model["intermediate_size"],
-        1 if interpret else 8,
-    )  # beyond the caches
+    d, f = plan.model["hidden_size"], plan.model["intermediate_size"]
+    copies = 1 if interpret else 8  # beyond the caches
     group = 32 if interpret else 128
     schemes = {
         "int4": Scheme(codes="uint4", group=group, offset=8, scale_dtype="bfloat16"),
         "int8": Scheme(codes="int8"),
         "fp8": Scheme(codes="float8_e4m3fn"),
     }
-    sizes = [(128, 128, 4, 4), (128, 128, 4, 6), (128, 128, 8, 4), (64, 128, 4, 5), (64, 64, 4, 6), (256, 64, 8, 4)]
     normal = jax.jit(lambda key, shape: jax.random.normal(key, shape, jnp.bfloat16), static_argnums=1)
     shapes = [(d, f), (f, d)] * copies
     dense = [normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+    here = jax.sharding.NamedSharding(make_mesh("tp=1"), jax.sharding.PartitionSpec())
 
     def chain(multiply: Callable[[Any, Any], Any]) -> Any:
         def run(x: Any, matrices: list[Any]) -> Any:
@@ -336,31 +338,102 @@ def products(plan: Plan) -> Rows:
 
         return repeated(run, interpret)
 
-    def xla(x: Any, pieces: Any, scheme: Any) -> Any:
-        return QuantizedMatrix(*pieces, None, None, None, scheme, 0).product("MK,KN->MN", x)
+    def kernel(x: Any, m: QuantizedColumns, tiling: Any = None) -> Any:
+        return quantized_gpu.quantized_matmul(
+            x, m.codes, m.scales, m.minima, m.scheme, tiling=tiling, interpret=interpret
+        )
 
-    def kernel(x: Any, pieces: Any, scheme: Any, tiling: Any) -> Any:
-        return quantized_gpu.quantized_matmul(x, *pieces, None, scheme, tiling=tiling, interpret=interpret)
+    def tilings(rows: int, name: str) -> list[Tiling]:
+        """Neighbours of the default."""
+        first = decode_tiling(rows, d, schemes[name])
+        wide = {"columns": 2 * first.columns, "programs": first.programs // 2}
+        near = [{"stages": 3}, {"warps": 2}, wide, wide | {"stages": 3}, {"warps": 2, "stages": 3}]
+        near += [{"columns": first.columns // 2}, {"columns": first.columns // 2, "programs": 1056}]
+        return [dataclasses.replace(first, **change) for change in near]
 
-    def quantise(w: Any, scheme: Any) -> Any:
-        pieces = round_to_nearest(w, scheme, 0)
-        codes = pieces.codes if scheme.bits == 8 else pieces.codes[0::2] | (pieces.codes[1::2] << 4)
-        return codes, pieces.scales.astype(scheme.scale_dtype)
-
-    for rows in (1, 8, 32)[: 1 if interpret else None]:
+    for rows in (1, 32, 8, 128)[: 1 if interpret else None]:
         x = normal(jax.random.key(0), (rows, d))
         point, size = {"rows": rows}, sum(w.nbytes for w in dense)
         yield measured(point | {"weights": "bfloat16", "by": "xla"}, chain(lambda x, w: x @ w), (x, dense), bytes=size)
         for name, scheme in schemes.items():
-            stored = [jax.jit(functools.partial(quantise, scheme=scheme))(w) for w in dense]
+            kept = jax.jit(lambda w, scheme=scheme: lay_columns(Quantized(scheme, (0,)).from_array(w, here)))
+            stored = [kept(w) for w in dense]
             size = sum(array.nbytes for array in jax.tree.leaves(stored))
-            ways: list[Any] = [("xla", functools.partial(xla, scheme=scheme))]
-            ways += [("kernel", functools.partial(kernel, scheme=scheme, tiling=None))]
-            for n, k, w, s in sizes[: 0 if interpret or rows > 8 else None]:
-                tiling = Tiling(rows=16, columns=n, step=k, warps=w, stages=s)
-                ways.append((str(tiling), functools.partial(kernel, scheme=scheme, tiling=tiling)))
+            got, want = jax.jit(kernel)(x, stored[0]), jax.jit(quantized_columns_oracle)(x, stored[0])
+            error = float(jnp.max(jnp.abs(got - want)) / jnp.max(jnp.abs(want)))
+            ways: list[tuple[str, Any]] = [("kernel", kernel)]
+            if not interpret and rows in (1, 32) and name != "fp8":
+                ways += [(str(t), functools.partial(kernel, tiling=t)) for t in tilings(rows, name)]
             for way, multiply in ways:
-                yield measured(point | {"weights": name, "by": way}, chain(multiply), (x, stored), bytes=size)
+                row = point | {"weights": name, "by": way} | ({"error": error} if way == "kernel" else {})
+                yield measured(row, chain(multiply), (x, stored), bytes=size)
+
+
+def quantized_columns_oracle(x: Any, matrix: Any) -> Any:
+    """A product in float32."""
+    import jax.numpy as jnp
+
+    from jaxllm.ops.quantized_columns import by_blocks
+
+    return by_blocks(x.astype(jnp.float32), dataclasses.replace(matrix, dtype="float32"))
+
+
+def offline(plan: Plan) -> Rows:
+    """The whole engine: from nothing to a first answer, and a batch of requests through `LLM.generate`."""
+    import tempfile
+
+    import jax
+    import numpy as np
+
+    from jaxllm import LLM, SamplingParams
+
+    big = jax.default_backend() != "cpu"
+    m = plan.model
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": m["num_layers"],
+        "num_attention_heads": m["num_heads"],
+        "num_key_value_heads": m["num_kv_heads"],
+        **{name: value for name, value in m.items() if name not in ("num_layers", "num_heads", "num_kv_heads")},
+    }
+    num_prompts, prompt, answer = (256, 512, 128) if big else (3, 8, 4)
+    rng = np.random.default_rng(0)
+    prompts = [{"prompt_token_ids": ids} for ids in rng.integers(1, m["vocab_size"], (num_prompts, prompt)).tolist()]
+    sampling = SamplingParams(temperature=0.0, max_tokens=answer, ignore_eos=True)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        started = time.perf_counter()
+        llm = LLM(
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            max_model_len=2048 if big else 64,
+            max_num_seqs=128 if big else 4,
+            max_num_batched_tokens=2048 if big else 64,
+            kv_cache_memory_bytes=None if big else 1 << 22,
+            use_tqdm=False,
+        )
+        loaded = time.perf_counter()
+        llm.generate(prompts[0], sampling, use_tqdm=False)
+        answered = time.perf_counter()
+    yield {"load_s": loaded - started, "first_answer_s": answered - loaded}
+    for _ in range(2):  # the first compiles
+        started = time.perf_counter()
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        seconds = time.perf_counter() - started
+        tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
+        yield {
+            "requests": num_prompts,
+            "prompt": prompt,
+            "answer": answer,
+            "seconds": seconds,
+            "output_tokens_per_s": tokens / seconds,
+            "tokens_per_s": (tokens + num_prompts * prompt) / seconds,
+        }
+    started = time.perf_counter()
+    llm.engine.runner.warm_up()
+    yield {"other_programs_s": time.perf_counter() - started}
 
 
 def peer(plan: Plan) -> Rows:
@@ -429,6 +502,7 @@ PARTS: dict[str, Callable[[Plan], Rows]] = {
     "engine8": engine8,
     "engine4": engine4,
     "products": products,
+    "offline": offline,
     "peer": peer,
 }
 
@@ -660,7 +734,7 @@ def markdown(report: dict[str, Any]) -> str:
             f"Kernel against oracle: {sum(r['cases'] for r in checked)} cases of {len(checked)} shapes, worst error "
             f"{max(r['error'] for r in checked):.1e}, {len(bad)} shapes beyond tolerance {bad[:5]}."
         )
-    for name in ("engine", "engine8", "engine4", "products", "peer", "attention"):
+    for name in ("engine", "engine8", "engine4", "products", "offline", "peer", "attention"):
         if rows := parts.get(name, {}).get("rows"):
             lines += ["", f"## {name}", *table(rows)]
     notes = [f"* {name}: {part['note']}" for name, part in parts.items() if "note" in part]

@@ -19,9 +19,10 @@ from flax import nnx
 
 from jaxllm.adapters.targets import Target
 from jaxllm.models.primitives import contract
+from jaxllm.ops.contraction import num_contracted
 from jaxllm.ops.cpu import low_rank
 from jaxllm.ops.cpu.low_rank import RowsBySlot
-from jaxllm.ops.cpu.packed import PANEL, PackedMatrix, num_contracted
+from jaxllm.ops.cpu.packed import PANEL, PackedMatrix
 
 
 @jax.tree_util.register_dataclass

@@ -23,6 +23,7 @@ from jaxllm.adapters.panels import LowRankPanels
 from jaxllm.adapters.peft import PeftAdapter
 from jaxllm.adapters.targets import Target, place
 from jaxllm.models.primitives import Product, contract
+from jaxllm.ops.contraction import contraction
 from jaxllm.ops.cpu.low_rank import RowsBySlot
 
 
@@ -120,12 +121,12 @@ def _dims(spec: str) -> tuple[str, str, str]:
 def _low_rank(spec: str, x: jax.Array, m: LowRank) -> jax.Array:
     inputs, rows, kept = _dims(spec)
     x = x.astype(m.a.dtype)
-    h = _einsum(f"{rows}{inputs},pr{inputs}->{rows}pr", x, m.a).astype(m.b.dtype)
+    h = contraction(f"{rows}{inputs},pr{inputs}->{rows}pr", x, m.a).astype(m.b.dtype)
     if m.stacked is None:
-        return _einsum(f"{rows}r,r{kept}->{rows}{kept}", h[..., 0, :], m.b)
+        return contraction(f"{rows}r,r{kept}->{rows}{kept}", h[..., 0, :], m.b)
     stack = kept[m.stacked]
     h = jnp.take(h, jnp.array(m.module_of), axis=-2)
-    return _einsum(f"{rows}{stack}r,r{kept}->{rows}{kept}", h, m.b)
+    return contraction(f"{rows}{stack}r,r{kept}->{rows}{kept}", h, m.b)
 
 
 def _of_slots(spec: str, x: jax.Array, m: LowRank, slot_T: jax.Array) -> jax.Array:
@@ -134,16 +135,11 @@ def _of_slots(spec: str, x: jax.Array, m: LowRank, slot_T: jax.Array) -> jax.Arr
     One product of width S * R each, whatever slots the rows have: few matrix tiles on an accelerator.
     """
     inputs, rows, kept = _dims(spec)
-    h = _einsum(f"{rows}{inputs},spr{inputs}->{rows}psr", x.astype(m.a.dtype), m.a)
+    h = contraction(f"{rows}{inputs},spr{inputs}->{rows}psr", x.astype(m.a.dtype), m.a)
     own_TS = slot_T[:, None] == jnp.arange(1, m.a.shape[0] + 1)
     h = jnp.where(own_TS[:, None, :, None], h, 0).astype(m.b.dtype)
     if m.stacked is None:
-        return _einsum(f"{rows}sr,sr{kept}->{rows}{kept}", h[:, 0], m.b)
+        return contraction(f"{rows}sr,sr{kept}->{rows}{kept}", h[:, 0], m.b)
     stack = kept[m.stacked]
     h = jnp.take(h, jnp.array(m.module_of), axis=1)
-    return _einsum(f"{rows}{stack}sr,sr{kept}->{rows}{kept}", h, m.b)
-
-
-def _einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    precision = "highest" if w.dtype == jnp.float32 else None
-    return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32, precision=precision)
+    return contraction(f"{rows}{stack}sr,sr{kept}->{rows}{kept}", h, m.b)

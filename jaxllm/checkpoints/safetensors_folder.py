@@ -38,7 +38,7 @@ class SafetensorsCheckpoint:
         Raises:
             CheckpointError: A file is missing, damaged or contradicts the index.
         """
-        config = _json_object(path / "config.json")
+        config = folder_config(path)
         generation = path / "generation_config.json"
         files = _weight_files(path)
         return cls(
@@ -54,6 +54,11 @@ class SafetensorsCheckpoint:
 
     def release(self, name: str) -> None:
         self._files[name].release(name)
+
+
+def folder_config(path: Path) -> dict[str, Any]:
+    """What the folder's `config.json` says. Raises CheckpointError."""
+    return _json_object(path / "config.json")
 
 
 def _weight_files(folder: Path) -> dict[str, SafetensorsFile]:

@@ -360,5 +360,7 @@ def hf_config(name: str, *, progress: bool = True) -> dict[str, Any]:
     if name in PRESETS:
         return dict(PRESETS[name])
     from jaxllm.checkpoints import open_checkpoint, resolve_model
+    from jaxllm.checkpoints.safetensors_folder import folder_config
 
-    return open_checkpoint(resolve_model(name, progress=progress)).config
+    path = resolve_model(name, progress=progress)
+    return folder_config(path) if path.is_dir() else open_checkpoint(path).config  # a folder needs no weights for this

@@ -16,6 +16,7 @@ from flax import nnx
 
 from jaxllm.config import ClampedSwiglu, ModelConfig
 from jaxllm.ops.attention import AttentionSpec
+from jaxllm.ops.contraction import contraction
 from jaxllm.ops.mlp import activate
 from jaxllm.ops.moe import Experts, grouped_product
 from jaxllm.ops.norm import layer_norm, rms_norm
@@ -61,16 +62,11 @@ def contract(spec: str, x: jax.Array, weight: nnx.Param | jax.Array | StoredMatr
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    return _einsum(spec, x, w)
-
-
-def _einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    precision = "highest" if w.dtype == jnp.float32 else None  # float32 means float32 on every backend
-    return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32, precision=precision)
+    return contraction(spec, x, w)
 
 
 def _forward(spec: str, x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _einsum(spec, x, w), (x, w)
+    return contraction(spec, x, w), (x, w)
 
 
 def _backward(spec: str, kept: tuple[jax.Array, jax.Array], change: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -80,8 +76,8 @@ def _backward(spec: str, kept: tuple[jax.Array, jax.Array], change: jax.Array) -
     """
     x, w = kept
     left, right, out = spec.replace("->", ",").split(",")
-    narrow, over_rows = change.astype(w.dtype), functools.partial(_einsum, f"{left},{out}->{right}")
-    change_x = _einsum(f"{out},{right}->{left}", narrow, w).astype(x.dtype)
+    narrow, over_rows = change.astype(w.dtype), functools.partial(contraction, f"{left},{out}->{right}")
+    change_x = contraction(f"{out},{right}->{left}", narrow, w).astype(x.dtype)
     if w.dtype == jnp.float32:
         return change_x, over_rows(x, change)
     change_w = jax.lax.platform_dependent(

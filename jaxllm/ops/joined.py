@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxllm.ops.contraction import contraction
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
@@ -52,5 +54,4 @@ class JoinedMatrix:
 def _multiply(spec: str, x: jax.Array, w: Any) -> jax.Array:
     if not isinstance(w, jax.Array):
         return w.product(spec, x)
-    precision = "highest" if w.dtype == jnp.float32 else None
-    return jnp.einsum(spec, x.astype(w.dtype), w, preferred_element_type=jnp.float32, precision=precision)
+    return contraction(spec, x.astype(w.dtype), w)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxllm.config.quantization import ACTIVATION_LIMITS, Activations, Scheme
-from jaxllm.ops import quantized_gpu
+from jaxllm.ops.contraction import contraction
 from jaxllm.ops.gather import gather_rows
 
 _BLOCK = {"cpu": 1 << 20, "default": 1 << 24}  # elements of a device's part expanded at a time
@@ -47,7 +47,6 @@ class QuantizedMatrix:
         inner: sizes of the parameter's input dims but the first.
         parts: into how many parts devices cut the inputs.
         dtype: in which it is expanded and multiplied.
-        is_alone: whether one device holds all of it, so that a kernel may multiply it.
     """
 
     codes: jax.Array
@@ -60,7 +59,6 @@ class QuantizedMatrix:
     inner: tuple[int, ...] = dataclasses.field(default=(), metadata={"static": True})
     parts: int = dataclasses.field(default=1, metadata={"static": True})
     dtype: str = dataclasses.field(default="bfloat16", metadata={"static": True})
-    is_alone: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -146,25 +144,10 @@ def quantized_product(spec: str, x: jax.Array, matrix: QuantizedMatrix) -> jax.A
 
 def _of_few_rows(otherwise: Callable[[jax.Array, QuantizedMatrix], jax.Array], x: jax.Array, matrix: QuantizedMatrix):
     """Rows `[.., K]` times `[K, ..]`: what a platform does better where reading the codes is all that counts."""
-    m, k, n = math.prod(x.shape[:-1]), matrix.num_inputs, math.prod(matrix.codes.shape[1:])
-    better: dict[str, Callable[[jax.Array, QuantizedMatrix], jax.Array]] = {}
+    m, n = math.prod(x.shape[:-1]), math.prod(matrix.codes.shape[1:])
     if matrix.scheme.bits == 4 and m * n * matrix.scales.shape[0] <= _MOST_SUMS:
-        better["tpu"] = _by_groups
-    if matrix.is_alone and jax.default_backend() == "gpu" and not quantized_gpu.unsupported(m, k, n, matrix.scheme):
-        better["cuda"] = _by_kernel
-    return jax.lax.platform_dependent(x, matrix, **better, default=otherwise) if better else otherwise(x, matrix)
-
-
-def _by_kernel(x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
-    """By the kernel of a GPU that holds the whole matrix."""
-    kept = matrix.codes.shape[1:]
-    codes, scales, minima = (
-        None if a is None else a.reshape(-1, math.prod(kept)) for a in (matrix.codes, matrix.scales, matrix.minima)
-    )
-    assert codes is not None and scales is not None
-    x_MK = x.reshape(-1, matrix.num_inputs).astype(matrix.dtype)
-    y_MN = quantized_gpu.quantized_matmul(x_MK, codes, scales, minima, matrix.scheme)
-    return y_MN.reshape(*x.shape[:-1], *kept)
+        return jax.lax.platform_dependent(x, matrix, tpu=_by_groups, default=otherwise)
+    return otherwise(x, matrix)
 
 
 def _by_groups(x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
@@ -175,8 +158,8 @@ def _by_groups(x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
     pairs = matrix.codes.reshape(num_groups, -1, *matrix.codes.shape[1:])
     x_MJG2 = x.reshape(math.prod(x.shape[:-1]), num_groups, -1, 2).astype(dtype)
     spec = f"MJG,JG{kept}->MJ{kept}"
-    y = _einsum(spec, x_MJG2[..., 0], _numbers(pairs & 15, matrix.scheme).astype(dtype))
-    y = y + _einsum(spec, x_MJG2[..., 1], _numbers(pairs >> 4, matrix.scheme).astype(dtype))
+    y = contraction(spec, x_MJG2[..., 0], _numbers(pairs & 15, matrix.scheme).astype(dtype))
+    y = y + contraction(spec, x_MJG2[..., 1], _numbers(pairs >> 4, matrix.scheme).astype(dtype))
     y = jnp.sum(y * scales, axis=1)
     if matrix.minima is not None:
         sums_MJ = jnp.sum(x_MJG2.astype(jnp.float32), axis=(2, 3))
@@ -194,7 +177,7 @@ def _summing(spec: str, x: jax.Array, matrix: QuantizedMatrix, *, start: int) ->
 
         def one(i: int | jax.Array) -> jax.Array:
             some = jax.lax.dynamic_index_in_dim(x, i, start + 1, keepdims=False)
-            return _einsum(spec, some, _block(matrix, blocks, i))
+            return contraction(spec, some, _block(matrix, blocks, i))
 
         if blocks == 1:
             return jnp.sum(one(0), axis=0)
@@ -208,7 +191,7 @@ def _keeping(spec: str, x: jax.Array, matrix: QuantizedMatrix, place: int) -> ja
     def run(x: jax.Array, matrix: QuantizedMatrix, limit: int) -> jax.Array:
         blocks = _blocks(matrix, limit)
         x = x.astype(matrix.dtype)
-        y = jax.lax.map(lambda i: _einsum(spec, x, _block(matrix, blocks, i)), jnp.arange(blocks))  # [B, P, C, ..]
+        y = jax.lax.map(lambda i: contraction(spec, x, _block(matrix, blocks, i)), jnp.arange(blocks))  # [B, P, C, ..]
         y = jnp.moveaxis(y, 0, 1)
         y = y.reshape(-1, *y.shape[3:])
         if matrix.order is not None:
@@ -223,11 +206,6 @@ def _by_platform(run: Any, x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
     return jax.lax.platform_dependent(
         x, matrix, cpu=lambda x, m: run(x, m, _BLOCK["cpu"]), default=lambda x, m: run(x, m, _BLOCK["default"])
     )
-
-
-def _einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    precision = "highest" if w.dtype == jnp.float32 else None  # float32 means float32 on every backend
-    return jnp.einsum(spec, x, w, preferred_element_type=jnp.float32, precision=precision)
 
 
 def _blocks(matrix: QuantizedMatrix, limit: int) -> int:

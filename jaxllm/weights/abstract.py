@@ -37,7 +37,7 @@ from jaxllm.weights.schemes import (
     schemes_of,
     with_activations,
 )
-from jaxllm.weights.stored import Storage, choose_storage
+from jaxllm.weights.stored import MatmulBackend, Storage, choose_storage
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class AbstractModel:
     placement: Placement
     kv_copies: int
     vocab_padding: int
-    is_packed: bool = False
+    matmul: MatmulBackend = "xla"
     schemes: Schemes = field(default_factory=dict)
     rounds: bool = False
     draft: AbstractModel | None = None
@@ -74,6 +74,11 @@ class AbstractModel:
         shardings = dict(nnx.to_flat_state(self.shardings()))
         return nnx.map_state(kept, self.state)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the processor's own kernels multiply, with matrices in panels."""
+        return self.matmul == "llvm"
+
     def leaves(self) -> list[Any]:
         """Every parameter's arrays as shapes, the draft's after the model's own."""
         return jax.tree.leaves(self.parameters) + (self.draft.leaves() if self.draft else [])
@@ -85,7 +90,7 @@ class AbstractModel:
             variable.get_value(),
             contracted,
             self.placement,
-            use_panels=self.is_packed,
+            matmul=self.matmul,
             scheme=self.schemes.get(path),
             inputs=inputs,
         )
@@ -127,18 +132,23 @@ def _check_groups(name: str, variable: Any, scheme: Scheme, placement: Placement
 
 
 def abstract_model(
-    cfg: ModelConfig, placement: Placement, dtype: jnp.dtype, *, canonical: bool = False, is_packed: bool = False
+    cfg: ModelConfig,
+    placement: Placement,
+    dtype: jnp.dtype,
+    *,
+    canonical: bool = False,
+    matmul: MatmulBackend = "xla",
 ) -> AbstractModel:
     """Shapes of the decoder for this mesh: key/value heads repeated and vocabulary padded where the cut asks for it.
 
-    `canonical` leaves both out: the shapes that do not depend on the mesh. `is_packed` (one CPU alone) keeps matrices
-    in panels, see `jaxllm.weights.stored`; the shapes in `state` stay those of the matrices.
+    `canonical` leaves both out: the shapes that do not depend on the mesh. `matmul` (of one device alone) keeps
+    matrices as its kernels want them, see `jaxllm.weights.stored`; the shapes in `state` stay those of the matrices.
     """
     copies = 1 if canonical else kv_copies(cfg, placement.rules, placement.sizes)
     padding = 0 if canonical else vocab_padding(cfg, placement.rules, placement.sizes)
     model = nnx.eval_shape(lambda: Decoder(cfg, kv_copies=copies, vocab_padding=padding, dtype=dtype))
     graph, state = nnx.split(model)
-    return AbstractModel(cfg, graph, state, placement, copies, padding, is_packed)
+    return AbstractModel(cfg, graph, state, placement, copies, padding, matmul)
 
 
 def make_model(
@@ -154,9 +164,9 @@ def make_model(
     schemes = with_activations(
         stored or asked_schemes(config.quantization, model.state, placement), config.activation_dtype
     )
-    is_packed = _use_panels(config, placement, quantized=bool(schemes))
-    model = replace(model, schemes=schemes, rounds=not stored, is_packed=is_packed)
-    return _without_slow(model) if stored and is_packed and config.quantization == "auto" else model
+    matmul = _matmul_backend(config, placement, quantized=bool(schemes))
+    model = replace(model, schemes=schemes, rounds=not stored, matmul=matmul)
+    return _without_slow(model) if stored and model.is_packed and config.quantization == "auto" else model
 
 
 def _without_slow(model: AbstractModel) -> AbstractModel:
@@ -212,16 +222,17 @@ def _fits(model: AbstractModel, path: tuple, scheme: Scheme | JoinedScheme) -> b
     return True
 
 
-def _use_panels(config: EngineConfig, placement: Placement, *, quantized: bool) -> bool:
-    """Whether the processor's own kernels multiply. Raises ValueError where they are asked for and cannot."""
-    mesh = placement.mesh
-    if mesh.size > 1 or mesh.devices.flat[0].platform != "cpu":
-        if config.matmul_backend == "llvm":
-            raise ValueError("matmul_backend='llvm' is for one CPU device; use auto or xla")
-        return False
-    if config.matmul_backend == "xla":
-        return False
+def _matmul_backend(config: EngineConfig, placement: Placement, *, quantized: bool) -> MatmulBackend:
+    """Whose kernels multiply on one device alone. Raises ValueError where they are asked for and cannot."""
+    mesh, asked = placement.mesh, config.matmul_backend
+    platform = mesh.devices.flat[0].platform if mesh.size == 1 else ""
+    if asked == "llvm" and platform != "cpu":
+        raise ValueError("matmul_backend='llvm' is for one CPU device; use auto or xla")
+    if asked == "xla" or platform not in ("cpu", "gpu", "cuda"):
+        return "xla"
+    if platform != "cpu":
+        return "pallas_gpu"
     reason = ffi.unavailable(quantized=quantized)
-    if reason and config.matmul_backend == "llvm":
+    if reason and asked == "llvm":
         raise ValueError(f"matmul_backend='llvm' cannot run: {reason}; use auto or xla")
-    return not reason
+    return "xla" if reason else "llvm"

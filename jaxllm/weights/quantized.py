@@ -131,7 +131,6 @@ class Quantized:
             inner=inner,
             parts=parts,
             dtype=jnp.dtype(want.dtype).name,
-            is_alone=sharding.mesh.size == 1,
         )
 
     def _shapes(self, shape: Sequence[int]) -> list[tuple[int, ...] | None]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -23,9 +23,12 @@ from jaxllm.sharding.mesh import Placement
 from jaxllm.weights.boxes import ReadBox, aligned_zeros, panel_boxes
 from jaxllm.weights.joined import Joined
 from jaxllm.weights.quantized import Quantized
+from jaxllm.weights.quantized_columns import QuantizedInColumns
 from jaxllm.weights.quantized_panels import QuantizedInPanels
 from jaxllm.weights.schemes import JoinedScheme
 from jaxllm.weights.storage import Storage
+
+MatmulBackend = Literal["xla", "llvm", "pallas_gpu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ def choose_storage(
     contracted: tuple[int, ...],
     placement: Placement,
     *,
-    use_panels: bool,
+    matmul: MatmulBackend,
     scheme: Scheme | JoinedScheme | None = None,
     inputs: tuple[int, ...] = (),
 ) -> Storage:
@@ -114,7 +117,7 @@ def choose_storage(
         want: its shape and dtype.
         contracted: the dims of it that every product sums over, none where that is not so.
         placement: the mesh.
-        use_panels: whether the processor's own kernels multiply; they do on one device alone.
+        matmul: whose kernels multiply; on one device alone.
         scheme: how it is quantised; None: it is not.
         inputs: the dims of it that are inputs of its linear, along which groups lie.
     """
@@ -124,12 +127,19 @@ def choose_storage(
         for (start, one), end in zip(scheme.runs, ends, strict=True):
             shape = (*want.shape[: scheme.axis], end - start, *want.shape[scheme.axis + 1 :])
             part = jax.ShapeDtypeStruct(shape, want.dtype)
-            storage = choose_storage(part, contracted, placement, use_panels=use_panels, scheme=one, inputs=inputs)
+            storage = choose_storage(part, contracted, placement, matmul=matmul, scheme=one, inputs=inputs)
             runs.append((start, storage))
         return Joined(scheme.axis, tuple(runs))
     if scheme is not None:
-        logical, panels = Quantized(scheme, inputs), QuantizedInPanels(Quantized(scheme, inputs))
-        return panels if use_panels and placement.mesh.size == 1 and panels.fits(want, contracted) else logical
-    if use_panels and placement.mesh.size == 1 and not ffi.unavailable() and packs(want.shape, want.dtype, contracted):
+        logical = Quantized(scheme, inputs)
+        kinds = {"llvm": QuantizedInPanels, "pallas_gpu": QuantizedInColumns} if placement.mesh.size == 1 else {}
+        kept = kinds[matmul](logical) if matmul in kinds else None
+        return kept if kept is not None and kept.fits(want, contracted) else logical
+    if (
+        matmul == "llvm"
+        and placement.mesh.size == 1
+        and not ffi.unavailable()
+        and packs(want.shape, want.dtype, contracted)
+    ):
         return Panels(contracted)
     return Plain()

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from jaxllm import LLM, SamplingParams
+from jaxllm.ops.contraction import num_contracted
 from jaxllm.ops.cpu import ffi
-from jaxllm.ops.cpu.packed import PackedMatrix, num_contracted, pack, packed_product, packed_rows, packs
+from jaxllm.ops.cpu.packed import PackedMatrix, pack, packed_product, packed_rows, packs
 
 if reason := ffi.unavailable():
     pytest.skip(reason, allow_module_level=True)

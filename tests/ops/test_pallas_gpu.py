@@ -123,4 +123,4 @@ def test_kernel_lowers_to_triton_for_cuda(name):
     q = struct(256, k, g, h, dtype=jnp.bfloat16)
     with on_an_h100():
         lowered = jax.jit(attend).trace(q, pages, rows).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("xla.gpu.triton") == 2
+    assert lowered.as_text().count("xla.gpu.triton") == 3  # single queries, their splits joined, and tiles

@@ -12,8 +12,14 @@ import numpy as np
 import pytest
 
 from jaxllm.config.quantization import E2M1, Scheme
-from jaxllm.ops import quantized_gpu
+from jaxllm.ops import quantized_columns, quantized_gpu
 from jaxllm.ops.quantized import QuantizedMatrix
+from jaxllm.ops.quantized_columns import lay_columns
+from jaxllm.sharding.mesh import Placement, make_mesh
+from jaxllm.sharding.rules import load_rules
+from jaxllm.weights.quantized import Quantized
+from jaxllm.weights.quantized_columns import QuantizedInColumns
+from jaxllm.weights.stored import choose_storage
 
 SCHEMES = {
     "int4": Scheme(codes="uint4", group=64, offset=8, scale_dtype="bfloat16"),
@@ -24,51 +30,82 @@ SCHEMES = {
 }
 
 
-def operands(scheme: Scheme, m: int, k: int, n: int, dtype="bfloat16"):
-    rng = np.random.default_rng(m)
-    codes = {"uint4": rng.integers(0, 256, (k // 2, n), np.uint8), "int8": rng.integers(-128, 128, (k, n), np.int8)}
-    kept = codes.get(scheme.codes, rng.standard_normal((k, n)).astype(ml_dtypes.float8_e4m3fn))
-    scales, minima = (rng.random((k // (scheme.group or k), n)).astype(jnp.dtype(scheme.scale_dtype)) for _ in range(2))
-    x = jnp.asarray(rng.standard_normal((m, k)), dtype)
-    return x, jnp.asarray(kept), jnp.asarray(scales), jnp.asarray(minima) if scheme.has_minima else None
+def logical(scheme: Scheme, k: int, kept: tuple[int, ...], dtype: str = "bfloat16") -> QuantizedMatrix:
+    """A random matrix whose inputs are its first dim."""
+    rng = np.random.default_rng(k)
+    pairs, bytes_ = rng.integers(0, 256, (k // 2, *kept), np.uint8), rng.integers(-128, 128, (k, *kept), np.int8)
+    codes = {"uint4": pairs, "int8": bytes_}
+    codes = codes.get(scheme.codes, rng.standard_normal((k, *kept)).astype(ml_dtypes.float8_e4m3fn))
+    groups = (k // (scheme.group or k), *kept)
+    scales, minima = (jnp.asarray(rng.random(groups).astype(jnp.dtype(scheme.scale_dtype))) for _ in range(2))
+    minima = minima if scheme.has_minima else None
+    return QuantizedMatrix(jnp.asarray(codes), scales, minima, None, None, scheme, 0, dtype=dtype)
+
+
+def rows(m: int, k: int, dtype: str = "bfloat16") -> jax.Array:
+    return jnp.asarray(np.random.default_rng(m).standard_normal((m, k)), dtype)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_product_is_that_of_the_oracle(name):
     scheme = SCHEMES[name]
-    for m, dtype in ((1, "bfloat16"), (20, "float32")):
-        x, codes, scales, minima = operands(scheme, m, 384, 160, dtype)
-        assert quantized_gpu.unsupported(m, 384, 160, scheme) is None
+    matrix = logical(scheme, 384, (160,), "float32")
+    laid = lay_columns(matrix)
+    assert quantized_gpu.unsupported(384, 160, scheme) is None
+    for m, dtype in ((1, "bfloat16"), (20, "float32"), (40, "bfloat16")):
+        x = rows(m, 384, dtype)
         kernel = functools.partial(quantized_gpu.quantized_matmul, scheme=scheme, interpret=True)
-        got = np.asarray(jax.jit(kernel)(x, codes, scales, minima))
-        exact = QuantizedMatrix(codes, scales, minima, None, None, scheme, 0, dtype="float32")
-        want = np.asarray(exact.product("MK,KN->MN", x.astype(jnp.float32)))
+        got = np.asarray(jax.jit(kernel)(x, laid.codes, laid.scales, laid.minima))
+        want = np.asarray(matrix.product("MK,KN->MN", x.astype(jnp.float32)))
         np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max(), rtol=0)
 
 
-def test_a_gpu_that_holds_the_whole_matrix_multiplies_with_the_kernel(monkeypatch):
+@pytest.mark.parametrize("name", SCHEMES)
+def test_many_rows_are_multiplied_a_block_at_a_time(name, monkeypatch):
+    monkeypatch.setattr(quantized_columns, "_BLOCK", 128 * 64)
+    matrix = logical(SCHEMES[name], 384, (2, 32), "float32")
+    matrix = dataclasses.replace(matrix, order=jnp.asarray(np.random.default_rng(0).permutation(384), jnp.int32))
+    x = rows(300, 384, "float32").reshape(3, 100, 384)
+    want = np.asarray(matrix.product("ATD,DXF->ATXF", x))
+    laid = lay_columns(matrix)
+    assert laid.shape == (384, 2, 32)
+    np.testing.assert_allclose(
+        np.asarray(laid.product("ATD,DXF->ATXF", x)), want, atol=2e-5 * np.abs(want).max(), rtol=0
+    )
+
+
+def test_one_gpu_keeps_columns_together_and_multiplies_few_rows_with_the_kernel(monkeypatch):
     """Traced as if there were one; interpreted in its branch's place."""
     seen, scheme = [], SCHEMES["int4"]
-    x, codes, scales, _ = operands(scheme, 2, 128, 64)
-    matrix = QuantizedMatrix(codes.reshape(64, 2, 32), scales.reshape(2, 2, 32), None, None, None, scheme, 0)
-    want = np.asarray(matrix.product("TD,DXF->TXF", x))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    placement = Placement(make_mesh("tp=1"), load_rules("megatron"))
+    want = jax.ShapeDtypeStruct((2, 64, 96), jnp.bfloat16)
+    storage = choose_storage(want, (0, 1), placement, matmul="pallas_gpu", scheme=scheme, inputs=(0, 1))
+    assert isinstance(storage, QuantizedInColumns)
+    array = jax.random.normal(jax.random.key(0), want.shape, want.dtype)
+    sharding = jax.sharding.NamedSharding(placement.mesh, jax.sharding.PartitionSpec())
+    laid = storage.from_array(array, sharding)
+    like = storage.abstract(want, sharding)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), laid) == jax.tree.map(lambda a: (a.shape, a.dtype), like)
+    exact = storage.logical.from_array(array, sharding)
     kernel = functools.partial(quantized_gpu.quantized_matmul, interpret=True)
     monkeypatch.setattr(quantized_gpu, "quantized_matmul", lambda *a: seen.append(1) or kernel(*a))
     monkeypatch.setattr(jax.lax, "platform_dependent", lambda *a, default, cuda=None, **_: (cuda or default)(*a))
-    got = np.asarray(dataclasses.replace(matrix, is_alone=True).product("TD,DXF->TXF", x))
-    np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max(), rtol=0)
-    matrix.product("TD,DXF->TXF", x)  # held by several devices
+    for tokens in (3, 300):
+        x = rows(tokens, 128).reshape(tokens, 2, 64)
+        got, right = (np.asarray(m.product("TGH,GHD->TD", x)) for m in (laid, exact))
+        np.testing.assert_allclose(got, right, atol=0.01 * np.abs(right).max(), rtol=0)
     assert len(seen) == 1
+    table = choose_storage(want, (), placement, matmul="pallas_gpu", scheme=scheme, inputs=(0, 1))
+    assert isinstance(table, Quantized)  # multiplied along other dims too
+    by_xla = choose_storage(want, (0, 1), placement, matmul="xla", scheme=scheme, inputs=(0, 1))
+    assert isinstance(by_xla, Quantized)
 
 
 def test_what_the_kernel_does_not_know_is_said():
-    int4 = SCHEMES["int4"]
-    assert quantized_gpu.unsupported(1, 4096, 4096, int4) is None
-    assert "more than 256 rows" in str(quantized_gpu.unsupported(257, 4096, 4096, int4))
-    assert "no numbers" in str(quantized_gpu.unsupported(1, 4096, 4096, Scheme(codes="uint4", group=32, table=E2M1)))
+    assert quantized_gpu.unsupported(4096, 4096, SCHEMES["int4"]) is None
+    assert "no numbers" in str(quantized_gpu.unsupported(4096, 4096, Scheme(codes="uint4", group=32, table=E2M1)))
     small = Scheme(codes="uint4", group=16)
-    assert "groups of less than 32" in str(quantized_gpu.unsupported(1, 4096, 4096, small))
+    assert "groups of less than 32" in str(quantized_gpu.unsupported(4096, 4096, small))
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -76,16 +113,9 @@ def test_what_the_kernel_does_not_know_is_said():
 @pytest.mark.parametrize("name", SCHEMES)
 def test_kernel_lowers_to_triton_for_cuda(name, m):
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
-    scheme, k, n = SCHEMES[name], 4096, 14336
-    like = jax.eval_shape(lambda: operands_like(scheme, m, k, n))
+    scheme, k, n = SCHEMES[name], 512, 256
+    x, laid = jax.eval_shape(lambda: (rows(m, k), lay_columns(logical(scheme, k, (n,)))))
     kernel = functools.partial(quantized_gpu.quantized_matmul, scheme=scheme)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
-        lowered = jax.jit(kernel).trace(*like).lower(lowering_platforms=("cuda",))
+        lowered = jax.jit(kernel).trace(x, laid.codes, laid.scales, laid.minima).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("xla.gpu.triton") == 1
-
-
-def operands_like(scheme: Scheme, m: int, k: int, n: int):
-    kinds = {"uint4": jnp.uint8, "int8": jnp.int8, "float8_e4m3fn": jnp.float8_e4m3fn}
-    codes = jnp.zeros((k // 2 if scheme.bits == 4 else k, n), kinds[scheme.codes])
-    scales = jnp.zeros((k // (scheme.group or k), n), scheme.scale_dtype)
-    return jnp.zeros((m, k), jnp.bfloat16), codes, scales, scales if scheme.has_minima else None

@@ -22,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -57,9 +58,8 @@ def prefill_tiling(group: int, width: int, itemsize: int) -> Tiling:
     """Compute-bound: as many pairs as the accumulators' registers allow."""
     if itemsize > 2:
         return Tiling(pairs=2 * _MIN_WIDTH, keys=_MIN_WIDTH, warps=8, stages=2)
-    pairs = 128 if width <= 128 else 64 if width <= 256 else 32
     keys = max(_MIN_WIDTH, min(64, (1 << 15) // (pl.next_power_of_2(width) * itemsize)))
-    return Tiling(pairs=pairs, keys=keys, warps=8, stages=3 if width <= 128 else 2)
+    return Tiling(pairs=64 if width <= 256 else 32, keys=keys, warps=4 if width <= 128 else 8, stages=2)
 
 
 def unsupported(pages: Any, spec: AttentionSpec) -> str | None:
@@ -127,6 +127,7 @@ class _Static:
     parts: tuple[tuple[int, int], ...]
     value_parts: tuple[tuple[int, int], ...]
     dtype: Any
+    interpret: bool
 
     @property
     def num_heads(self) -> int:
@@ -178,7 +179,7 @@ class _Call:
         facts = jnp.stack([row, row, active.astype(jnp.int32), rows.kv_len], axis=1)
         out = self._run(static, facts, rows.page_table, None)
         if splits > 1:
-            out = _merge(*out).astype(self.q.dtype)
+            return self._merge(static, active, *out)
         return jnp.where(active[:, None, None, None], out, 0)
 
     def tiles(self, base: jax.Array, rows: RaggedRows, tiling: Tiling | None) -> jax.Array:
@@ -214,6 +215,7 @@ class _Call:
             parts=_parts(width),
             value_parts=_parts(self.spec.value_width or width),
             dtype=self.q.dtype,
+            interpret=self.interpret,
         )
 
     def _run(self, static: _Static, facts: jax.Array, table: jax.Array, base: jax.Array | None) -> Any:
@@ -242,14 +244,37 @@ class _Call:
         )(*named.values())
         if z == 1:
             return out[0].reshape(num, k, g, wide)
-        top, total, weighted = out
-        return top.reshape(z, num, k, g), total.reshape(z, num, k, g), weighted.reshape(z, num, k, g, wide)
+        return out
+
+    def _merge(self, static: _Static, active: jax.Array, *partial: jax.Array) -> jax.Array:
+        """Join the splits, in one kernel: `[Z * R * K * G]` maxima and sums, `[Z * R * K * G, H]` values."""
+        (num, k, g, _), wide = self.q.shape, sum(static.value_parts[-1])
+        (out,) = pl.pallas_call(
+            functools.partial(_merge_kernel, static),
+            out_shape=[jax.ShapeDtypeStruct((num * k * g, wide), self.q.dtype)],
+            grid=(num, k * g),
+            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+            interpret=self.interpret,
+            name="merge_splits",
+        )(active.astype(jnp.int32), *partial)
+        return out.reshape(num, k, g, wide)
 
 
-def _merge(top: jax.Array, total: jax.Array, values: jax.Array) -> jax.Array:
-    """Join the splits: `[Z, R, K, G]` maxima (of exponents of two) and sums, `[Z, R, K, G, H]` values."""
-    weight = jnp.exp2(top - jnp.max(top, axis=0))
-    return jnp.sum(values * weight[..., None], axis=0) / jnp.sum(total * weight, axis=0)[..., None]
+def _merge_kernel(c: _Static, active: Any, top: Any, total: Any, values: Any, out: Any) -> None:
+    """One program: a head of a row."""
+    row, at = pl.program_id(0), pl.program_id(0) * c.num_heads + pl.program_id(1)
+    from_Z = jnp.arange(c.splits, dtype=jnp.int32) * (top.shape[0] // c.splits) + at
+    is_active = active[row] > 0
+    top_Z = plgpu.load(top.at[from_Z], mask=jnp.broadcast_to(is_active, from_Z.shape), other=0.0)
+    weight_Z = jnp.exp2(top_Z - jnp.max(top_Z))
+    sum_Z = plgpu.load(total.at[from_Z], mask=jnp.broadcast_to(is_active, from_Z.shape), other=1.0)
+    weight_Z = weight_Z / jnp.sum(weight_Z * sum_Z)
+    for start, width in c.value_parts:
+        columns = start + jnp.arange(width, dtype=jnp.int32)
+        mask = jnp.broadcast_to(is_active, (c.splits, width))
+        part = plgpu.load(values.at[from_Z[:, None], columns[None, :]], mask=mask, other=0.0)
+        merged = jnp.sum(part * weight_Z[:, None], axis=0)
+        plgpu.store(out.at[jnp.full((width,), at), columns], merged.astype(out.dtype))
 
 
 def _rectangle(rows: jax.Array, part: tuple[int, int], column: Any = 0) -> tuple[jax.Array, jax.Array]:
@@ -335,11 +360,11 @@ def _attend_block(tile: _Tile, c: _Static, masked: bool, j: jax.Array, state: An
     keys = [block.load(0, part) for part in c.parts]
     s_XS = functools.reduce(jnp.add, [c.dot(q, key, 1) for q, key in zip(tile.q_parts, keys, strict=True)])
     seen_XS = _seen(tile, c, position_S) if masked else None
-    s_XS = _scores(c, block, s_XS, seen_XS)
+    s_XS, factor = _scores(c, block, s_XS, seen_XS)
 
     top, total, values = state
-    new_top = jnp.maximum(top, jnp.max(s_XS, axis=1))
-    p_XS, keep = jnp.exp2(s_XS - new_top[:, None]), jnp.exp2(top - new_top)
+    new_top = jnp.maximum(top, jnp.max(s_XS, axis=1) * factor)
+    p_XS, keep = _exponentials(s_XS, factor, new_top, c.interpret), jnp.exp2(top - new_top)
     total = total * keep + jnp.sum(p_XS, axis=1)
     half = 0 if c.spec.value_width is not None else 1
     loaded = keys if half == 0 else [block.load(1, part) for part in c.value_parts]
@@ -364,15 +389,30 @@ def _seen(tile: _Tile, c: _Static, position_S: jax.Array) -> jax.Array:
     return seen_XS
 
 
-def _scores(c: _Static, block: _Block, s_XS: jax.Array, seen_XS: jax.Array | None) -> jax.Array:
-    """Scaled, soft-capped and masked (None: all are seen), as exponents of two."""
+def _scores(c: _Static, block: _Block, s_XS: jax.Array, seen_XS: jax.Array | None) -> tuple[jax.Array, float]:
+    """Soft-capped and masked (None: all are seen), and the factor that makes exponents of two of them."""
     if (scale_S := block.scales(0)) is not None:
         s_XS = s_XS * scale_S[None, :]
+    factor = c.spec.scale * _LOG2E
     if (cap := c.spec.softcap) is not None:
-        s_XS = (cap * _LOG2E) * jnp.tanh(s_XS * (c.spec.scale / cap))
-    else:
-        s_XS = s_XS * (c.spec.scale * _LOG2E)
-    return s_XS if seen_XS is None else jnp.where(seen_XS, s_XS, _MASKED)
+        s_XS, factor = jnp.tanh(s_XS * (c.spec.scale / cap)), cap * _LOG2E
+    return (s_XS if seen_XS is None else jnp.where(seen_XS, s_XS, _MASKED)), factor
+
+
+def _exponentials(s_XS: jax.Array, factor: float, top_X: jax.Array, interpret: bool) -> jax.Array:
+    """`exp2(s * factor - top)` in two instructions for each number; as plain operations it takes the compiler six."""
+    if interpret:
+        return jnp.exp2(s_XS * factor - top_X[:, None])
+    number = np.float32(factor).view(np.uint32)
+    minus_top_XS = jnp.broadcast_to(-top_X[:, None], s_XS.shape)
+    (out,) = plgpu.elementwise_inline_asm(
+        f"{{.reg .f32 t; fma.rn.ftz.f32 t, $1, 0f{number:08X}, $2; ex2.approx.ftz.f32 $0, t;}}",
+        args=[s_XS, minus_top_XS],
+        constraints="=f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(s_XS.shape, jnp.float32)],
+    )
+    return out
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxllm.ops.contraction import num_contracted
 from jaxllm.ops.cpu import ffi
 from jaxllm.ops.cpu.ir import Function, Value
 from jaxllm.ops.cpu.lanes import VECTOR, ZERO
@@ -93,12 +94,6 @@ def pack(matrix: np.ndarray, contracted: tuple[int, ...], out: np.ndarray | None
         pairs |= some[:, 0]
         panels[:, first : first + block] = pairs.reshape(-1, n // PANEL, PANEL).swapaxes(0, 1)
     return panels
-
-
-def num_contracted(spec: str) -> int:
-    """How many dims of its first operand an einsum sums over: its last ones, sizes of 1 included."""
-    operands, out = spec.split("->")
-    return sum(letter not in out for letter in operands.partition(",")[0])
 
 
 def packed_product(x: jax.Array, matrix: PackedMatrix, contracted: int = 1) -> jax.Array:

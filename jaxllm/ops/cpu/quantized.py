@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.config.quantization import Activations
+from jaxllm.ops.contraction import num_contracted
 from jaxllm.ops.cpu import ffi
-from jaxllm.ops.cpu.packed import num_contracted
 from jaxllm.ops.cpu.quantized_bytes import Bytes, RoundingSizes, byte_offset, rounding_kernel
 from jaxllm.ops.cpu.quantized_kernel import PANEL, QuantizedSizes, quantized_kernel
 from jaxllm.ops.cpu.quantized_numbers import Arithmetic, Codes, Floats, Pairs
