@@ -1,4 +1,4 @@
-"""Check and measure jaxllm on a GPU box, in one command and under ten minutes: `python scripts/gpu_check.py`.
+"""Check and measure jaxllm on a GPU box, in one command and under twelve minutes: `python scripts/gpu_check.py`.
 
 Parts, each a process of its own with a time budget; what does not fit is skipped and said so:
   ceilings   copy bandwidth and matrix product rate of this very device

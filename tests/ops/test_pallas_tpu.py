@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ref_ragged_paged_attention
 
 from jaxllm.config import EngineConfig
+from jaxllm.deployment.topology import prepare_environment
 from jaxllm.families.presets import preset
 from jaxllm.kv.memory import write_pages
 from jaxllm.ops.attention import (
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.optimized
 @pytest.fixture(scope="module")
 def v5e():
     pytest.importorskip("libtpu")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    prepare_environment()
     from jax.experimental import topologies
 
     return topologies.get_topology_desc("v5e:2x2", "tpu").devices

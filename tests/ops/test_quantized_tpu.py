@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import pytest
 
 from jaxllm.config import EngineConfig
 from jaxllm.config.quantization import E2M1, Scheme
+from jaxllm.deployment.topology import prepare_environment
 from jaxllm.families.presets import preset
 from jaxllm.ops import quantized
 from jaxllm.ops.quantized import QuantizedMatrix
@@ -51,7 +51,7 @@ def test_group_by_group_is_the_product(scheme):
 @pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
 def test_decode_with_int4_weights_compiles_for_a_v5e_without_expanding_them():
     pytest.importorskip("libtpu")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    prepare_environment()
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
