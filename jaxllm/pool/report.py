@@ -15,11 +15,15 @@ _SHOWN_SWITCHES = 32
 
 
 def pool_state(pool: Pool) -> dict[str, Any]:
-    """Who is where, the budgets in bytes, and the latest switches."""
+    """Who is where, the budgets in bytes, and the latest switches. `absent` are models that no request has loaded yet,
+    that left, or that failed."""
     residents, current = pool.residents, pool.residents.current
+    states = [model_state(model) for model in pool.models]
+    absent = (State.ABSENT, State.FAILED)
     budget, slabs = residents.budget, pool.host_kv.slabs
     return {
-        "running": [model_state(model) for model in pool.models if model.state not in (State.ABSENT, State.FAILED)],
+        "running": [state for state in states if state["state"] not in absent],
+        "absent": [state for state in states if state["state"] in absent],
         "current": current.name if current is not None else None,
         "policy": pool.config.policy,
         "device_bytes": {"limit": budget.limit, "used": budget.used, "peak": budget.peak},

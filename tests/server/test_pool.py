@@ -133,6 +133,8 @@ def test_what_does_not_fit_or_cannot_be_read_is_refused_with_the_reason(http, fo
     broken = http.post("/v1/models/deploy", json={"model": "broken", "path": str(tmp_path), "wait": True})
     assert broken.status_code == 503 and "retry-after" in broken.headers
     assert {c["id"]: c["state"] for c in http.get("/v1/models").json()["data"]}["broken"] == "failed"
+    absent = {one["model"]: one["error"] for one in http.get("/running").json()["absent"]}
+    assert "model.safetensors" in absent["broken"] and absent.keys() <= {"large", "broken"}
     for name in ("large", "broken"):
         http.post("/v1/models/undeploy", json={"model": name, "wait": True}).raise_for_status()
     taken = http.post("/v1/models/deploy", json={"model": "first", "path": "x"})

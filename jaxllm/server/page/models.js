@@ -13,6 +13,8 @@ function line(kind, text, parent) {
 const bytes = (n) => n === null ? "" : n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : `${(n / 1e6).toFixed(1)} MB`;
 
 function where(model, current) {
+  if (model.error) return `failed: ${model.error}`;
+  if (model.state === "absent") return "not loaded";
   if (model.state !== "ready") return model.stage ? `${model.state}: ${model.stage}` : model.state;
   if (model.id === current) return "running";
   return model.place === "device" ? "on the device" : `in ${model.place === "host" ? "host memory" : "files"}`;
@@ -29,11 +31,11 @@ export function showModels(place, pool) {
   line("span", "Models", caption);
   line("b", `${bytes(used.used)} of ${bytes(used.limit)}`, caption);
   const list = document.createElement("table"), now = Date.now() / 1000;
-  for (const model of pool.running) {
+  for (const model of [...pool.running, ...pool.absent]) {
     const row = document.createElement("tr");
     row.className = model.id === pool.current ? "current" : "";
     line("td", model.id, row);
-    line("td", where(model, pool.current), row);
+    line("td", where(model, pool.current), row).title = where(model, pool.current);
     line("td", model.requests ? `${model.requests} request${model.requests > 1 ? "s" : ""}` : "", row);
     line("td", bytes(model.weight_bytes), row);
     list.append(row);
