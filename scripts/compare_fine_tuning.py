@@ -3,7 +3,7 @@
     python scripts/compare_fine_tuning.py --model FOLDER --data instruction-data.json --lora-rank 16
     python scripts/compare_fine_tuning.py --model FOLDER --data instruction-data.json --lora-rank 0      # all weights
 
-Both see every token of the same records once, at the same batch size, in turns. transformers pads each batch to its
+Both see every token of the same records once, about as many in a step, in turns. transformers pads each batch to its
 longest record, as its users do; jaxllm packs. The median step counts, so that compiling does not.
 """
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def ours(args: argparse.Namespace, records: Path, output: Path) -> float:
     command = [sys.executable, "-m", "jaxllm", "train", "sft", "--data", str(records), "--model", str(args.model)]
     command += ["--output", str(output), "--epochs", "1", "--batch-size", str(args.batch_size), "--no-plot", "--json"]
     command += ["--lora-rank", str(args.lora_rank), "--sample-every", "0", "--eval-every", "1000000"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
     rates = [line.rsplit(",", 1)[1] for line in done.stderr.splitlines() if line.endswith("tokens/s")]
@@ -49,8 +50,7 @@ def theirs(args: argparse.Namespace, records: list[dict[str, Any]], narrow: bool
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     narrowly = torch.autocast("cpu", torch.bfloat16) if narrow else contextlib.nullcontext()
     rates = []
-    for start in range(0, len(records), args.batch_size):
-        batch = [tokenized(tokenizer, record) for record in records[start : start + args.batch_size]]
+    for batch in batches([tokenized(tokenizer, record) for record in records], args.batch_size):
         longest = max(len(ids) for ids, _ in batch)
         ids = torch.zeros(len(batch), longest, dtype=torch.long)
         labels, seen = torch.full_like(ids, -100), torch.zeros_like(ids)
@@ -66,6 +66,17 @@ def theirs(args: argparse.Namespace, records: list[dict[str, Any]], narrow: bool
         optimizer.zero_grad()
         rates.append(sum(len(tokens) for tokens, _ in batch) / (time.perf_counter() - started))
     return statistics.median(rates[1:])
+
+
+def batches(examples: list[tuple[list[int], int]], spans: int) -> Iterator[list[tuple[list[int], int]]]:
+    """As many examples as fill so many spans, each as long as the longest of all."""
+    room, batch = spans * max(len(tokens) for tokens, _ in examples), []
+    for example in examples:
+        if sum(len(tokens) for tokens, _ in [*batch, example]) > room:
+            yield batch
+            batch = []
+        batch.append(example)
+    yield batch
 
 
 def tokenized(tokenizer: Any, record: dict[str, Any]) -> tuple[list[int], int]:
