@@ -2,7 +2,8 @@
 
 Recent iterations with prompts give a line: so many seconds each, and so many per operation. A new prompt takes the
 iterations and operations that are left before it, by the scheduler's own rules: short prompts pass long ones, and take
-half of each iteration beside one. Plain Python; reads queues and records, changes nothing.
+half of each iteration beside one; beside answers that are read along, iterations are as short as the pace has them.
+Plain Python; reads queues and records, changes nothing.
 """
 
 from __future__ import annotations
@@ -55,13 +56,14 @@ def prompt_seconds(engine: Engine, pace: IterationCost, waiting: Sequence[Row], 
         waiting: prompts before them that the engine does not know yet.
         new: the prompts asked about.
     """
-    budget = engine.runner.shapes.max_num_batched_tokens
     unfinished = [r for r in engine.unfinished if not r.finished]
     ahead = [*waiting, *((r.num_left, r.num_tokens) for r in unfinished if r.num_left > 1)]
     decodes = [(1, r.num_tokens) for r in unfinished if r.num_left == 1 and r.slot >= 0]
-    long = [row for row in ahead if row[0] > budget // 2]
-    if long and all(count <= budget // 2 for count, _ in new):
-        rows = [*(row for row in ahead if row[0] <= budget // 2), *new]
+    is_long = engine.runner.shapes.max_num_batched_tokens // 2
+    budget = _budget(engine, unfinished, len(decodes))
+    long = [row for row in ahead if row[0] > is_long]
+    if long and all(count <= is_long for count, _ in new):
+        rows = [*(row for row in ahead if row[0] <= is_long), *new]
         iterations = -(-sum(count for count, _ in rows) // max(1, budget - budget // 2))
         count, length = long[0]
         beside = min(count, iterations * (budget // 2))
@@ -71,6 +73,12 @@ def prompt_seconds(engine: Engine, pace: IterationCost, waiting: Sequence[Row], 
         iterations = -(-sum(count for count, _ in rows) // max(1, budget - len(decodes)))
     work = operations(engine, rows) + iterations * operations(engine, decodes)
     return iterations * pace.iteration + work * pace.operation + _under_way(engine)
+
+
+def _budget(engine: Engine, unfinished: Sequence[Request], num_decodes: int) -> int:
+    """Tokens of each iteration: beside answers that somebody reads along, what the pace leaves."""
+    most = engine.runner.shapes.max_num_batched_tokens
+    return min(most, engine.pace.most(max(1, num_decodes))) if any(r.streamed for r in unfinished) else most
 
 
 def operations(engine: Engine, rows: Sequence[Row]) -> float:

@@ -15,6 +15,7 @@ from jaxllm.entrypoints.admission import Admission
 from jaxllm.entrypoints.async_llm import AsyncLLM
 from jaxllm.entrypoints.prediction import IterationCost, iteration_cost_of, slot_seconds, token_seconds
 from jaxllm.roofline.cost_model import Cost
+from jaxllm.scheduling.pace import Pace
 from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.scheduling.request import page_salt
 from jaxllm.telemetry.accounting import IterationRecord
@@ -61,6 +62,7 @@ def engine(
         scheduler=SimpleNamespace(running=list(running), num_waiting=waiting),
         runner=SimpleNamespace(shapes=SimpleNamespace(spare_slot=4, max_num_batched_tokens=BUDGET)),
         memory=SimpleNamespace(pools=[PagePool(64, 16)]),
+        pace=Pace((100, BUDGET)),
     )
     made.scoring_engine = made
     return made
@@ -74,7 +76,7 @@ def job(length: int) -> Any:
 
 
 def request(left: int, limit: int = 0) -> Any:
-    return SimpleNamespace(num_left=left, num_tokens=left, finished=False, limit=limit or left, slot=0)
+    return SimpleNamespace(num_left=left, num_tokens=left, finished=False, limit=limit or left, slot=0, streamed=True)
 
 
 def test_what_waits_and_what_is_cached_is_counted() -> None:
@@ -110,6 +112,19 @@ def test_iterations_on_the_device_are_waited_for_and_short_prompts_pass_long_one
     long = engine(*records, unfinished=[request(5000)])  # leaves half of each iteration to the short one
     assert Admission(long, {}).predicted_ttft([job(100)]) == pytest.approx(0.1 + 0.6)
     assert Admission(long, {}).predicted_ttft([job(600)]) == pytest.approx(6 * 0.1 + 5.6)
+
+
+def test_beside_answers_that_are_read_along_iterations_are_as_short_as_the_pace_has_them() -> None:
+    records = [record(tokens=tokens, seconds=0.1 + tokens / 1000) for tokens in (100, 200, 300, 400)]
+    made = engine(*records, unfinished=[request(1)])
+    one = pytest.approx(0.1 + 0.4 + 0.001)  # the other one's next token goes with it
+    assert Admission(made, {}).predicted_ttft([job(400)]) == one
+    made.pace = Pace((100, BUDGET), target=0.2)
+    made.pace.observe(100, 0.1)
+    made.pace.observe(BUDGET, 1.0)
+    assert Admission(made, {}).predicted_ttft([job(400)]) == pytest.approx(5 * 0.1 + 0.4 + 5 * 0.001)
+    made.unfinished[0].streamed = False
+    assert Admission(made, {}).predicted_ttft([job(400)]) == one
 
 
 def test_a_slot_is_waited_for() -> None:
