@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxllm.config import ModelConfig
 from jaxllm.deployment.program_text import Found
+from jaxllm.ops.contraction import in_order
 from jaxllm.sharding.mesh import Dims, Placement
 
 # The step that a matrix product makes, by its einsum as the compiler names it.
@@ -35,7 +36,7 @@ def block_table(
     sent: dict[str, list[dict[str, Any]]] = {}
     for one in found:
         if one.block == 0:
-            step = next((step for einsum, step in _PRODUCTS.items() if einsum in one.source), "elsewhere")
+            step = next((step for einsum, step in _PRODUCTS.items() if in_order(einsum) in one.source), "elsewhere")
             sent.setdefault(step, []).append({"kind": one.kind, "bytes": one.num_bytes})
     table, placement = [], placement.fitted(num_tokens)
     for step, dims, shape in _steps(cfg, kv_copies, num_tokens):

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import string
-
 import jax
 import jax.numpy as jnp
 
 
 def contraction(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """`einsum` in float32; float32 means float32 on every backend, where a GPU would take tf32.
-
-    `jnp.einsum` sums over several dims in the order of their letters. Where that is not the order in which they lie,
-    XLA's GPU backend writes a transposed copy of the matrix before each product: for `TKGH,KGHD->TD`, of the whole
-    output projection in every iteration. So the letters are renamed to follow the matrix.
-    """
-    matrix = spec.split("->")[0].split(",")[1]
-    others = [letter for letter in dict.fromkeys(spec) if letter.isalpha() and letter not in matrix]
-    renamed = str.maketrans(dict(zip([*matrix, *others], string.ascii_letters, strict=False)))
+    """`einsum`, summed `in_order` and in float32, which means float32 on every backend: a GPU would take tf32."""
     precision = "highest" if w.dtype == jnp.float32 else None
-    return jnp.einsum(spec.translate(renamed), x, w, preferred_element_type=jnp.float32, precision=precision)
+    return jnp.einsum(in_order(spec), x, w, preferred_element_type=jnp.float32, precision=precision)
+
+
+def in_order(spec: str) -> str:
+    """The same contraction with the letters that are summed over in the order in which they lie in the matrix.
+
+    `jnp.einsum` sums over several dims in the order of their letters. Where that is another one, XLA's GPU backend
+    writes a transposed copy of the matrix before each product: for `TKGH,KGHD->TD`, of the whole output projection in
+    every iteration. So it becomes `TGHK,GHKD->TD`.
+    """
+    terms, out = spec.split("->")
+    x, w = terms.split(",")
+    summed = [letter for letter in w if letter in x and letter not in out]
+    return spec.translate(str.maketrans(dict(zip(summed, sorted(summed), strict=True))))
 
 
 def num_contracted(spec: str) -> int:
