@@ -29,8 +29,9 @@ def ours(args: argparse.Namespace, records: Path, output: Path) -> float:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr[-2000:])
-    rates = [line.rsplit(",", 1)[1] for line in done.stderr.splitlines() if line.endswith("tokens/s")]
-    return statistics.median(float(rate.split()[0].replace(",", "")) for rate in rates[1:])
+    steps = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    rates = [step["tokens_per_s"] for step in steps if "tokens_per_s" in step]
+    return statistics.median(rates[1:])
 
 
 def theirs(args: argparse.Namespace, records: list[dict[str, Any]], narrow: bool) -> float:

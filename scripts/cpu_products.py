@@ -66,7 +66,7 @@ def all_of(x: jax.Array, matrices: list[Any]) -> jax.Array:
 def matrix(scheme: Scheme | None, k: int, n: int, placement: Placement, seed: int) -> Any:
     """Random numbers as they are kept on this processor."""
     rng, want = np.random.default_rng(seed), jax.ShapeDtypeStruct((k, n), jnp.dtype(jnp.bfloat16))
-    storage = choose_storage(want, (0,), placement, matmul="llvm", scheme=scheme, inputs=(0,))
+    storage = choose_storage(want, (0,), matmul="llvm", scheme=scheme, inputs=(0,))
     sharding = placement.sharding("model_in", "ffn", parameter=True)
     if scheme is None:
         assert isinstance(storage, Panels), "this processor has no bfloat16 products"

@@ -59,11 +59,11 @@ def prompt_seconds(engine: Engine, pace: IterationCost, waiting: Sequence[Row], 
     unfinished = [r for r in engine.unfinished if not r.finished]
     ahead = [*waiting, *((r.num_left, r.num_tokens) for r in unfinished if r.num_left > 1)]
     decodes = [(1, r.num_tokens) for r in unfinished if r.num_left == 1 and r.slot >= 0]
-    is_long = engine.runner.shapes.max_num_batched_tokens // 2
+    half = engine.runner.shapes.max_num_batched_tokens // 2
     budget = _budget(engine, unfinished, len(decodes))
-    long = [row for row in ahead if row[0] > is_long]
-    if long and all(count <= is_long for count, _ in new):
-        rows = [*(row for row in ahead if row[0] <= is_long), *new]
+    long = [row for row in ahead if row[0] > half]
+    if long and all(count <= half for count, _ in new):
+        rows = [*(row for row in ahead if row[0] <= half), *new]
         iterations = -(-sum(count for count, _ in rows) // max(1, budget - budget // 2))
         count, length = long[0]
         beside = min(count, iterations * (budget // 2))

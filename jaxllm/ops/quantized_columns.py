@@ -65,14 +65,6 @@ class QuantizedColumns:
         y_MN = jax.lax.platform_dependent(x_MK, self, **few, default=by_blocks) if few else by_blocks(x_MK, self)
         return y_MN.reshape(*x.shape[:first], *self.remaining)
 
-    def rows(self, index_T: jax.Array) -> jax.Array:
-        """A table's inputs come last: none is kept so."""
-        raise NotImplementedError
-
-    def columns(self, start: int, stop: int | None) -> QuantizedColumns:
-        """Some of what the last dim keeps: of a matrix that is multiplied along another one too; none is kept so."""
-        raise NotImplementedError
-
 
 def lay_columns(matrix: QuantizedMatrix) -> QuantizedColumns:
     """The same matrix with its inputs contiguous."""

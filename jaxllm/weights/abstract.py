@@ -48,7 +48,8 @@ class AbstractModel:
 
     `schemes` say which parameters are quantised; `rounds`: from a checkpoint's numbers, while they are read. `draft` is
     the model that guesses its tokens ahead, if there is one, on the same mesh. `targets` are the parameters that take
-    adapters, by the names of their products; none where adapters are off.
+    adapters, by the names of their products; none where adapters are off. `matmul`: whose kernels multiply, and so how
+    matrices are kept (`jaxllm.weights.stored`); the shapes in `state` stay those of the matrices.
     """
 
     cfg: ModelConfig
@@ -89,7 +90,6 @@ class AbstractModel:
         return choose_storage(
             variable.get_value(),
             contracted,
-            self.placement,
             matmul=self.matmul,
             scheme=self.schemes.get(path),
             inputs=inputs,
@@ -132,23 +132,17 @@ def _check_groups(name: str, variable: Any, scheme: Scheme, placement: Placement
 
 
 def abstract_model(
-    cfg: ModelConfig,
-    placement: Placement,
-    dtype: jnp.dtype,
-    *,
-    canonical: bool = False,
-    matmul: MatmulBackend = "xla",
+    cfg: ModelConfig, placement: Placement, dtype: jnp.dtype, *, canonical: bool = False
 ) -> AbstractModel:
     """Shapes of the decoder for this mesh: key/value heads repeated and vocabulary padded where the cut asks for it.
 
-    `canonical` leaves both out: the shapes that do not depend on the mesh. `matmul` (of one device alone) keeps
-    matrices as its kernels want them, see `jaxllm.weights.stored`; the shapes in `state` stay those of the matrices.
+    `canonical` leaves both out: the shapes that do not depend on the mesh.
     """
     copies = 1 if canonical else kv_copies(cfg, placement.rules, placement.sizes)
     padding = 0 if canonical else vocab_padding(cfg, placement.rules, placement.sizes)
     model = nnx.eval_shape(lambda: Decoder(cfg, kv_copies=copies, vocab_padding=padding, dtype=dtype))
     graph, state = nnx.split(model)
-    return AbstractModel(cfg, graph, state, placement, copies, padding, matmul)
+    return AbstractModel(cfg, graph, state, placement, copies, padding)
 
 
 def make_model(

@@ -164,6 +164,31 @@ class Quantized:
         return tuple(merged[: self.axis]), merged[self.axis], tuple(merged[self.axis + 1 :])
 
 
+@dataclass(frozen=True, slots=True)
+class LaidOut:
+    """A quantised matrix in an order that a kernel wants; `from_pieces` takes what reads `Pieces` of boxes.
+
+    Attributes:
+        logical: how numbers are kept, and along which dims.
+    """
+
+    logical: Quantized
+
+    @property
+    def scheme(self) -> Scheme:
+        """How numbers are kept."""
+        return self.logical.scheme
+
+    @property
+    def axis(self) -> int:
+        """The dim of the codes that is all inputs."""
+        return self.logical.axis
+
+    def merged(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """See `Quantized.merged`."""
+        return self.logical.merged(shape)
+
+
 def _parts(sharding: NamedSharding, inputs: tuple[int, ...]) -> int:
     """Into how many parts the mesh cuts the inputs."""
     spec = (*sharding.spec, *(None,) * 8)

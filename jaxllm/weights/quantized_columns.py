@@ -3,43 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxllm.config.quantization import Scheme
 from jaxllm.ops.quantized_columns import QuantizedColumns, lay_columns
 from jaxllm.ops.quantized_gpu import unsupported
 from jaxllm.weights.boxes import Box
-from jaxllm.weights.quantized import Quantized
+from jaxllm.weights.quantized import LaidOut
 from jaxllm.weights.rounding import Pieces
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedInColumns:
-    """See `jaxllm.weights.stored.Storage`; `from_pieces` takes a function that reads `Pieces` of boxes.
-
-    Attributes:
-        logical: how numbers are kept, and along which dims.
-    """
-
-    logical: Quantized
-
-    @property
-    def scheme(self) -> Scheme:
-        """How numbers are kept."""
-        return self.logical.scheme
-
-    @property
-    def axis(self) -> int:
-        """The dim of the codes that is all inputs."""
-        return self.logical.axis
-
-    def merged(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """See `Quantized.merged`."""
-        return self.logical.merged(shape)
+class QuantizedInColumns(LaidOut):
+    """Column by column; see `LaidOut`."""
 
     def fits(self, want: jax.ShapeDtypeStruct, contracted: tuple[int, ...]) -> bool:
         """Whether the kernel knows such codes, and every product sums over the inputs, which come first."""

@@ -15,39 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxllm.config.quantization import Scheme
 from jaxllm.ops.cpu.quantized import PANEL, QuantizedPanels, Rounding, pack_codes, pack_scales, packs_quantized, rounds
 from jaxllm.ops.cpu.quantized_numbers import Codes
 from jaxllm.weights.boxes import Box, aligned_zeros, panel_boxes
-from jaxllm.weights.quantized import Quantized
+from jaxllm.weights.quantized import LaidOut
 from jaxllm.weights.rounding import Pieces, round_to_nearest
 
 Parts = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, slots=True)
-class QuantizedInPanels:
-    """See `jaxllm.weights.stored.Storage`; `from_pieces` takes a function that reads `Pieces` of boxes.
-
-    Attributes:
-        logical: how numbers are kept, and along which dims.
-    """
-
-    logical: Quantized
-
-    @property
-    def scheme(self) -> Scheme:
-        """How numbers are kept."""
-        return self.logical.scheme
-
-    @property
-    def axis(self) -> int:
-        """The dim of the codes that is all inputs."""
-        return self.logical.axis
-
-    def merged(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """See `Quantized.merged`."""
-        return self.logical.merged(shape)
+class QuantizedInPanels(LaidOut):
+    """In panels; see `LaidOut`."""
 
     @property
     def meaning(self) -> Codes:

@@ -19,7 +19,6 @@ import numpy as np
 from jaxllm.config.quantization import Scheme
 from jaxllm.ops.cpu import ffi
 from jaxllm.ops.cpu.packed import PackedMatrix, abstract_panels, pack, packs
-from jaxllm.sharding.mesh import Placement
 from jaxllm.weights.boxes import ReadBox, aligned_zeros, panel_boxes
 from jaxllm.weights.joined import Joined
 from jaxllm.weights.quantized import Quantized
@@ -105,7 +104,6 @@ class Panels:
 def choose_storage(
     want: jax.ShapeDtypeStruct,
     contracted: tuple[int, ...],
-    placement: Placement,
     *,
     matmul: MatmulBackend,
     scheme: Scheme | JoinedScheme | None = None,
@@ -116,8 +114,7 @@ def choose_storage(
     Args:
         want: its shape and dtype.
         contracted: the dims of it that every product sums over, none where that is not so.
-        placement: the mesh.
-        matmul: whose kernels multiply; on one device alone.
+        matmul: whose kernels multiply; on several devices XLA's.
         scheme: how it is quantised; None: it is not.
         inputs: the dims of it that are inputs of its linear, along which groups lie.
     """
@@ -127,19 +124,14 @@ def choose_storage(
         for (start, one), end in zip(scheme.runs, ends, strict=True):
             shape = (*want.shape[: scheme.axis], end - start, *want.shape[scheme.axis + 1 :])
             part = jax.ShapeDtypeStruct(shape, want.dtype)
-            storage = choose_storage(part, contracted, placement, matmul=matmul, scheme=one, inputs=inputs)
+            storage = choose_storage(part, contracted, matmul=matmul, scheme=one, inputs=inputs)
             runs.append((start, storage))
         return Joined(scheme.axis, tuple(runs))
     if scheme is not None:
         logical = Quantized(scheme, inputs)
-        kinds = {"llvm": QuantizedInPanels, "pallas_gpu": QuantizedInColumns} if placement.mesh.size == 1 else {}
+        kinds = {"llvm": QuantizedInPanels, "pallas_gpu": QuantizedInColumns}
         kept = kinds[matmul](logical) if matmul in kinds else None
         return kept if kept is not None and kept.fits(want, contracted) else logical
-    if (
-        matmul == "llvm"
-        and placement.mesh.size == 1
-        and not ffi.unavailable()
-        and packs(want.shape, want.dtype, contracted)
-    ):
+    if matmul == "llvm" and not ffi.unavailable() and packs(want.shape, want.dtype, contracted):
         return Panels(contracted)
     return Plain()

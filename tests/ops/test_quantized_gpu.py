@@ -15,8 +15,7 @@ from jaxllm.config.quantization import E2M1, Scheme
 from jaxllm.ops import quantized_columns, quantized_gpu
 from jaxllm.ops.quantized import QuantizedMatrix
 from jaxllm.ops.quantized_columns import lay_columns
-from jaxllm.sharding.mesh import Placement, make_mesh
-from jaxllm.sharding.rules import load_rules
+from jaxllm.sharding.mesh import make_mesh
 from jaxllm.weights.quantized import Quantized
 from jaxllm.weights.quantized_columns import QuantizedInColumns
 from jaxllm.weights.stored import choose_storage
@@ -77,12 +76,11 @@ def test_many_rows_are_multiplied_a_block_at_a_time(name, monkeypatch):
 def test_one_gpu_keeps_columns_together_and_multiplies_few_rows_with_the_kernel(monkeypatch):
     """Traced as if there were one; interpreted in its branch's place."""
     seen, scheme = [], SCHEMES["int4"]
-    placement = Placement(make_mesh("tp=1"), load_rules("megatron"))
     want = jax.ShapeDtypeStruct((2, 64, 96), jnp.bfloat16)
-    storage = choose_storage(want, (0, 1), placement, matmul="pallas_gpu", scheme=scheme, inputs=(0, 1))
+    storage = choose_storage(want, (0, 1), matmul="pallas_gpu", scheme=scheme, inputs=(0, 1))
     assert isinstance(storage, QuantizedInColumns)
     array = jax.random.normal(jax.random.key(0), want.shape, want.dtype)
-    sharding = jax.sharding.NamedSharding(placement.mesh, jax.sharding.PartitionSpec())
+    sharding = jax.sharding.NamedSharding(make_mesh("tp=1"), jax.sharding.PartitionSpec())
     laid = storage.from_array(array, sharding)
     like = storage.abstract(want, sharding)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), laid) == jax.tree.map(lambda a: (a.shape, a.dtype), like)
@@ -95,9 +93,9 @@ def test_one_gpu_keeps_columns_together_and_multiplies_few_rows_with_the_kernel(
         got, right = (np.asarray(m.product("TGH,GHD->TD", x)) for m in (laid, exact))
         np.testing.assert_allclose(got, right, atol=0.01 * np.abs(right).max(), rtol=0)
     assert len(seen) == 1
-    table = choose_storage(want, (), placement, matmul="pallas_gpu", scheme=scheme, inputs=(0, 1))
+    table = choose_storage(want, (), matmul="pallas_gpu", scheme=scheme, inputs=(0, 1))
     assert isinstance(table, Quantized)  # multiplied along other dims too
-    by_xla = choose_storage(want, (0, 1), placement, matmul="xla", scheme=scheme, inputs=(0, 1))
+    by_xla = choose_storage(want, (0, 1), matmul="xla", scheme=scheme, inputs=(0, 1))
     assert isinstance(by_xla, Quantized)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import jax
 import pytest
 
@@ -33,6 +35,15 @@ def test_a_preset_runs_on_random_weights_made_in_their_sharding(monkeypatch: pyt
         [{"prompt_token_ids": [1, 2, 3]}], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
     )
     assert len(output.outputs[0].token_ids) == 5
+
+
+def test_a_folder_needs_no_weights(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    llm = LLM(str(tmp_path), load_format="dummy", skip_tokenizer_init=True, **SIZES)
+    (output,) = llm.generate(
+        [{"prompt_token_ids": [1, 2, 3]}], SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
+    )
+    assert len(output.outputs[0].token_ids) == 2
 
 
 def test_a_preset_without_load_format_says_what_to_do() -> None:
