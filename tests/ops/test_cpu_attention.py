@@ -16,7 +16,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from jaxllm.bench.attention_cases import random_case, random_shape
-from jaxllm.ops.attention import AttentionSpec, RaggedRows, SingleRows, xla
+from jaxllm.ops.attention import AttentionSpec, QuantizedPages, RaggedRows, SingleRows, xla
+from jaxllm.ops.attention.kv import is_quantized, quantize
 from jaxllm.ops.cpu import attention as cpu
 from jaxllm.ops.cpu import ffi
 
@@ -48,9 +49,12 @@ def test_any_mix_of_rows_equals_the_oracle(seed):
         assert error <= TOLERANCE[jnp.dtype(shape.dtype).name], f"{shape} case {number}: {error:.1e}"
 
 
-def pages_and_table(num_rows: int, longest: int, page_size: int = 16, heads: int = 2, width: int = 64):
+def pages_and_table(
+    num_rows: int, longest: int, page_size: int = 16, heads: int = 2, width: int = 64, dtype=jnp.float32
+):
     rng, per_row = np.random.default_rng(0), -(-longest // page_size)
-    pages = jnp.asarray(rng.standard_normal((num_rows * per_row + 1, 2, page_size, heads, width), np.float32))
+    numbers = jnp.asarray(rng.standard_normal((num_rows * per_row + 1, 2, page_size, heads, width), np.float32))
+    pages = QuantizedPages(*quantize(numbers, dtype)) if is_quantized(dtype) else numbers.astype(dtype)
     return pages, jnp.asarray(1 + rng.permutation(num_rows * per_row).reshape(num_rows, per_row), jnp.int32)
 
 
@@ -67,10 +71,22 @@ def test_decode_rows_of_any_length_equal_the_oracle_and_idle_rows_give_zeros():
         assert (got[np.array(lengths) == 0] == 0).all()
 
 
-@pytest.mark.parametrize(("before", "window"), [(0, 70), (0, None), (1000, None), (1000, 600)])
-def test_query_has_the_same_bits_alone_in_a_batch_and_in_any_chunk(before, window):
+@pytest.mark.parametrize(
+    ("dtype", "page_size", "before", "window"),
+    [
+        (jnp.float32, 16, 0, 70),
+        (jnp.float32, 16, 0, None),
+        (jnp.float32, 16, 1000, None),
+        (jnp.float32, 16, 1000, 600),
+        (jnp.bfloat16, 16, 0, None),
+        (jnp.bfloat16, 16, 1000, 599),
+        (jnp.bfloat16, 7, 1001, None),
+        (jnp.int8, 16, 1000, None),
+    ],
+)
+def test_query_has_the_same_bits_alone_in_a_batch_and_in_any_chunk(dtype, page_size, before, window):
     """Of a prompt's 150 tokens, with so many tokens before them: within a segment of keys, and over several."""
-    pages, table = pages_and_table(3, before + 200)
+    pages, table = pages_and_table(3, before + 200, page_size, dtype=dtype)
     q = jax.random.normal(jax.random.key(1), (200, 2, 3, 64))
     kernel = jax.jit(functools.partial(cpu.attention, spec=AttentionSpec(scale=0.125, window=window)))
 

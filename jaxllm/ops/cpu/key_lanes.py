@@ -33,11 +33,10 @@ def key_products(s: Sizes) -> str:
     """The two products of a tile whose lanes are keys."""
     value, part, count = _counts(s)
     num_bytes = _token_bytes(s)
-    dims = s.width // _PARTS
-    ahead = (dims, 16 * num_bytes // dims), (KEYS // _PARTS, num_bytes)
-    scores, weighted = (((count, size), (0, min(size, _TRICKLE))) for count, size in ahead)
-    return products("few_scores", _VECTORS, count, s.width, 1, ahead=scores) + products(
-        "few_weighted", part, count, KEYS, 1, row=value, scaled_by="rows", ahead=weighted
+    steps = s.words // _PARTS, s.key_steps // _PARTS
+    scores, weighted = (((n, 16 * num_bytes // n), (0, min(16 * num_bytes // n, _TRICKLE))) for n in steps)
+    return products("few_scores", _VECTORS, count, s.words, 1, paired=s.paired, ahead=scores) + products(
+        "few_weighted", part, count, KEYS, 1, row=value, scaled_by="rows", paired=s.paired, ahead=weighted
     )
 
 
@@ -65,8 +64,8 @@ class KeyLanes(Tile):
         f, s = self.f, self.s
         lanes = self.most + self.count  # the last product may begin at the last lane
         numbers = BYTES * (-(-lanes // 16) + 1)
-        sizes = [BYTES * -(-lanes * s.width // 16), lanes * self.value * BYTES]  # queries, results
-        sizes += [s.width * _VECTORS * BYTES, KEYS * self.value * BYTES]  # keys, values
+        sizes = [BYTES * -(-lanes * s.words // 16), lanes * self.value * BYTES]  # queries, results
+        sizes += [s.words * _VECTORS * BYTES, s.key_steps * self.value * BYTES]  # keys, values
         sizes += [lanes * _VECTORS * BYTES, *[numbers] * 5]  # scores; positions, sinks, factors, maxima, totals
         sizes += [BYTES] * 2  # addresses of the next block's keys and values
         places = self._cut(sizes + self._more(lanes, numbers))
@@ -84,7 +83,8 @@ class KeyLanes(Tile):
         return []
 
     def _query_place(self, lane: Value, h: Value) -> str:
-        return self.f.at(self.query_at, self.f.mul(self.f.add(self.f.mul(lane, self.s.width), h), 4))
+        f, s = self.f, self.s
+        return f.at(self.query_at, f.add(f.mul(lane, 4 * s.words), f.mul(h, 2 if s.paired else 4)))
 
     def _begin_segment(self) -> None:
         f = self.f
@@ -100,21 +100,21 @@ class KeyLanes(Tile):
         num_keys = f.smaller(f.sub(self._end, first_key), KEYS)
         with f.loop(0, num_keys, 16) as c:
             self._transpose(f.add(first_key, c), c)
-        with f.loop(0, num_keys) as c:
-            half = s.halves - 1
-            self._ask_for_rest(1, c)
-            self._fetch(f.add(first_key, c), half, f.at(self.value_at, f.mul(c, self.value * BYTES)), s.value_width)
+        self._fetch_values(first_key, num_keys, self.value_at, self.value * BYTES)
         end = f.add(first_lane, num_lanes)
         with f.loop(first_lane, end, self.count) as i:
             f.do(
-                f"call void @few_scores(ptr {f.at(self.query_at, f.mul(i, 4 * s.width))}, ptr {self.key_at}, "
-                f"ptr {f.at(self.score_at, f.mul(i, 4 * KEYS))}, i64 {s.width}, ptr null, "
+                f"call void @few_scores(ptr {f.at(self.query_at, f.mul(i, 4 * s.words))}, ptr {self.key_at}, "
+                f"ptr {f.at(self.score_at, f.mul(i, 4 * KEYS))}, i64 {s.words}, ptr null, "
                 f"ptr {self.ahead_at[0]})"
             )
         with f.loop(first_lane, end) as i:
             self._soften(first_key, i)
         with f.loop(first_lane, end, self.count) as i:
             self._add_up(i, num_keys)
+
+    def _before_value(self, key: Value) -> None:
+        self._ask_for_rest(1, key)
 
     def _ask_for_rest(self, half: int, token: Value) -> None:
         """What the products leave of a token of the next block."""
@@ -136,8 +136,9 @@ class KeyLanes(Tile):
             at = [f.at(source, f.mul(first, 4)) for source in sources]
             rows = [_wide(f, f.load(f"<{count} x i32>", row, SIZE[s.cache]), count) for row in at]
             for i, word in enumerate(transposed(f, rows)[:count]):
-                for part, x in enumerate(_numbers(f, s.cache, word)):
-                    h = f.add(f.mul(f.add(first, i), per_word), part)
+                numbers = _numbers(f, s.cache, word)
+                for part, x in enumerate(numbers):
+                    h = f.add(f.mul(f.add(first, i), len(numbers)), part)
                     target = f.at(self.key_at, f.add(f.mul(h, _VECTORS * BYTES), f.mul(c, 4)))
                     self.lanes.store(self.lanes.mul(x, scales) if scales else x, target)
 
@@ -203,9 +204,17 @@ class KeyLanes(Tile):
                 total.set(f.let(f"fadd float {total.get()}, {x}"))
         for i, total in enumerate(sums):
             f.store("float", total.get(), f.at(totals, 4 * i))
+        steps = num_keys
+        if self.s.paired:  # rounded where they lie: two neighbours make a pair
+            steps = f.arithmetic("udiv", f.add(num_keys, 1), 2)
+            for i in range(self.count):
+                row = f.at(weights, 4 * KEYS * i)
+                halves = [self.lanes.halves(self.lanes.load(f.at(row, BYTES * v))) for v in range(_VECTORS)]
+                for v, x in enumerate(halves):
+                    f.store("<16 x i16>", x, f.at(row, BYTES // 2 * v), BYTES // 2)
         for n in range(0, self.value, self.part):
             out = f.at(self.out_at, f.add(f.mul(first, self.value * BYTES), n * BYTES))
-            listed = f"ptr {weights}, ptr {f.at(self.value_at, n * BYTES)}, ptr {out}, i64 {num_keys}, ptr {factors}"
+            listed = f"ptr {weights}, ptr {f.at(self.value_at, n * BYTES)}, ptr {out}, i64 {steps}, ptr {factors}"
             f.do(f"call void @few_weighted({listed}, ptr {self.ahead_at[1]})")
 
 
@@ -281,7 +290,7 @@ def transposed(f: Function, rows: list[str]) -> list[str]:
 
 
 def _numbers(f: Function, kind: str, words: str) -> list[str]:
-    """The numbers of the cache that 16 words hold, as float32: those of each place in a word in one vector."""
+    """What products take of 16 words of the cache: pairs as they are, or the float32 numbers of each place."""
 
     def floats(ints: str) -> str:
         return f.let(f"bitcast {INTS} {ints} to {VECTOR}")
@@ -289,9 +298,7 @@ def _numbers(f: Function, kind: str, words: str) -> list[str]:
     def shifted(op: str, x: str, bits: int) -> str:
         return f.let(f"{op} {INTS} {x}, splat (i32 {bits})") if bits else x
 
-    if kind == "float":
+    if kind in ("float", "i16"):
         return [floats(words)]
-    if kind == "i16":  # a bfloat16 number is the upper half of a float32 one
-        return [floats(shifted("shl", words, 16)), floats(f.let(f"and {INTS} {words}, splat (i32 -65536)"))]
     signed = [shifted("ashr", shifted("shl", words, 24 - 8 * part), 24) for part in range(4)]
     return [f.let(f"sitofp {INTS} {x} to {VECTOR}") for x in signed]

@@ -13,15 +13,18 @@ import numpy as np
 from jaxllm.ops.cpu.ir import Function
 
 VECTOR = "<16 x float>"
+PAIRS = "<32 x bfloat>"
 BYTES = 64  # of a vector
 ZERO = "zeroinitializer"
+DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
+DECLARE_DOT = f"declare {VECTOR} @{DOT}({VECTOR}, {PAIRS}, {PAIRS})\n"
 DECLARATIONS = f"""
 declare {VECTOR} @llvm.fma.v16f32({VECTOR}, {VECTOR}, {VECTOR})
 declare {VECTOR} @llvm.maxnum.v16f32({VECTOR}, {VECTOR})
 declare {VECTOR} @llvm.copysign.v16f32({VECTOR}, {VECTOR})
 declare {VECTOR} @llvm.fabs.v16f32({VECTOR})
 declare {VECTOR} @llvm.rint.v16f32({VECTOR})
-"""
+{DECLARE_DOT}"""
 
 
 def literal(number: float) -> str:
@@ -67,6 +70,15 @@ class Lanes:
     def fma(self, x: str, y: str, z: str) -> str:
         """`x * y + z`, rounded once."""
         return self._call("fma", x, y, z)
+
+    def dot(self, x: str, y: str, z: str) -> str:
+        """`x * y + z`, where x and y hold two bfloat16 numbers in each lane and both products are added."""
+        x, y = (self.f.let(f"bitcast {VECTOR} {v} to {PAIRS}") for v in (x, y))
+        return self.f.let(f"call {VECTOR} @{DOT}({VECTOR} {z}, {PAIRS} {x}, {PAIRS} {y})")
+
+    def halves(self, x: str) -> str:
+        """Rounded to bfloat16, as 16 integers of 16 bits."""
+        return self.f.let(f"bitcast <16 x bfloat> {self.f.let(f'fptrunc {VECTOR} {x} to <16 x bfloat>')} to <16 x i16>")
 
     def maximum(self, x: str, y: str) -> str:
         """The larger of each pair."""

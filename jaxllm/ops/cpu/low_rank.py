@@ -25,13 +25,12 @@ import numpy as np
 
 from jaxllm.ops.cpu import ffi
 from jaxllm.ops.cpu.ir import Function, Value
-from jaxllm.ops.cpu.lanes import BYTES, VECTOR, ZERO
-from jaxllm.ops.cpu.packed import DECLARATIONS, DOT, PANEL, multiply_panel, pack, row_functions, share
+from jaxllm.ops.cpu.lanes import BYTES, DOT, PAIRS, VECTOR, ZERO
+from jaxllm.ops.cpu.packed import DECLARATIONS, PANEL, multiply_panel, pack, row_functions, share
 
 _ROWS = 6  # of one slot at a time: with 4 of A's rows 24 sums, of 32 registers
 LANES = 32  # bfloat16 numbers of a register
 _AHEAD = 4096  # bytes to prefetch ahead
-_NUMBERS = "<32 x bfloat>"
 _PREFETCH = "call void @llvm.prefetch.p0(ptr {}, i32 0, i32 3, i32 1)"
 
 
@@ -255,11 +254,11 @@ def _narrow(s: LowRankSizes, count: int) -> str:
     sums = {(i, r): f.variable(VECTOR, ZERO) for i in range(count) for r in range(s.block)}
     with f.loop(0, s.inputs // LANES) as step:
         near = [f.at(a, f.add(f.mul(step, 2 * LANES * s.block), 2 * LANES * r)) for r in range(s.block)]
-        matrix = [f.load(_NUMBERS, place, 2 * LANES) for place in near]
+        matrix = [f.load(PAIRS, place, 2 * LANES) for place in near]
         for place in near:
             f.do(_PREFETCH.format(f.at(place, _AHEAD)))
         for i in range(count):
-            numbers = f.load(_NUMBERS, f.at(rows[i], f.mul(step, 2 * LANES)), 2 * LANES)
+            numbers = f.load(PAIRS, f.at(rows[i], f.mul(step, 2 * LANES)), 2 * LANES)
             for r in range(s.block):
                 sums[i, r].set(_dot(f, sums[i, r].get(), numbers, matrix[r]))
     for i in range(count):
@@ -278,13 +277,13 @@ def _widen(s: LowRankSizes, count: int) -> str:
     sums = {place: f.variable(VECTOR, f.load(VECTOR, pointer, BYTES)) for place, pointer in places.items()}
     with f.loop(0, s.rank // 2) as pair:
         near = [f.at(b, f.add(f.mul(pair, 2 * BYTES), BYTES * half)) for half in (0, 1)]
-        matrix = [f.load(_NUMBERS, place, BYTES) for place in near]
+        matrix = [f.load(PAIRS, place, BYTES) for place in near]
         for place in near:
             f.do(_PREFETCH.format(f.at(place, _AHEAD)))
         for i in range(count):
             column = f.at(h, f.add(f.mul(pair, 4), 2 * s.modules * s.rank * i))
             both = f.splat("i32", f.load("i32", column), 16)
-            numbers = f.let(f"bitcast <16 x i32> {both} to {_NUMBERS}")
+            numbers = f.let(f"bitcast <16 x i32> {both} to {PAIRS}")
             for half in (0, 1):
                 sums[i, half].set(_dot(f, sums[i, half].get(), numbers, matrix[half]))
     for place, total in sums.items():
@@ -293,7 +292,7 @@ def _widen(s: LowRankSizes, count: int) -> str:
 
 
 def _dot(f: Function, total: str, x: str, y: str) -> str:
-    return f.let(f"call {VECTOR} @{DOT}({VECTOR} {total}, {_NUMBERS} {x}, {_NUMBERS} {y})")
+    return f.let(f"call {VECTOR} @{DOT}({VECTOR} {total}, {PAIRS} {x}, {PAIRS} {y})")
 
 
 def _totals(f: Function, vectors: list[str]) -> str:

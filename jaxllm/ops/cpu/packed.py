@@ -22,15 +22,13 @@ import numpy as np
 from jaxllm.ops.contraction import num_contracted
 from jaxllm.ops.cpu import ffi
 from jaxllm.ops.cpu.ir import Function, Value
-from jaxllm.ops.cpu.lanes import VECTOR, ZERO
+from jaxllm.ops.cpu.lanes import DECLARE_DOT, DOT, VECTOR, ZERO
 
 PANEL = 32  # columns; two registers of sixteen float32 sums for each row of x
 _ROWS = 12  # of x at a time: 24 sums, two registers of weights and some to spare, of 32
 _PACK_ELEMENTS = 1 << 17  # of a matrix packed at a time
-DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 DECLARATIONS = f"""
-declare {VECTOR} @{DOT}({VECTOR}, <32 x bfloat>, <32 x bfloat>)
-declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
+{DECLARE_DOT}declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 """
 _AHEAD = 4096  # bytes to prefetch ahead where each panel is read once
 

@@ -15,13 +15,11 @@ import ml_dtypes
 import numpy as np
 
 from jaxllm.ops.cpu.ir import Function
-from jaxllm.ops.cpu.lanes import VECTOR, ZERO, constant, literal
+from jaxllm.ops.cpu.lanes import DECLARE_DOT, DOT, PAIRS, VECTOR, ZERO, constant, literal
 
 INTS = "<16 x i32>"
-_PAIRS = "<32 x bfloat>"
 _SHORTS = "<32 x i16>"
 _EIGHT = "<8 x float>"
-_DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 _PICK_SHORTS = "llvm.x86.avx512.permvar.hi.512"
 _PICK_SIXTEEN = "llvm.x86.avx512.permvar.sf.512"
 _PICK_EIGHT = "llvm.x86.avx2.permps"
@@ -100,12 +98,11 @@ class Arithmetic(Protocol):
 class Pairs:
     """Products of bfloat16 pairs (VDPBF16PS): what the processor multiplies fastest."""
 
-    inputs, x_bytes, kind, sums = 2, 2, _PAIRS, VECTOR
+    inputs, x_bytes, kind, sums = 2, 2, PAIRS, VECTOR
     facts, brings_facts = 1, False
     most_alone, most_rows = 12, 6  # of 32 registers a row's sums of a group take two, those of all groups two more
     declarations = f"""
-declare {VECTOR} @{_DOT}({VECTOR}, {_PAIRS}, {_PAIRS})
-declare {_SHORTS} @{_PICK_SHORTS}({_SHORTS}, {_SHORTS})
+{DECLARE_DOT}declare {_SHORTS} @{_PICK_SHORTS}({_SHORTS}, {_SHORTS})
 """
 
     def __init__(self, codes: Codes):
@@ -118,20 +115,20 @@ declare {_SHORTS} @{_PICK_SHORTS}({_SHORTS}, {_SHORTS})
         if self.codes.bits == 4:
             return [self._picked(f, word, pair) for pair in range(4)]
         floats = [_shifted_byte(f, word, byte) for byte in range(4)]
-        halves = [f.let(f"bitcast {VECTOR} {x} to {_PAIRS}") for x in floats]
+        halves = [f.let(f"bitcast {VECTOR} {x} to {PAIRS}") for x in floats]
         upper = ", ".join(f"i32 {i}" for lane in range(16) for i in (2 * lane + 1, 2 * lane + 33))
         return [
-            f.let(f"shufflevector {_PAIRS} {halves[i]}, {_PAIRS} {halves[i + 1]}, <32 x i32> <{upper}>") for i in (0, 2)
+            f.let(f"shufflevector {PAIRS} {halves[i]}, {PAIRS} {halves[i + 1]}, <32 x i32> <{upper}>") for i in (0, 2)
         ]
 
     def _picked(self, f: Function, word: str, pair: int) -> str:
         index = f.let(f"bitcast {INTS} {_shifted_right(f, word, 4 * pair)} to {_SHORTS}")
         found = f.let(f"call {_SHORTS} @{_PICK_SHORTS}({_SHORTS} {self._table}, {_SHORTS} {index})")
-        return f.let(f"bitcast {_SHORTS} {found} to {_PAIRS}")
+        return f.let(f"bitcast {_SHORTS} {found} to {PAIRS}")
 
     def as_numbers(self, f: Function, word: str) -> str:
         """See `Arithmetic`."""
-        return f.let(f"bitcast {INTS} {word} to {_PAIRS}")
+        return f.let(f"bitcast {INTS} {word} to {PAIRS}")
 
     def same(self, f: Function, pointer: str) -> str:
         """See `Arithmetic`."""
@@ -139,7 +136,7 @@ declare {_SHORTS} @{_PICK_SHORTS}({_SHORTS}, {_SHORTS})
 
     def add_product(self, f: Function, total: str, x: str, numbers: str) -> str:
         """See `Arithmetic`."""
-        return f.let(f"call {VECTOR} @{_DOT}({VECTOR} {total}, {_PAIRS} {x}, {_PAIRS} {numbers})")
+        return f.let(f"call {VECTOR} @{DOT}({VECTOR} {total}, {PAIRS} {x}, {PAIRS} {numbers})")
 
     def sixteen(self, f: Function, pointer: str) -> str:
         """See `Arithmetic`."""

@@ -1,7 +1,7 @@
 """A tile whose lanes are (query, head of its group) pairs: a prompt's queries fill them.
 
-Sizes -> LLVM IR of `@tile{L}`. Keys and values come 64 at a time into a buffer, as float32; a score is a sum of
-products with broadcast numbers of the key, so nothing is summed across lanes.
+Sizes -> LLVM IR of `@tile{L}`. Keys and values come 64 at a time into a buffer, as float32 or pairs of bfloat16; a
+score is a sum of products with broadcast numbers of the key, so nothing is summed across lanes.
 
 Dimension letters: L vectors of 16 lanes, S keys of a block, H head width.
 """
@@ -19,10 +19,10 @@ def tile(s: Sizes, vectors: int) -> str:
     """The function and the two products that it calls."""
     keys = 4  # so that the sums of one call fill half of the registers
     dims = math.gcd(s.value_width, keys)
-    value_row = s.width if s.halves == 1 else s.value_width
+    value_row = s.width if s.halves == 1 and not s.paired else s.value_width
     return (
-        products(f"scores{vectors}", vectors, keys, s.width, 1)
-        + products(f"weighted{vectors}", vectors, dims, 1, value_row, scaled_by="columns")
+        products(f"scores{vectors}", vectors, keys, s.words, 1, paired=s.paired)
+        + products(f"weighted{vectors}", vectors, dims, 1, value_row, scaled_by="columns", paired=s.paired)
         + QueryLanes(s, vectors, keys, dims).text()
     )
 
@@ -38,8 +38,8 @@ class QueryLanes(Tile):
     def _allocate(self) -> None:
         """One block of memory for everything; lanes beyond the last see no key and give nothing."""
         f, s = self.f, self.s
-        sizes = [s.width * self.stride, s.value_width * self.stride]  # queries, results
-        sizes += [4 * KEYS * s.width, 4 * KEYS * s.value_width, KEYS * self.stride]  # keys, values, scores
+        sizes = [s.words * self.stride, s.value_width * self.stride]  # queries, results
+        sizes += [4 * KEYS * s.words, 4 * KEYS * s.value_width, KEYS * self.stride]  # keys, values, scores
         sizes += [self.stride] * 3 + [s.value_width * self.stride]  # positions, sinks, factors, results of a segment
         places = self._cut(sizes)
         self.query_at, self.result_at, self.key_at, self.value_at, self.score_at = places[:5]
@@ -51,7 +51,11 @@ class QueryLanes(Tile):
 
     def _query_place(self, lane: Value, h: Value) -> str:
         """A query is a column."""
-        return self.f.at(self.query_at, self.f.add(self.f.mul(h, self.stride), self.f.mul(lane, 4)))
+        f = self.f
+        if not self.s.paired:
+            return f.at(self.query_at, f.add(f.mul(h, self.stride), f.mul(lane, 4)))
+        word, half = f.arithmetic("udiv", h, 2), f.arithmetic("urem", h, 2)
+        return f.at(self.query_at, f.add(f.add(f.mul(word, self.stride), f.mul(lane, 4)), f.mul(half, 2)))
 
     def _begin(self) -> None:
         f = self.f
@@ -84,15 +88,20 @@ class QueryLanes(Tile):
         f, s, stride = self.f, self.s, self.stride
         num_keys = f.smaller(f.sub(self._end, first_key), KEYS)
         with f.loop(0, num_keys) as c:
-            position = f.add(first_key, c)
-            self._fetch(position, 0, f.at(self.key_at, f.mul(c, 4 * s.width)), s.width)
-            if s.halves == 2:
-                self._fetch(position, 1, f.at(self.value_at, f.mul(c, 4 * s.width)), s.width)
+            self._fetch_key(f.add(first_key, c), f.at(self.key_at, f.mul(c, 4 * s.words)))
+        own = s.halves == 2 or s.paired  # values are no part of the keys' rows
+        values = self.value_at if own else self.key_at
+        if own:
+            self._fetch_values(first_key, num_keys, values, 4 * s.value_width)
         with f.loop(0, num_keys, self.keys) as c:
-            key, score = f.at(self.key_at, f.mul(c, 4 * s.width)), f.at(self.score_at, f.mul(c, stride))
+            key, score = f.at(self.key_at, f.mul(c, 4 * s.words)), f.at(self.score_at, f.mul(c, stride))
             f.do(
-                f"call void @scores{self.vectors}(ptr {key}, ptr {self.query_at}, ptr {score}, i64 {s.width}, ptr null)"
+                f"call void @scores{self.vectors}(ptr {key}, ptr {self.query_at}, ptr {score}, i64 {s.words}, ptr null)"
             )
+        steps = num_keys
+        if s.paired:  # a pair's second key, if there is none, is out of sight as any other
+            steps = f.arithmetic("udiv", f.add(num_keys, 1), 2)
+            num_keys = f.mul(steps, 2)
         tops = self._mask(first_key, num_keys)
         for v in range(self.vectors):
             factor = self.lanes.power(self.lanes.sub(self.maxima[v].get(), tops[v]))
@@ -100,10 +109,9 @@ class QueryLanes(Tile):
             self.lanes.store(factor, f.at(self.factor_at, BYTES * v))
             self.totals[v].set(self.lanes.mul(self.totals[v].get(), factor))
         self._exponentials(num_keys)
-        values = self.value_at if s.halves == 2 else self.key_at
         with f.loop(0, s.value_width, self.dims) as h:
             value, out = f.at(values, f.mul(h, 4)), f.at(self.out_at, f.mul(h, stride))
-            listed = f"ptr {value}, ptr {self.score_at}, ptr {out}, i64 {num_keys}, ptr {self.factor_at}"
+            listed = f"ptr {value}, ptr {self.score_at}, ptr {out}, i64 {steps}, ptr {self.factor_at}"
             f.do(f"call void @weighted{self.vectors}({listed})")
 
     def _mask(self, first_key: Value, num_keys: Value) -> list[str]:
@@ -119,14 +127,33 @@ class QueryLanes(Tile):
                 tops[v].set(lanes.maximum(tops[v].get(), x))
         return [top.get() for top in tops]
 
+    def _fetch_key(self, position: Value, target: str) -> None:
+        """As float32, or as it lies in its page."""
+        f, s = self.f, self.s
+        if not s.paired:
+            return self._fetch(position, 0, target, s.width)
+        source, count = f.at(self.pages, f.mul(self._index(position, 0), 2 * s.width)), math.gcd(s.words, 16)
+        for i in range(0, 4 * s.words, 4 * count):
+            f.store(f"<{count} x i32>", f.load(f"<{count} x i32>", f.at(source, i), 2), f.at(target, i))
+
     def _exponentials(self, num_keys: Value) -> None:
-        f, lanes = self.f, self.lanes
-        with f.loop(0, num_keys) as c:
+        """In place of the scores; those of two keys as one row of pairs."""
+        f, lanes, words = self.f, self.lanes, INTS
+        step = 2 if self.s.paired else 1
+        with f.loop(0, num_keys, step) as c:
             for v in range(self.vectors):
-                slot = f.at(self.score_at, f.add(f.mul(c, self.stride), BYTES * v))
-                y = self._weights(lanes.load(slot), self.maxima[v].get())
-                lanes.store(y, slot)
-                self.totals[v].set(lanes.add(self.totals[v].get(), y))
+                row, found = f.at(self.score_at, f.add(f.mul(c, self.stride), BYTES * v)), []
+                for key in range(step):
+                    y = self._weights(lanes.load(f.at(row, key * self.stride)), self.maxima[v].get())
+                    self.totals[v].set(lanes.add(self.totals[v].get(), y))
+                    found.append(y)
+                if step == 1:
+                    lanes.store(found[0], row)
+                    continue
+                low, high = (f.let(f"zext <16 x i16> {lanes.halves(y)} to {words}") for y in found)
+                pair = f.let(f"or {words} {low}, {f.let(f'shl {words} {high}, splat (i32 16)')}")
+                place = f.add(f.mul(f.arithmetic("udiv", c, 2), self.stride), BYTES * v)
+                f.store(words, pair, f.at(self.score_at, place), BYTES)
 
     def _finish(self) -> None:
         f = self.f

@@ -16,16 +16,14 @@ import jax.numpy as jnp
 
 from jaxllm.ops.cpu import ffi
 from jaxllm.ops.cpu.ir import Function, Value
-from jaxllm.ops.cpu.lanes import BYTES, VECTOR, ZERO
+from jaxllm.ops.cpu.lanes import BYTES, DECLARE_DOT, DOT, VECTOR, ZERO
 
 _TILE = 64  # rows and columns of a tile, at most
 _ROWS = 8  # of a tile at a time, with 32 columns: 16 sums
 _MOST_T = 512  # rows that are interleaved at a time: 64 kB of each side
-_DOT = "llvm.x86.avx512bf16.dpbf16ps.512"
 _PAIRS = ", ".join(f"i32 {i}, i32 {i + 16}" for i in range(16))
 _DECLARATIONS = f"""
-declare {VECTOR} @{_DOT}({VECTOR}, <32 x bfloat>, <32 x bfloat>)
-declare ptr @aligned_alloc(i64, i64)
+{DECLARE_DOT}declare ptr @aligned_alloc(i64, i64)
 """
 
 
@@ -104,6 +102,6 @@ def _add(f: Function, left: str, right: str, target: str, strides: tuple[int, in
             both = f.let(f"bitcast <16 x i32> {both} to <32 x bfloat>")
             for v, number in numbers.items():
                 operands = f"{VECTOR} {totals[r, v].get()}, <32 x bfloat> {both}, <32 x bfloat> {number}"
-                totals[r, v].set(f.let(f"call {VECTOR} @{_DOT}({operands})"))
+                totals[r, v].set(f.let(f"call {VECTOR} @{DOT}({operands})"))
     for place, total in totals.items():
         f.store(VECTOR, total.get(), places[place], BYTES)

@@ -7,6 +7,10 @@ query's result has the same bits from either. The softmax is online (Milakov & G
 begins anew in every segment of keys, and segments are merged in order: so several cores can take those of one query
 (FlashDecoding), and a query's result still does not depend on who did what.
 
+Where the cache is bfloat16, products take two numbers at a time (`vdpbf16ps`, twice as many a cycle): two of a key's
+for the scores, and two keys' for the weighted sums, with the exponentials rounded to bfloat16. Queries are then kept as
+they came, which is exact for a bfloat16 model, and the scale multiplies the scores.
+
 Dimension letters: L vectors of 16 lanes, S keys of a block, H head width, C tokens per page.
 """
 
@@ -63,6 +67,26 @@ class Sizes:
         """1 where one row of the cache is both key and value."""
         return 1 if self.spec.value_width else 2
 
+    @property
+    def paired(self) -> bool:
+        """Whether a word of 32 bits holds two numbers, and products take both."""
+        return self.cache == "i16"
+
+    @property
+    def words(self) -> int:
+        """Of 32 bits that a product reads of a key."""
+        return self.width // 2 if self.paired else self.width
+
+    @property
+    def key_steps(self) -> int:
+        """Of the weighted sum of a block."""
+        return KEYS // 2 if self.paired else KEYS
+
+    @property
+    def factor(self) -> float:
+        """What scores are multiplied with before they are seen, in powers of two where no soft-cap comes between."""
+        return self.spec.scale / self.spec.softcap if self.spec.softcap else self.spec.scale * LOG2E
+
 
 def products(
     name: str,
@@ -73,14 +97,16 @@ def products(
     *,
     row: int | None = None,
     scaled_by: str = "",
+    paired: bool = False,
     ahead: tuple[tuple[int, int], tuple[int, int]] | None = None,
 ) -> str:
     """`out[i] = sum_j a[i * stride + j * step] * b[j]` for `count` i, where b and out are rows of vectors.
 
     Only the first `vectors` of a row's `row` vectors are computed. With `scaled_by` the old `out` is added, times what
-    stands at the factors: a vector per place in the row ("columns") or a number per i ("rows"). Arguments: a, b, out,
-    number of j, factors. All sums stay in registers, and every sum runs over j in order. With `ahead`, the steps and
-    part of `prefetch`, there is a last argument: addresses of what is asked of memory meanwhile.
+    stands at the factors: a vector per place in the row ("columns") or a number per i ("rows"). Numbers of a and b are
+    float32, or `paired`: two of bfloat16, both of which are multiplied and added. Arguments: a, b, out, number of j,
+    factors. All sums stay in registers, and every sum runs over j in order. With `ahead`, the steps and part of
+    `prefetch`, there is a last argument: addresses of what is asked of memory meanwhile.
     """
     f = Function(name, ["ptr", "ptr", "ptr", "i64", "ptr", *["ptr"] * bool(ahead)], "noinline")
     lanes, (a, b, out, length, factors) = Lanes(f), f.args[:5]
@@ -95,6 +121,7 @@ def products(
         first = {(i, v): lanes.mul(lanes.load(at[i, v]), numbers[i]) for i, v in places}
     else:
         first = dict.fromkeys(places, ZERO)
+    multiply = lanes.dot if paired else lanes.fma
     sums = {place: f.variable(VECTOR, first[place]) for place in places}
     with f.loop(0, length) as j:
         line = f.at(b, f.mul(j, BYTES * row))
@@ -105,7 +132,7 @@ def products(
         for i in range(count):
             left = f.splat("float", f.load("float", f.at(column, 4 * stride * i)), 16)
             for v in range(vectors):
-                sums[i, v].set(lanes.fma(left, right[v], sums[i, v].get()))
+                sums[i, v].set(multiply(left, right[v], sums[i, v].get()))
     for place in places:
         lanes.store(sums[place].get(), at[place])
     return f.text()
@@ -219,13 +246,15 @@ class Tile:
         return f.mul(f.arithmetic("udiv", start, KEYS), KEYS), end
 
     def _take_lane(self, lane: Value, query: Value, member: Value, place: Value) -> None:
-        """A lane's query, position and sink; scores are in powers of two where no soft-cap comes between."""
+        """A lane's query, position and sink."""
         f, s = self.f, self.s
         source = f.at(self._operand("q"), f.mul(place, 4 * s.width))
-        factor = literal(s.spec.scale / s.spec.softcap if s.spec.softcap else s.spec.scale * LOG2E)
         with f.loop(0, s.width) as h:
-            x = f.let(f"fmul float {f.load('float', f.at(source, f.mul(h, 4)))}, {factor}")
-            f.store("float", x, self._query_place(lane, h))
+            x = f.load("float", f.at(source, f.mul(h, 4)))
+            if s.paired:
+                f.store("bfloat", f.let(f"fptrunc float {x} to bfloat"), self._query_place(lane, h), 2)
+            else:
+                f.store("float", f.let(f"fmul float {x}, {literal(s.factor)}"), self._query_place(lane, h))
         position = f.let(f"trunc i64 {f.add(self.before, query)} to i32")
         f.store("i32", position, f.at(self.position_at, f.mul(lane, 4)))
         self._take_sink(lane, member)
@@ -240,6 +269,8 @@ class Tile:
     def _seen(self, scores: str, keys: str, positions: str) -> str:
         """Scores with a soft-cap, and `MASKED` where the key is out of sight; keys and positions are int32 vectors."""
         f, lanes, spec = self.f, self.lanes, self.s.spec
+        if self.s.paired:
+            scores = lanes.mul(scores, constant(self.s.factor))
         if spec.softcap:
             scores = lanes.mul(lanes.tanh(scores), constant(spec.softcap * LOG2E))
         sees = f.let(f"icmp sle {INTS} {keys}, {positions}")
@@ -290,6 +321,39 @@ class Tile:
         source = f.at(self.pages, f.mul(index, SIZE[s.cache] * s.width))
         scale = f.at(self._operand("scales"), f.mul(index, 2)) if s.cache == "i8" else None
         copy_as_float(f, s.cache, source, target, width, scale)
+
+    def _fetch_values(self, first_key: Value, num_keys: Value, target: str, stride: int) -> None:
+        """A block's values, each key's (or two keys', number by number) in a row of so many bytes."""
+        f, s = self.f, self.s
+        if not s.paired:
+            with f.loop(0, num_keys) as c:
+                self._before_value(c)
+                self._fetch(f.add(first_key, c), s.halves - 1, f.at(target, f.mul(c, stride)), s.value_width)
+            return
+        with f.loop(0, num_keys, 2) as c:
+            self._before_value(c)
+            self._before_value(f.add(c, 1))
+            place = f.at(target, f.mul(f.arithmetic("udiv", c, 2), stride))
+            self._fetch_two(f.add(first_key, c), s.halves - 1, place, s.value_width)
+
+    def _before_value(self, key: Value) -> None:
+        """Before a key's value of a block is fetched."""
+
+    def _fetch_two(self, position: Value, half: int, target: str, width: int) -> None:
+        """Of an even position and the next one; zeros in place of the next where there is none."""
+        f, s = self.f, self.s
+        index, last = self._index(position, half), f.sub(self._end, 1)
+        following = f.smaller(f.add(position, 1), last)
+        other = f.add(index, s.heads) if s.page_size % 2 == 0 else self._index(following, half)
+        exists = f.let(f"sext i1 {f.let(f'icmp slt i64 {position}, {last}')} to i32")
+        sources = [f.at(self.pages, f.mul(i, 2 * s.width)) for i in (index, other)]
+        count = math.gcd(width, 16)
+        words, mask = f"<{count} x i32>", f.splat("i32", exists, count)
+        for i in range(0, width, count):
+            low, high = (f.load(f"<{count} x i16>", f.at(source, 2 * i), 2) for source in sources)
+            low, high = (f.let(f"zext <{count} x i16> {x} to {words}") for x in (low, high))
+            high = f.let(f"shl {words} {f.let(f'and {words} {high}, {mask}')}, splat (i32 16)")
+            f.store(words, f.let(f"or {words} {low}, {high}"), f.at(target, 4 * i))
 
 
 def copy_as_float(f: Function, kind: str, source: str, target: str, width: int, scale_at: str | None) -> None:
