@@ -22,19 +22,17 @@ from jaxllm.simulation.run import set_up
 from jaxllm.simulation.search import name_of, search
 
 TRACES = {
-    "chat (Azure): 1,155 in, 211 out": ("azure_llm_2023_conv.csv", "ttft:2s", 1.0),
-    "long contexts (Mooncake): 12,035 in, 343 out": ("mooncake_conversation.jsonl", "ttft:10s", 0.6),
+    "chat (Azure): 1,155 in, 211 out": ("azure_llm_2023_conv.csv", "ttft:2s"),
+    "long contexts (Mooncake): 12,035 in, 343 out": ("mooncake_conversation.jsonl", "ttft:10s"),
 }
 LIMITS = ("tpot:25ms", "tpot:100ms")
 KINDS = {"together": "tab:blue", "apart": "tab:orange"}
 
 
-def best_of_each_kind(
-    folder: Path, trace: str, limits: str, count: int, model: str, num_devices: int
-) -> dict[str, dict[str, Any]]:
+def best_of_each_kind(folder: Path, trace: str, limits: str, model: str, num_devices: int) -> dict[str, dict[str, Any]]:
     """The best deployment that does all in one place, and the best in two."""
     sim = SimulationConfig(
-        trace=str(folder / trace), slo=limits, num_prompts=count, search=True, num_devices=num_devices, skip_longer=True
+        trace=str(folder / trace), slo=limits, search=True, num_devices=num_devices, skip_longer=True
     )
     rows = search(set_up({"model": model, "max_num_seqs": 128}, sim, progress=False))["search"]
     found = {}
@@ -71,7 +69,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--traces", type=Path, required=True, help="folder of the public traces")
     parser.add_argument("--plot", type=Path, required=True, metavar="FILE.png")
-    parser.add_argument("--num-prompts", type=int, default=200, help="requests of one run; of long contexts 0.6 of it")
     parser.add_argument("--model", default="llama-3.1-70b")
     parser.add_argument("--num-devices", type=int, default=16, help="of H100")
     parser.add_argument("--jobs", type=int, default=2, help="searches at the same time")
@@ -82,10 +79,9 @@ def main() -> int:
     with ProcessPoolExecutor(args.jobs) as pool:
         running = []
         for trace, limit in cases:
-            file, ttft, share = TRACES[trace]
-            count = round(share * args.num_prompts)
-            given = args.traces, file, f"{ttft},{limit}", count, args.model, args.num_devices
-            running.append(pool.submit(best_of_each_kind, *given))
+            file, ttft = TRACES[trace]
+            found_by = args.traces, file, f"{ttft},{limit}", args.model, args.num_devices
+            running.append(pool.submit(best_of_each_kind, *found_by))
         for case, work in zip(cases, running, strict=True):
             found[case] = work.result()
             rates = {k: {"rate": round(r["goodput_per_device"], 3), "as": name_of(r)} for k, r in found[case].items()}

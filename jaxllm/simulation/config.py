@@ -37,7 +37,8 @@ class SimulationConfig:
         arrivals: how gaps between requests are drawn at a request_rate.
         burstiness (X): shape of gamma arrivals; 1 is poisson, below it burstier.
         burst_size (N): requests of one burst.
-        num_prompts (N): requests; default: all of the trace, else 1000.
+        num_prompts (N): requests; default: all of the trace, else 1000; of each run of a sweep or search at least so
+            many, and as arrive in 30 s and in ten times the limit of ttft: fewer would not show whether a rate holds.
         input_len (TOKENS): of a prompt, without a trace.
         output_len (TOKENS): of an answer, without a trace.
         length_spread (X): log-normal spread of both lengths; 0: all alike.

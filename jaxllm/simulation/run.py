@@ -29,6 +29,8 @@ from jaxllm.simulation.pooled import Pooled
 from jaxllm.simulation.report import make_report
 
 NUM_PROMPTS = 1000
+_LEAST, _MOST = 150, 10_000  # requests of one of many runs
+_SECONDS, _LIMITS = 30, 10  # that arrivals last at least; how many times the longest limit
 _BISECTIONS = 5
 OnSent = Callable[[int], object]
 
@@ -233,6 +235,23 @@ def _layout(sim: SimulationConfig, config: EngineConfig) -> dict[str, Any]:
     return {"mesh": f"{words[0]} -> {words[1]}", "prefill_mesh": sim.prefill_mesh, "decode_mesh": sim.decode_mesh}
 
 
+def num_requests(sim: SimulationConfig, rate: float) -> int:
+    """Of a run that is to tell whether a rate holds.
+
+    Arrivals must last long against the limits: any number of requests can come at once and be served within ten seconds
+    if they are few enough. `num_prompts` asks for more than that, not for fewer.
+    """
+    limits = sim.limits or {}
+    seconds = max(_SECONDS, _LIMITS * max((limits[name] for name in ("ttft", "e2e") if name in limits), default=0.0))
+    return max(_LEAST, sim.num_prompts or 0, math.ceil(min(_MOST, seconds * rate)))
+
+
+def at_rate_long_enough(setup: Setup, rate: float) -> Setup:
+    """The same at this rate, with as many requests as that takes."""
+    sim = setup.sim.with_rate(rate)
+    return dataclasses.replace(setup, sim=dataclasses.replace(sim, num_prompts=num_requests(sim, rate)))
+
+
 def sweep(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
     """The report at the highest rate at which enough requests meet the SLO, with all that were tried under `sweep`.
 
@@ -245,7 +264,7 @@ def sweep(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
     tried: dict[float, dict[str, Any]] = {}
 
     def holds(rate: float) -> bool:
-        tried[rate] = run_once(dataclasses.replace(setup, sim=setup.sim.with_rate(rate)), on_sent)
+        tried[rate] = run_once(at_rate_long_enough(setup, rate), on_sent)
         return tried[rate]["slo_attainment"] >= setup.sim.attainment
 
     if is_range:

@@ -13,15 +13,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxllm.simulation.config import SimulationConfig
-from jaxllm.simulation.run import OnSent, Setup, bisect, run_once, sweep
+from jaxllm.simulation.run import OnSent, Setup, at_rate_long_enough, bisect, run_once, sweep
 
 BUDGETS = (512, 2048)
 _FIRST_RATE = 0.4  # per device
 _STEP = 1.5
 _WORTH = 0.8  # of the best rate
 _BISECTIONS = 4
-_SECONDS = 30  # that arrivals last, where their number is not given
-_LEAST, _MOST = 150, 3000  # requests of one run
+_HIGHEST = 300.0  # requests/s, where a search ends
 
 
 def candidates(setup: Setup, budgets: Sequence[int] = BUDGETS) -> Iterator[tuple[Setup, dict[str, Any]]]:
@@ -88,6 +87,7 @@ def search(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
             **layout,
             "goodput_per_device": score,
             **({"at_most": True} if "at_most" in report else {}),
+            "requests": report["requests"],
             "slo_attainment": report["slo_attainment"],
             "ttft_ms": report["ttft_ms"],
             "tpot_ms": report["tpot_ms"],
@@ -111,8 +111,8 @@ def _measure(candidate: Setup, on_sent: OnSent, best: float) -> dict[str, Any]:
 def highest(candidate: Setup, on_sent: OnSent = lambda _: None, *, best: float = 0.0) -> dict[str, Any]:
     """The report at the highest rate within the SLO, with that as `highest_rate`.
 
-    By steps of half as much again, then by bisection. A run has as many requests as arrive in half a minute, unless
-    `num_prompts` says how many, and ends as soon as too many of them have missed the SLO.
+    By steps of half as much again, then by bisection. A run has as many requests as `num_requests` says, and ends as
+    soon as too many of them have missed the SLO.
 
     Args:
         candidate: what is simulated.
@@ -124,9 +124,8 @@ def highest(candidate: Setup, on_sent: OnSent = lambda _: None, *, best: float =
 
     def holds(rate: float) -> bool:
         nonlocal report
-        count = sim.num_prompts or min(_MOST, max(_LEAST, round(_SECONDS * rate)))
-        one = dataclasses.replace(candidate, sim=dataclasses.replace(sim.with_rate(rate), num_prompts=count))
-        report = run_once(one, on_sent, most_missed=(1 - sim.attainment) * count)
+        one = at_rate_long_enough(candidate, rate)
+        report = run_once(one, on_sent, most_missed=(1 - sim.attainment) * (one.sim.num_prompts or 0))
         if report["slo_attainment"] < sim.attainment or "gave_up" in report:
             return False
         held[rate] = report
@@ -140,7 +139,7 @@ def highest(candidate: Setup, on_sent: OnSent = lambda _: None, *, best: float =
         if rate < first / 64:
             return {**report, "highest_rate": None}
         high, rate = rate, rate / _STEP
-    while math.isinf(high) and rate < _MOST / 10:
+    while math.isinf(high) and rate < _HIGHEST:
         rate, high = (_STEP * rate, high) if holds(_STEP * rate) else (rate, _STEP * rate)
     if high < math.inf:
         rate = bisect(holds, rate, high, steps=_BISECTIONS)

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from jaxllm.cli import main
+from jaxllm.roofline.chips import CHIPS
 from jaxllm.simulation.config import SimulationConfig, parse_slo, parse_sweep
 from jaxllm.simulation.run import run_once, set_up
 
@@ -160,7 +161,7 @@ def test_pools_hand_over_and_report_both_meshes(capsys):
 
 
 def test_a_search_follows_only_what_may_win_and_says_so(capsys):
-    flags = "--search --num-devices 2 --num-prompts 40 --input-len 3000 --output-len 40 --slo ttft:1s,tpot:20ms".split()
+    flags = "--search --num-devices 2 --num-prompts 40 --input-len 12000 --output-len 20 --slo ttft:3s,tpot:20ms".split()
     rows = simulate(capsys, *flags)["search"]
     best = {kind: max(r["goodput_per_device"] for r in rows if ("mesh" in r) == kind) for kind in (True, False)}
     assert all(row["goodput_per_device"] < best["mesh" in row] for row in rows if row.get("at_most"))
@@ -169,7 +170,9 @@ def test_a_search_follows_only_what_may_win_and_says_so(capsys):
     rate = str(2 * rows[0]["goodput_per_device"])
     layout = {name: str(rows[0][name]) for name in rows[0] if "mesh" in name or "replicas" in name or "batched" in name}
     given = [part for name, value in layout.items() for part in (f"--{name.replace('_', '-')}", value)]
-    flags = [*flags[3:], "--request-rate", rate, *given]
+    count = str(rows[0]["requests"])  # what was asked for would all be served within the limit, however soon it came
+    assert int(count) >= 10 * float(rate) and float(rate) * 12020 * 2 * 8e9 < 2 * CHIPS["h100"].flops
+    flags = [*flags[5:], "--num-prompts", count, "--request-rate", rate, *given]
     assert simulate(capsys, *flags)["slo_attainment"] == rows[0]["slo_attainment"]
     lost = simulate(capsys, *flags[: -len(given) - 1], str(4 * float(rate)), *given)
     assert lost["slo_attainment"] < 0.9
