@@ -78,12 +78,15 @@ def apart(cfg: ModelConfig, chip: str, prefill: int, decode: int, link: str, **s
 
 
 def capacity(
-    make: Make, workload: Workload, holds: Holds, *, first: float = 1.0, seconds: float = 40, most: int = 1000
+    make: Make, workload: Workload, holds: Holds, *, first: float = 1.0, seconds: float = 40, most: int = 3000
 ) -> float:
     """The highest rate (requests/s) that holds, by doubling and bisection.
 
-    Arrivals last `seconds`, if that makes at least 150 requests and at most `most`.
+    Arrivals last `seconds`, if that makes at least 150 requests and at most `most`, and ten times the limit of TTFT:
+    few requests would be served within it however soon they came.
     """
+    if isinstance(holds, Within):
+        seconds = max(seconds, 10 * holds.slo["ttft"])
 
     def ok(rate: float) -> bool:
         count = int(np.clip(seconds * rate, 150, most))
@@ -271,7 +274,7 @@ def mooncake(traces: Path | None) -> dict[str, float]:
         return trace_arrivals(traces / "mooncake_conversation.jsonl", count, 131072)
 
     holds = Within({"ttft": 30.0, "tpot": 0.1})
-    return {name: capacity(make, load, holds, seconds=300, most=400) for name, make in makers.items()}
+    return {name: capacity(make, load, holds) for name, make in makers.items()}
 
 
 def aegaeon() -> dict[str, float]:
@@ -288,7 +291,7 @@ def aegaeon() -> dict[str, float]:
         return lambda: Pooled(weights, make_engine, num_instances=4, policy=policy, bytes_per_s=0.8 * PCIE_GEN5)
 
     for policy in ("token", "request"):
-        found[policy] = capacity(pool(policy), lambda count: for_models(load(count), list(weights)), holds, seconds=60)
+        found[policy] = capacity(pool(policy), lambda count: for_models(load(count), list(weights)), holds)
     return found | {"ratio": found["token"] / found["request"]}
 
 
