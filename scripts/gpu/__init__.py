@@ -1,0 +1,1 @@
+"""What `scripts/gpu_check.py` does: its parts, and the report."""
