@@ -108,6 +108,8 @@ def serve(llm: LLM, arrivals: Sequence[Arrival]) -> tuple[dict[str, Any], list[M
 def simulated(setup: Setup, arrivals: Sequence[Arrival]) -> dict[str, Any]:
     """The same on paper."""
     fleet = make_fleet(setup)
+    for paper in fleet.engines:
+        paper.engine.pace.target = None  # chunks of all sizes are compared
     results = simulate(fleet, arrivals)
     (engine,) = fleet.engines
     hits = engine.scheduling.pool.num_hit_tokens

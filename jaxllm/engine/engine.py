@@ -78,6 +78,7 @@ class Engine:
         memory: the KV cache that the runner runs on, with its page pools and lower tiers; default: the runner's.
         scheduling: who runs next; default: a `Scheduler` for each page pool.
         accounting: the books; default: those of the runner's model on its devices.
+        pace: what the given `scheduling` asks how large chunks may be; default: a new one.
     """
 
     def __init__(
@@ -88,12 +89,13 @@ class Engine:
         memory: Memory | None = None,
         scheduling: Scheduling | None = None,
         accounting: Accounting | None = None,
+        pace: Pace | None = None,
         seed: int = 0,
     ):
         # The loop uses what `Runner` has; whoever asks for more (scoring, a warm-up) has an engine on devices.
         self.runner = cast("ModelRunner", runner)
         self.memory = cast("KVMemory", memory or runner.memory)
-        self.pace = Pace(runner.shapes.token_buckets)  # whoever serves streams sets its target
+        self.pace = pace or Pace(runner.shapes.token_buckets)  # whoever serves streams sets its target
         self.scheduler = scheduling or side_by_side(schedulers_for(self.memory, runner.shapes, pace=self.pace))
         self.pool = self.scheduler.pool
         self.tiers, self.mover = self.memory.tiers, self.memory.mover

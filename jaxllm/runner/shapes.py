@@ -147,7 +147,7 @@ def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connec
         vocab_size=model.cfg.vocab_size,
         num_pages=num_pages,
         page_size=config.page_size,
-        token_buckets=_token_buckets(config, model.placement.token_multiple()),
+        token_buckets=token_buckets(config, model.placement.token_multiple()),
         row_buckets=_row_buckets(config, single_row=model.is_packed),
         max_decode_steps=0 if config.deterministic else config.max_decode_steps,
         kv_dtype=kv_dtype,
@@ -202,8 +202,8 @@ def _lengths(config: EngineConfig, model: AbstractModel, cache_bytes: int, bytes
     return num_pages, max_model_len
 
 
-def _token_buckets(config: EngineConfig, multiple: int) -> tuple[int, ...]:
-    """Rounded up to what the token cuts of the mesh divide; deterministic: one size for everything."""
+def token_buckets(config: EngineConfig, multiple: int = 1) -> tuple[int, ...]:
+    """Of the ragged step, rounded up to what the token cuts of the mesh divide; deterministic: one size for everything."""
     largest = config.token_budget
     sizes = (largest,) if config.deterministic else make_buckets(min(64, largest), largest, 4)
     return tuple(dict.fromkeys(-(-size // multiple) * multiple for size in sizes))

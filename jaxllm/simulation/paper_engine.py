@@ -19,8 +19,9 @@ from jaxllm.roofline.chips import PCIE_GEN5, Chip
 from jaxllm.roofline.cost_model import ITEM_BYTES, QUANTIZED, ModelCost, model_cost
 from jaxllm.roofline.iteration_time import DATA_SHEET, Efficiency, IterationTime, RooflineTime
 from jaxllm.roofline.profile import Profile
-from jaxllm.runner.shapes import RunnerShapes
+from jaxllm.runner.shapes import RunnerShapes, token_buckets
 from jaxllm.scheduling.host_pool import HostPool
+from jaxllm.scheduling.pace import Pace
 from jaxllm.scheduling.page_pool import PagePool
 from jaxllm.scheduling.plan import IterationPlan
 from jaxllm.scheduling.replicas import Scheduling, side_by_side
@@ -136,7 +137,8 @@ def paper_engine(
         host_s=host_s,
         drafts=_drafts(config, hardware) if shapes.num_drafts else None,
     )
-    schedulers = schedulers_for(memory, shapes, chunked_prefill=policy.chunked_prefill)
+    pace = Pace(token_buckets(config))
+    schedulers = schedulers_for(memory, shapes, chunked_prefill=policy.chunked_prefill, pace=pace)
     gate = policy.gate(shapes, pools[0]) if policy.gate else None
     plan_with = {"plan_with": policy.plan_with} if policy.plan_with else {}
     scheduling = Steered(side_by_side(schedulers), runner, gate, **plan_with)
@@ -145,7 +147,8 @@ def paper_engine(
     chip = hardware.chip
     ceilings = Ceilings(tp * dp * chip.flops, tp * dp * chip.bandwidth, chip.title)
     whole = dataclasses.replace(cost, **{name: dp * getattr(cost, name) for name in _BYTES})
-    engine = Engine(runner, scheduling=scheduling, accounting=Accounting(whole, ceilings), seed=config.seed)
+    accounting = Accounting(whole, ceilings)
+    engine = Engine(runner, scheduling=scheduling, accounting=accounting, pace=pace, seed=config.seed)
     return PaperEngine(engine, runner, scheduling, clock, tp * dp)
 
 

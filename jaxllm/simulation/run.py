@@ -18,6 +18,7 @@ from jaxllm.pool.config import PoolConfig, read_models
 from jaxllm.roofline.chips import Chip, find_chip
 from jaxllm.roofline.iteration_time import Efficiency
 from jaxllm.roofline.profile import Profile, load_profile
+from jaxllm.scheduling.pace import DEFAULT_SECONDS
 from jaxllm.simulation.arrivals import Arrival, at_rate, for_models, random_arrivals, stretched, trace_arrivals
 from jaxllm.simulation.clock import VirtualClock
 from jaxllm.simulation.config import SimulationConfig, parse_sweep
@@ -138,7 +139,11 @@ def make_fleet(setup: Setup) -> Fleet:
         found = dataclasses.replace(setup, config=dataclasses.replace(setup.config, enable_prefix_caching=True))
         decode = [one_engine(found, sim.decode_mesh, hand_over) for _ in range(sim.decode_replicas)]
         return Disaggregated(prefill, decode, bytes_per_s=link_bandwidth(sim.transfer, setup.hardware.chip))
-    return Colocated([one_engine(setup, setup.config.mesh) for _ in range(sim.replicas)], streamed=sim.stream)
+    engines = [one_engine(setup, setup.config.mesh) for _ in range(sim.replicas)]
+    if sim.stream and sim.policy == "chunked":
+        for paper in engines:  # as a server does
+            paper.engine.pace.target = sim.limits.get("tpot", DEFAULT_SECONDS)
+    return Colocated(engines, streamed=sim.stream)
 
 
 def _pool(setup: Setup) -> Pooled:

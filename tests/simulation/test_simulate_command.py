@@ -161,7 +161,7 @@ def test_pools_hand_over_and_report_both_meshes(capsys):
 
 
 def test_a_search_follows_only_what_may_win_and_says_so(capsys):
-    flags = "--search --num-devices 2 --num-prompts 40 --input-len 12000 --output-len 20 --slo ttft:3s,tpot:20ms"
+    flags = "--search --num-devices 2 --num-prompts 40 --input-len 12000 --output-len 20 --no-stream --slo ttft:3s,tpot:20ms"
     flags = flags.split()
     rows = simulate(capsys, *flags)["search"]
     best = {kind: max(r["goodput_per_device"] for r in rows if ("mesh" in r) == kind) for kind in (True, False)}
@@ -186,3 +186,12 @@ def test_what_is_lost_is_not_simulated_to_its_end():
     assert report["gave_up"] and report["requests"] < 300 and report["slo_attainment"] < 0.9
     whole = run_once(dataclasses.replace(setup, sim=sim.with_rate(1.0)), most_missed=40)
     assert "gave_up" not in whole and whole["requests"] == 400 and whole["slo_attainment"] > 0.9
+
+
+def test_chunks_beside_streams_shrink_to_the_limit_as_a_server_has_them(capsys):
+    flags = "--num-prompts 60 --request-rate 4 --input-len 6000 --output-len 60 --max-num-batched-tokens 8192".split()
+    gaps = {
+        name: simulate(capsys, *flags, *more)["itl_ms"]["p99"]
+        for name, more in (("default", []), ("tight", ["--slo", "tpot:30ms"]), ("never", ["--no-stream"]))
+    }
+    assert gaps["tight"] <= 45 < gaps["default"] <= 130 < gaps["never"], gaps
