@@ -203,7 +203,7 @@ def _lengths(config: EngineConfig, model: AbstractModel, cache_bytes: int, bytes
 
 
 def token_buckets(config: EngineConfig, multiple: int = 1) -> tuple[int, ...]:
-    """Of the ragged step, rounded up to what the token cuts of the mesh divide; deterministic: one size for everything."""
+    """Of the ragged step, rounded up to what the token cuts of the mesh divide; deterministic: one size for all."""
     largest = config.token_budget
     sizes = (largest,) if config.deterministic else make_buckets(min(64, largest), largest, 4)
     return tuple(dict.fromkeys(-(-size // multiple) * multiple for size in sizes))

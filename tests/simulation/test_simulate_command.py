@@ -161,8 +161,8 @@ def test_pools_hand_over_and_report_both_meshes(capsys):
 
 
 def test_a_search_follows_only_what_may_win_and_says_so(capsys):
-    flags = "--search --num-devices 2 --num-prompts 40 --input-len 12000 --output-len 20 --no-stream --slo ttft:3s,tpot:20ms"
-    flags = flags.split()
+    flags = "--search --num-devices 2 --num-prompts 40 --input-len 12000 --output-len 20 --no-stream".split()
+    flags += ["--slo", "ttft:3s,tpot:20ms"]
     rows = simulate(capsys, *flags)["search"]
     best = {kind: max(r["goodput_per_device"] for r in rows if ("mesh" in r) == kind) for kind in (True, False)}
     assert all(row["goodput_per_device"] < best["mesh" in row] for row in rows if row.get("at_most"))
