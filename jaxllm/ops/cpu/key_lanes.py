@@ -21,7 +21,8 @@ _VECTORS = KEYS // 16  # of a row of scores
 _IOTA = "<" + ", ".join(f"i32 {i}" for i in range(16)) + ">"
 _SUMS = 16  # vectors that one product keeps in registers
 _PARTS = KEYS // 16  # of a block, each within a page
-_TRICKLE = 128  # bytes that a step of a product asks of memory; of more, the processor drops some
+_TRICKLE = 128  # bytes that a step of a product asks of memory; of more, the processor drops some. Twice that of pairs:
+# with half as many steps, what is left for the transposing is too much for it
 
 
 def few(s: Sizes) -> str:
@@ -34,10 +35,14 @@ def key_products(s: Sizes) -> str:
     value, part, count = _counts(s)
     num_bytes = _token_bytes(s)
     steps = s.words // _PARTS, s.key_steps // _PARTS
-    scores, weighted = (((n, 16 * num_bytes // n), (0, min(16 * num_bytes // n, _TRICKLE))) for n in steps)
+    scores, weighted = (((n, 16 * num_bytes // n), (0, min(16 * num_bytes // n, _trickle(s)))) for n in steps)
     return products("few_scores", _VECTORS, count, s.words, 1, paired=s.paired, ahead=scores) + products(
         "few_weighted", part, count, KEYS, 1, row=value, scaled_by="rows", paired=s.paired, ahead=weighted
     )
+
+
+def _trickle(s: Sizes) -> int:
+    return 2 * _TRICKLE if s.paired else _TRICKLE
 
 
 def _token_bytes(s: Sizes) -> int:
@@ -119,7 +124,7 @@ class KeyLanes(Tile):
     def _ask_for_rest(self, half: int, token: Value) -> None:
         """What the products leave of a token of the next block."""
         num_bytes = _token_bytes(self.s)
-        prefetch(self.f, self.ahead_at[half], token, (16, num_bytes), (_TRICKLE, num_bytes))
+        prefetch(self.f, self.ahead_at[half], token, (16, num_bytes), (_trickle(self.s), num_bytes))
 
     def _transpose(self, position: Value, c: Value) -> None:
         """Sixteen keys into columns c .. c + 15; those beyond the last are hidden later, whatever they hold."""
