@@ -3,7 +3,8 @@
 `python scripts/pool_load.py` makes a pool of 8 copies of a tiny random model (or `--model PATH`) in a budget for 3,
 sends 300 requests in bursts with a long tail of models, and looks for the highest rate at which 90% are in time. The
 limits keep the proportions of Aegaeon's, TTFT 10 s to 100 ms per token, and are scaled to this machine: `tpot` is
-`--tpot-steps` times what one request that is alone takes for a token, and `ttft` a hundred times that. A request is in
+`--tpot-steps` times what one request that is alone takes for a token, and `ttft` a hundred times that, so that an
+answer of 500 tokens alone takes as long as its first token may (the paper's take 17 s against 10). A request is in
 time if its first token is, and its tokens are on average. Rates rise or fall by the square root of two until one holds
 and the next does not, or the policy's share of `--minutes` is over. Prints one JSON object; beside the share of
 requests it has that of tokens that came by their deadlines (see `jaxllm.pool.attainment`).
@@ -142,7 +143,8 @@ def model_of(args: argparse.Namespace) -> Iterator[str]:
     from tests.helpers.tiny_model import write_tiny_model
 
     with tempfile.TemporaryDirectory() as folder:
-        yield str(write_tiny_model(Path(folder) / "tiny", hidden_size=256))
+        sizes = {"num_layers": args.layers, "hidden_size": 256, "intermediate_size": 1024}
+        yield str(write_tiny_model(Path(folder) / "tiny", max_position_embeddings=args.max_model_len, **sizes))
 
 
 def main() -> None:
@@ -154,11 +156,12 @@ def main() -> None:
         ("hold", 3),
         ("num-requests", 300),
         ("input-len", 64),
-        ("output-len", 300),
+        ("output-len", 500),
         ("max-model-len", 2048),
         ("max-num-seqs", 8),
         ("max-num-batched-tokens", 128),
-        ("kv-cache-memory-bytes", 8 << 20),
+        ("kv-cache-memory-bytes", 48 << 20),
+        ("layers", 8),
         ("seed", 0),
     ):
         parser.add_argument(f"--{name}", type=int, default=default)

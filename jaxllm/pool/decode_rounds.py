@@ -11,7 +11,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 from jaxllm.pool.costs import Costs
-from jaxllm.pool.quotas import LONGEST_SECONDS, TBT_SECONDS, quotas
+from jaxllm.pool.quotas import TBT_SECONDS, quotas
 
 
 @dataclass(slots=True, eq=False)
@@ -30,11 +30,11 @@ class DecodeRounds:
         instances: their names.
         costs: times of steps and switches, and the size of a batch.
         tbt: seconds between tokens that are promised.
-        longest: seconds that a turn may last.
+        longest: seconds that a turn may last; default: `longest_turn`.
     """
 
     def __init__(
-        self, instances: Sequence[int], costs: Costs, *, tbt: float = TBT_SECONDS, longest: float = LONGEST_SECONDS
+        self, instances: Sequence[int], costs: Costs, *, tbt: float = TBT_SECONDS, longest: float | None = None
     ):
         self._costs, self._tbt, self._longest = costs, tbt, longest
         self._batches: dict[int, list[Batch]] = {instance: [] for instance in instances}

@@ -16,7 +16,7 @@ from typing import Literal, Protocol, get_args
 from jaxllm.pool.costs import Costs
 from jaxllm.pool.decode_rounds import DecodeRounds
 from jaxllm.pool.prefill_groups import MAX_GROUP, PrefillGroups
-from jaxllm.pool.quotas import LONGEST_SECONDS, TBT_SECONDS
+from jaxllm.pool.quotas import TBT_SECONDS
 
 PolicyName = Literal["token", "request"]
 POLICIES: tuple[str, ...] = get_args(PolicyName)
@@ -74,7 +74,7 @@ def make_policy(
     prefill: Sequence[int] = (0,),
     decode: Sequence[int] = (0,),
     tbt: float = TBT_SECONDS,
-    longest: float = LONGEST_SECONDS,
+    longest: float | None = None,
     max_group: int = MAX_GROUP,
 ) -> Policy:
     """A policy by its name. Raises ValueError for an unknown one."""
@@ -97,7 +97,7 @@ class TokenLevel:
         prefill, decode: instances for each, possibly the same ones. A request stays where it was prefilled if that
             decodes as well.
         tbt: seconds between tokens that are promised.
-        longest: seconds that a turn may last.
+        longest: seconds that a turn may last; default: `longest_turn`.
         max_group: prompts that a turn prefills while others wait.
     """
 
@@ -108,7 +108,7 @@ class TokenLevel:
         prefill: Sequence[int] = (0,),
         decode: Sequence[int] = (0,),
         tbt: float = TBT_SECONDS,
-        longest: float = LONGEST_SECONDS,
+        longest: float | None = None,
         max_group: int = MAX_GROUP,
     ):
         self._groups = PrefillGroups(prefill, costs, max_group=max_group, crowding=self._crowding)

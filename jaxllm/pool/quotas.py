@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 TBT_SECONDS = 0.1  # between tokens, as promised to clients
-LONGEST_SECONDS = 4.0  # of one turn
+LONGEST_SECONDS = 4.0  # of one turn, where tokens may take as long as that
 _LEAST_ALPHA = 0.5
 
 
@@ -27,8 +27,17 @@ class Quotas:
     seconds: tuple[float, ...]
 
 
+def longest_turn(tbt: float) -> float:
+    """Seconds that a turn may last: the paper's 4 at 100 ms between tokens, fewer where less is promised.
+
+    Who waits for a first token waits for the turns of others. Where tokens are promised ten times as often, first
+    tokens are as well; turns that did not shrink would last longer than these may take.
+    """
+    return LONGEST_SECONDS * min(1.0, tbt / TBT_SECONDS)
+
+
 def quotas(
-    step_seconds: Sequence[float], switch_seconds: float, *, tbt: float = TBT_SECONDS, longest: float = LONGEST_SECONDS
+    step_seconds: Sequence[float], switch_seconds: float, *, tbt: float = TBT_SECONDS, longest: float | None = None
 ) -> Quotas:
     """The quotas of a round.
 
@@ -40,10 +49,11 @@ def quotas(
         switch_seconds: of all switches of the round; 0 where it has one model, and then quotas are as for very short
             switches.
         tbt: seconds between tokens that are promised.
-        longest: seconds that a turn may last.
+        longest: seconds that a turn may last; default: `longest_turn`.
     """
     if not step_seconds:
         return Quotas(_LEAST_ALPHA, ())
+    longest = longest_turn(tbt) if longest is None else longest
     steps = [tbt / seconds for seconds in step_seconds]
     used = sum(1 / n for n in steps)
     spare = _LEAST_ALPHA - used

@@ -46,6 +46,13 @@ def test_quotas_are_the_papers():
     assert found.seconds == pytest.approx((2.6667, 3.3333, 4.0), abs=1e-4)
 
 
+def test_turns_shrink_with_what_is_promised_between_tokens():
+    """Else a first token, promised a tenth as late, would wait for turns of four seconds."""
+    paper, tenth = ([scale * t for t in (0.020, 0.025, 0.030)] for scale in (1.0, 0.1))
+    assert quotas(tenth, 0.15, tbt=0.01).seconds == pytest.approx([q / 10 for q in quotas(paper, 1.5).seconds])
+    assert max(quotas([0.3, 0.3], 1.0, tbt=1.0).seconds) == pytest.approx(4.0)
+
+
 def test_quotas_of_a_light_round_take_the_least_alpha():
     found = quotas([0.005, 0.005], 0.1, tbt=0.1, longest=4.0)
     assert found.alpha == 0.5
