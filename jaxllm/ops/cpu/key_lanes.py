@@ -180,7 +180,7 @@ class KeyLanes(Tile):
         scores = []
         for v, slot in enumerate(slots):
             keys = f.let(f"add {INTS} {f.let(f'add {INTS} {first}, {_IOTA}')}, splat (i32 {16 * v})")
-            scores.append(self._seen(lanes.load(slot), keys, position))
+            scores.append(self._seen(self._capped(lanes.load(slot)), keys, position))
         top = scores[0]
         for x in scores[1:]:
             top = lanes.maximum(top, x)

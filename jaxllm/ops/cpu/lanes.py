@@ -92,14 +92,17 @@ class Lanes:
         """x where the mask is set, else y."""
         return self.f.let(f"select <16 x i1> {mask}, {VECTOR} {x}, {VECTOR} {y}")
 
-    def power(self, x: str) -> str:
-        """2^x for x <= 0: whole powers by the exponent's bits, the rest (within a half) by its Taylor polynomial."""
+    def power(self, x: str, degree: int = 7) -> str:
+        """2^x for x <= 0: whole powers by the exponent's bits, the rest (within a half) by its Taylor polynomial.
+
+        A polynomial of degree 7 is right to float32's last bit or two, of degree 4 to 4e-5.
+        """
         x = self.maximum(x, constant(-126.0))
         whole = self._call("rint", x)
         rest = self.sub(x, whole)
-        y = constant(math.log(2) ** 7 / math.factorial(7))
-        for degree in range(6, -1, -1):
-            y = self.fma(y, rest, constant(math.log(2) ** degree / math.factorial(degree)))
+        y = constant(math.log(2) ** degree / math.factorial(degree))
+        for n in range(degree - 1, -1, -1):
+            y = self.fma(y, rest, constant(math.log(2) ** n / math.factorial(n)))
         exponent = self.f.let(f"fptosi {VECTOR} {whole} to <16 x i32>")
         exponent = self.f.let(f"shl <16 x i32> {exponent}, splat (i32 23)")
         bits = self.f.let(f"add <16 x i32> {self.f.let(f'bitcast {VECTOR} {y} to <16 x i32>')}, {exponent}")

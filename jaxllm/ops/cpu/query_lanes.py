@@ -98,23 +98,38 @@ class QueryLanes(Tile):
             f.do(
                 f"call void @scores{self.vectors}(ptr {key}, ptr {self.query_at}, ptr {score}, i64 {s.words}, ptr null)"
             )
-        steps = num_keys
+        steps, evenly = num_keys, num_keys
         if s.paired:  # a pair's second key, if there is none, is out of sight as any other
             steps = f.arithmetic("udiv", f.add(num_keys, 1), 2)
-            num_keys = f.mul(steps, 2)
-        tops = self._mask(first_key, num_keys)
-        for v in range(self.vectors):
-            factor = self.lanes.power(self.lanes.sub(self.maxima[v].get(), tops[v]))
-            self.maxima[v].set(tops[v])
-            self.lanes.store(factor, f.at(self.factor_at, BYTES * v))
-            self.totals[v].set(self.lanes.mul(self.totals[v].get(), factor))
-        self._exponentials(num_keys)
+            evenly = f.mul(steps, 2)
+        if s.spec.window is None:  # most blocks of a long prompt lie before all of a tile's queries
+            lowest = f.add(self.before, f.arithmetic("udiv", self.first, s.group))
+            full = f.let(f"icmp eq i64 {num_keys}, {KEYS}")
+            before = f.let(f"icmp sle i64 {f.add(first_key, KEYS - 1)}, {lowest}")
+            seen = f.let(f"and i1 {full}, {before}")
+            with f.when(seen):
+                self._soften(first_key, KEYS, all_seen=True)
+            with f.when(f.let(f"xor i1 {seen}, true")):
+                self._soften(first_key, evenly)
+        else:
+            self._soften(first_key, evenly)
         with f.loop(0, s.value_width, self.dims) as h:
             value, out = f.at(values, f.mul(h, 4)), f.at(self.out_at, f.mul(h, stride))
             listed = f"ptr {value}, ptr {self.score_at}, ptr {out}, i64 {steps}, ptr {self.factor_at}"
             f.do(f"call void @weighted{self.vectors}({listed})")
 
-    def _mask(self, first_key: Value, num_keys: Value) -> list[str]:
+    def _soften(self, first_key: Value, num_keys: Value, *, all_seen: bool = False) -> None:
+        """Scores become exponentials; maxima rise, and what came before is to fade by factors."""
+        f, lanes = self.f, self.lanes
+        tops = self._mask(first_key, num_keys, all_seen)
+        for v in range(self.vectors):
+            factor = lanes.power(lanes.sub(self.maxima[v].get(), tops[v]))
+            self.maxima[v].set(tops[v])
+            lanes.store(factor, f.at(self.factor_at, BYTES * v))
+            self.totals[v].set(lanes.mul(self.totals[v].get(), factor))
+        self._exponentials(num_keys, all_seen)
+
+    def _mask(self, first_key: Value, num_keys: Value, all_seen: bool) -> list[str]:
         """Hide what a lane does not see; the new maxima."""
         f, lanes = self.f, self.lanes
         tops = [f.variable(VECTOR, maximum.get()) for maximum in self.maxima]
@@ -122,7 +137,9 @@ class QueryLanes(Tile):
             key = f.splat("i32", f.let(f"trunc i64 {f.add(first_key, c)} to i32"), 16)
             for v in range(self.vectors):
                 slot = f.at(self.score_at, f.add(f.mul(c, self.stride), BYTES * v))
-                x = self._seen(lanes.load(slot), key, self.positions[v])
+                x = self._capped(lanes.load(slot))
+                if not all_seen:
+                    x = self._seen(x, key, self.positions[v])
                 lanes.store(x, slot)
                 tops[v].set(lanes.maximum(tops[v].get(), x))
         return [top.get() for top in tops]
@@ -136,7 +153,7 @@ class QueryLanes(Tile):
         for i in range(0, 4 * s.words, 4 * count):
             f.store(f"<{count} x i32>", f.load(f"<{count} x i32>", f.at(source, i), 2), f.at(target, i))
 
-    def _exponentials(self, num_keys: Value) -> None:
+    def _exponentials(self, num_keys: Value, all_seen: bool) -> None:
         """In place of the scores; those of two keys as one row of pairs."""
         f, lanes, words = self.f, self.lanes, INTS
         step = 2 if self.s.paired else 1
@@ -144,7 +161,8 @@ class QueryLanes(Tile):
             for v in range(self.vectors):
                 row, found = f.at(self.score_at, f.add(f.mul(c, self.stride), BYTES * v)), []
                 for key in range(step):
-                    y = self._weights(lanes.load(f.at(row, key * self.stride)), self.maxima[v].get())
+                    scores = lanes.load(f.at(row, key * self.stride))
+                    y = (self._powers if all_seen else self._weights)(scores, self.maxima[v].get())
                     self.totals[v].set(lanes.add(self.totals[v].get(), y))
                     found.append(y)
                 if step == 1:

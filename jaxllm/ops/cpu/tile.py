@@ -266,13 +266,16 @@ class Tile:
             sink = f.load("float", f.at(self._operand("sinks"), f.mul(index, 4)))
             f.store("float", f.let(f"fmul float {sink}, {literal(LOG2E)}"), f.at(self.sink_at, f.mul(lane, 4)))
 
-    def _seen(self, scores: str, keys: str, positions: str) -> str:
-        """Scores with a soft-cap, and `MASKED` where the key is out of sight; keys and positions are int32 vectors."""
-        f, lanes, spec = self.f, self.lanes, self.s.spec
+    def _capped(self, scores: str) -> str:
+        """Scores in powers of two, with a soft-cap."""
+        lanes, spec = self.lanes, self.s.spec
         if self.s.paired:
             scores = lanes.mul(scores, constant(self.s.factor))
-        if spec.softcap:
-            scores = lanes.mul(lanes.tanh(scores), constant(spec.softcap * LOG2E))
+        return lanes.mul(lanes.tanh(scores), constant(spec.softcap * LOG2E)) if spec.softcap else scores
+
+    def _seen(self, scores: str, keys: str, positions: str) -> str:
+        """Scores, and `MASKED` where the key is out of sight; keys and positions are int32 vectors."""
+        f, lanes, spec = self.f, self.lanes, self.s.spec
         sees = f.let(f"icmp sle {INTS} {keys}, {positions}")
         if spec.window is not None:
             edge = f.let(f"sub {INTS} {positions}, splat (i32 {spec.window})")
@@ -282,7 +285,11 @@ class Tile:
     def _weights(self, scores: str, maxima: str) -> str:
         """Exponentials; 0 for what is out of sight."""
         lanes = self.lanes
-        return lanes.select(lanes.equal(scores, MASKED), ZERO, lanes.power(lanes.sub(scores, maxima)))
+        return lanes.select(lanes.equal(scores, MASKED), ZERO, self._powers(scores, maxima))
+
+    def _powers(self, scores: str, maxima: str) -> str:
+        degree = 4 if self.s.paired else 7  # pairs are rounded to 2e-3 afterwards
+        return self.lanes.power(self.lanes.sub(scores, maxima), degree)
 
     def _merged(self, maximum: str, other: str) -> tuple[str, str, str]:
         """The maximum of two parts, and what the totals and weighted sums of each are to be multiplied with."""
