@@ -3,7 +3,8 @@
 It samples each position with the noise with which the target will, so that both agree where their distributions do (at
 least `(1 - d) / (1 + d)` of the time for a total variation `d`: Daliri et al. 2024); greedily where the target is. Its
 pages have the numbers of the target's. It may have missed the last token but one (when every draft was right), so it
-begins with two; where a prompt's step comes in between, that one stays missing. What it gets wrong changes no answer.
+begins with two, or with as many as pass between two looks while its drafts are not worth verifying; where a prompt's
+step comes in between, some stay missing. What it gets wrong changes no answer.
 
 Dimension letters: R rows, J tokens per row, G drafts, S slots, M pages per row.
 """
@@ -22,6 +23,9 @@ from jaxllm.ops.attention import RaggedRows
 from jaxllm.runner.batch import RowBatch
 from jaxllm.runner.steps import Pages, SlotState, Steps, cache_slots
 
+LOOK_EVERY = 6  # tokens: while drafts do not pay, how often the draft model sees whether they would
+CATCH_UP = LOOK_EVERY + 2  # tokens that it then reads: those since the last look, and what that may have missed
+
 
 @dataclass(frozen=True, slots=True)
 class Drafter:
@@ -32,12 +36,18 @@ class Drafter:
     batch: RowBatch
     table_RM: jax.Array
 
-    def first(self, pages: Pages, state: SlotState, most: jax.Array) -> tuple[list[Any], jax.Array]:
-        """The first draft of the rows that may have any (`most > 0`), in `[R, G]`; the others are not known yet."""
+    def first(
+        self, pages: Pages, state: SlotState, most: jax.Array, num_tokens: int = 2
+    ) -> tuple[list[Any], jax.Array]:
+        """The first draft of the rows that may have any (`most > 0`), in `[R, G]`; the others are not known yet.
+
+        The last `num_tokens` of each row are read, or as many as it has.
+        """
         assert self.steps.speculation is not None
         slot, num_drafts = self.batch.slot, self.steps.speculation.num_speculative_tokens
-        position = state.length[slot][:, None] - 2 + jnp.arange(2)
-        valid = jnp.broadcast_to(most[:, None] > 0, position.shape)
+        length = state.length[slot][:, None]
+        position = jnp.maximum(length - num_tokens, 0) + jnp.arange(num_tokens)
+        valid = (most[:, None] > 0) & (position < length)
 
         def one(_: jax.Array, carry: tuple[list[Any], jax.Array]) -> tuple[list[Any], jax.Array]:
             pages, drafts_RG = carry
@@ -75,12 +85,13 @@ class Drafter:
         assert draft is not None
         params, (num_rows, width) = steps.draft_params(self.params), tokens_RJ.shape
         x_TD, pages = forward_chunks(draft, params, pages, tokens_RJ, position_RJ, valid_RJ, self.table_RM)
-        x_RD = x_TD.reshape(num_rows, width, -1)[:, -1]
+        last_R = jnp.maximum(jnp.sum(valid_RJ, axis=1) - 1, 0)
+        x_RD = x_TD.reshape(num_rows, width, -1)[jnp.arange(num_rows), last_R]
         logits_RV = draft.model(params).logits(x_RD, draft.placement.fitted(num_rows).shard)
         if batch.sampling is not None:  # nobody asks for a draft's logprobs
             quiet = dataclasses.replace(batch.sampling, num_logprobs=jnp.full(num_rows, -1))
             batch = dataclasses.replace(batch, sampling=quiet)
-        sampled = steps.sampled(logits_RV, state, batch, position_RJ[:, -1] + 1)
+        sampled = steps.sampled(logits_RV, state, batch, position_RJ[:, 0] + last_R + 1)
         return pages, jnp.maximum(sampled.tokens, 0)
 
 

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from jaxllm.runner import sampler as sampling
 from jaxllm.runner.batch import Drafting, RowBatch
-from jaxllm.runner.draft_model import Drafter, forward_chunks, written
+from jaxllm.runner.draft_model import CATCH_UP, LOOK_EVERY, Drafter, forward_chunks, written
 from jaxllm.runner.prompt_lookup import look_up
 from jaxllm.runner.steps import Pages, SlotState, Steps, empty_samples, is_active
 
@@ -70,7 +70,13 @@ def speculating_loop(
             drafts_RG, found, matched = look_up(state.history, batch.slot, length, found, speculation)
             kind = jnp.where(~is_given & (matched == 1), 0, kind)
         else:
-            draft_pages, drafts_RG = drafter.first(draft_pages, state, found)
+            # Whether to draft is known before: a draft model's tokens cost, and what it missed it can read later.
+            hopes = _expected(state.hit_rate[batch.slot, kind], drafting.num_sure, found, width - 1)
+            worth = jnp.sum(hopes) > drafting.price * jnp.sum(active)
+            looks = ~worth & jnp.any(active & (length % LOOK_EVERY == 0))
+            draft_pages, drafts_RG = drafter.first(draft_pages, state, jnp.where(worth, found, 0))
+            draft_pages, seen_RG = drafter.first(draft_pages, state, jnp.where(looks, found, 0), CATCH_UP)
+            found, drafts_RG = jnp.where(worth | looks, found, 0), jnp.where(looks, seen_RG, drafts_RG)
         drafts_RG = jnp.where(is_given[:, None], drafting.given, drafts_RG)
         count = jnp.where(is_given & (i == 0), most, found)  # what was given says nothing of later iterations
         expected = _expected(state.hit_rate[batch.slot, kind], drafting.num_sure, count, width - 1)
