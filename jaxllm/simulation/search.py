@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jaxllm.simulation.config import SimulationConfig
-from jaxllm.simulation.run import OnSent, Setup, at_rate_long_enough, bisect, run_once, sweep
+from jaxllm.simulation.run import OnSent, Setup, at_rate_long_enough, bisect, make_arrivals, run_once, sweep
 
 BUDGETS = (512, 2048)
 _FIRST_RATE = 0.4  # per device
@@ -70,7 +70,7 @@ def search(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
     if not sim.limits:
         raise ValueError("a search ranks by goodput within an SLO; set --slo")
     found, best, problem = [], dict[bool, float](), "no candidates"
-    for candidate, layout in candidates(setup):
+    for candidate, layout in candidates(_whole_workload(setup)):
         kind = "mesh" in layout
         try:
             report = _measure(candidate, on_sent, best.get(kind, 0.0))
@@ -97,6 +97,17 @@ def search(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
     ]
     first = {key: value for key, value in found[0][2].items() if key != "sweep"}
     return {**first, "search": rows}
+
+
+def _whole_workload(setup: Setup) -> Setup:
+    """With room for the longest request of a trace asked of every candidate.
+
+    Else one that holds short requests only would leave the long ones out (`skip_longer`) and win.
+    """
+    if setup.sim.trace is None or setup.config.max_model_len is not None:
+        return setup
+    longest = max((arrival.input_len + arrival.output_len for arrival in make_arrivals(setup)), default=1)
+    return dataclasses.replace(setup, config=dataclasses.replace(setup.config, max_model_len=longest))
 
 
 def _measure(candidate: Setup, on_sent: OnSent, best: float) -> dict[str, Any]:
