@@ -246,7 +246,7 @@ def num_requests(sim: SimulationConfig, rate: float) -> int:
     Arrivals must last long against the limits: any number of requests can come at once and be served within ten seconds
     if they are few enough. `num_prompts` asks for more than that, not for fewer.
     """
-    limits = sim.limits or {}
+    limits = sim.limits
     seconds = max(_SECONDS, _LIMITS * max((limits[name] for name in ("ttft", "e2e") if name in limits), default=0.0))
     return max(_LEAST, sim.num_prompts or 0, math.ceil(min(_MOST, seconds * rate)))
 

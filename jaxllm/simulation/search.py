@@ -100,13 +100,16 @@ def search(setup: Setup, on_sent: OnSent = lambda _: None) -> dict[str, Any]:
 
 
 def _whole_workload(setup: Setup) -> Setup:
-    """With room for the longest request of a trace asked of every candidate.
+    """With room for the longest request of the whole trace asked of every candidate.
 
-    Else one that holds short requests only would leave the long ones out (`skip_longer`) and win.
+    Else one that holds short requests only would leave the long ones out (`skip_longer`), or shrink all of them
+    (`scale_lengths`), and win.
     """
-    if setup.sim.trace is None or setup.config.max_model_len is not None:
+    sim = setup.sim
+    if not (sim.skip_longer or sim.scale_lengths) or sim.trace is None or setup.config.max_model_len is not None:
         return setup
-    longest = max((arrival.input_len + arrival.output_len for arrival in make_arrivals(setup)), default=1)
+    whole = dataclasses.replace(setup, sim=dataclasses.replace(sim, num_prompts=None))  # a run may take more of it
+    longest = max((arrival.input_len + arrival.output_len for arrival in make_arrivals(whole)), default=1)
     return dataclasses.replace(setup, config=dataclasses.replace(setup.config, max_model_len=longest))
 
 

@@ -197,11 +197,14 @@ def test_chunks_beside_streams_shrink_to_the_limit_as_a_server_has_them(capsys):
     assert gaps["tight"] <= 45 < gaps["default"] <= 130 < gaps["never"], gaps
 
 
-def test_a_search_leaves_out_who_cannot_hold_the_longest_request(capsys, tmp_path):
-    """With `--skip-longer` a small cache would leave the long requests out, and win."""
-    lines = [f"{100_000 if i == 7 else 2000},20" for i in range(160)]
+@pytest.mark.parametrize("fit", ["--skip-longer", "--scale-lengths"])
+def test_a_search_leaves_out_who_cannot_hold_the_longest_request(capsys, tmp_path, fit):
+    """A small cache would leave the long requests out, or shrink all, and win; `--num-prompts` does not hide them."""
+    lines = [f"{120_000 if i == 157 else 2000},20" for i in range(160)]
     (tmp_path / "trace.csv").write_text("num_prefill_tokens,num_decode_tokens\n" + "\n".join(lines) + "\n")
-    flags = ["--search", "--num-devices", "2", "--trace", str(tmp_path / "trace.csv"), "--skip-longer"]
+    flags = ["--search", "--num-devices", "2", "--trace", str(tmp_path / "trace.csv"), fit]
     flags += ["--slo", "ttft:20s,tpot:50ms", "--request-rate", "2", "--gpu-memory-utilization", "0.35"]
     rows = simulate(capsys, *flags)["search"]
     assert {row.get("mesh") for row in rows} == {"tp=2"} and {row["requests"] for row in rows} == {160}
+    rows = simulate(capsys, *flags, "--num-prompts", "40")["search"]
+    assert {row.get("mesh") for row in rows} == {"tp=2"} and {row["requests"] for row in rows} == {40}
