@@ -211,9 +211,12 @@ class Engine:
 
     @_whole
     def add(self, request: Request) -> None:
-        """Queue a request; one that is queued or has ended stays as it is."""
-        if request.finished or self._requests.get(request.request_id) is request:
+        """Queue a request; one that is queued or has ended stays as it is. Raises ValueError for another's name."""
+        known = self._requests.get(request.request_id)
+        if request.finished or known is request:
             return
+        if known is not None:
+            raise ValueError(f"request_id={request.request_id!r} is already in use; give every request its own")
         self._requests[request.request_id] = request
         self.scheduler.add(request)
 

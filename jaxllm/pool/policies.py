@@ -16,7 +16,7 @@ from typing import Literal, Protocol, get_args
 from jaxllm.pool.costs import Costs
 from jaxllm.pool.decode_rounds import DecodeRounds
 from jaxllm.pool.prefill_groups import MAX_GROUP, PrefillGroups
-from jaxllm.pool.quotas import TBT_SECONDS
+from jaxllm.pool.quotas import TBT_SECONDS, longest_turn
 
 PolicyName = Literal["token", "request"]
 POLICIES: tuple[str, ...] = get_args(PolicyName)
@@ -88,9 +88,10 @@ def make_policy(
 class TokenLevel:
     """Aegaeon's: prefill in groups, decode in weighted rounds.
 
-    An instance that does both alternates: the group that waits longest, then the batch whose turn it is. A turn of a
-    model takes along what else that model has: its next group, and its quota of the round. As requests stay, a group
-    opens where a batch of its model has room, or where the fewest batches are.
+    On an instance that does both, prompts go first: they are short, and who decodes has tokens in hand from its last
+    turn. But after as many seconds of prompts as a turn may last, the batch whose turn it is decodes. A turn of a model
+    takes along what else that model has: its next group, and its quota of the round unless other prompts wait. As
+    requests stay, a group opens where a batch of its model has room, or where the fewest batches are.
 
     Args:
         costs: estimates of time.
@@ -117,7 +118,8 @@ class TokenLevel:
         self._model_of: dict[Hashable, str] = {}
         self._prefills_at: dict[Hashable, int] = {}
         self._current: dict[int, str] = {}
-        self._group_was_first: dict[int, bool] = {}
+        self._longest = longest_turn(tbt) if longest is None else longest
+        self._prompt_seconds = dict.fromkeys((*prefill, *decode), 0.0)  # in a row, while somebody decodes
 
     def _crowding(self, instance: int, model: str) -> tuple[bool, int]:
         return self._rounds.crowding(instance, model) if instance in self._decode else (False, 0)
@@ -145,25 +147,42 @@ class TokenLevel:
 
     def next_turn(self, instance: int) -> Turn | None:
         """See `Policy`."""
-        model = self._next_model(instance)
+        model, is_for_prompts = self._next_model(instance)
         if model is None:
             return None
         self._current[instance] = model
         starts = self._groups.take(instance, model) if instance in self._prefill else []
         if instance not in self._decode:
             return Turn(model, tuple(starts))
-        taken = self._rounds.take(instance, model)
+        others_wait = self._head_group(instance) not in (None, model)
+        taken = None if is_for_prompts and others_wait else self._rounds.take(instance, model)
         members = self._rounds.members(instance, model) if taken is None else taken[0].members
         return Turn(model, tuple(starts), tuple(members), taken[1] if taken is not None else 0.0)
 
-    def _next_model(self, instance: int) -> str | None:
-        group = self._groups.head(instance) if instance in self._prefill else None
-        batch = self._rounds.head(instance, self._current.get(instance)) if instance in self._decode else None
-        if group is None or batch is None:
-            self._group_was_first[instance] = group is not None
-            return group or batch
-        self._group_was_first[instance] = not self._group_was_first.get(instance, False)
-        return group if self._group_was_first[instance] else batch
+    def _next_model(self, instance: int) -> tuple[str | None, bool]:
+        """The model of the next turn, and whether it is there for its prompts."""
+        current = self._current.get(instance)
+        group = self._head_group(instance)
+        batch = self._rounds.head(instance, current) if instance in self._decode else None
+        if batch is None:
+            self._prompt_seconds[instance] = 0.0
+            return group, True
+        if self._prompts_go_first(instance):
+            self._prompt_seconds[instance] += self._groups.head_seconds(instance, current)
+            return group, True
+        self._prompt_seconds[instance] = 0.0
+        return batch, False
+
+    def _head_group(self, instance: int) -> str | None:
+        return self._groups.head(instance) if instance in self._prefill else None
+
+    def _prompts_go_first(self, instance: int) -> bool:
+        """Whether the next group, if there is one, goes before those that decode; one always does after their turn."""
+        if self._head_group(instance) is None:
+            return False
+        so_far = self._prompt_seconds[instance]
+        more = self._groups.head_seconds(instance, self._current.get(instance))
+        return not so_far or so_far + more <= self._longest
 
     def joining(self, instance: int) -> tuple[Hashable, ...]:
         """See `Policy`; while nobody else waits, groups without end."""
@@ -183,15 +202,8 @@ class TokenLevel:
         """See `Policy`."""
         groups = self._groups.models(instance) if instance in self._prefill else []
         rounds = self._rounds.models(instance) if instance in self._decode else []
-        first, second = (rounds, groups) if self._group_was_first.get(instance, False) else (groups, rounds)
-        mixed = [model for pair in _pairs(first, second) for model in pair if model is not None]
-        return [model for model in dict.fromkeys(mixed) if model != self._current.get(instance)]
-
-
-def _pairs(first: Sequence[str], second: Sequence[str]) -> list[tuple[str | None, str | None]]:
-    length = max(len(first), len(second))
-    padded = ([*one, *[None] * (length - len(one))] for one in (first, second))
-    return list(zip(*padded, strict=True))
+        order = [*groups, *rounds] if self._prompts_go_first(instance) else [*rounds[:1], *groups, *rounds]
+        return [model for model in dict.fromkeys(order) if model != self._current.get(instance)]
 
 
 class RequestLevel:

@@ -101,6 +101,12 @@ class PrefillGroups:
         """The model of the next group."""
         return next((group.model for group in self._groups(instance) if group.waiting), None)
 
+    def head_seconds(self, instance: int, current: str | None) -> float:
+        """Until the next group is prefilled, its switch included where it is not the current model's."""
+        group = next(group for group in self._groups(instance) if group.waiting)
+        work = sum(self._costs.prefill_seconds(group.model, item) for item in group.waiting)
+        return work + (self._costs.switch_seconds(group.model) if group.model != current else 0.0)
+
     def take(self, instance: int, model: str | None = None) -> list[Hashable]:
         """Hand out the members of the next group (of `model`, if given); it stays open for more until the next call."""
         serving, queue = self._serving[instance], self._queues[instance]

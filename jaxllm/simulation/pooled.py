@@ -183,7 +183,8 @@ class Instance:
         self._start(self._policy.joining(self._number))
         is_over = self.clock.now >= self._ends_at
         if paper.engine.has_work and not is_over:
-            paper.scheduling.horizon = min(time, self._ends_at)
+            # when the turn ends is known once its prompts are prefilled: nothing may be skipped before
+            paper.scheduling.horizon = self.clock.now if self._unprefilled else min(time, self._ends_at)
             paper.engine.step()
             return
         paper.scheduling.is_paused = True

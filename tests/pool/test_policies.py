@@ -237,6 +237,13 @@ def test_token_level_gives_a_second_model_its_first_token_while_the_first_one_de
     assert token[1] < 6.0 < 20.0 < request[1]
 
 
+def test_prompts_go_before_those_that_decode_and_after_as_many_seconds_as_a_turn_may_last_one_of_these_does():
+    first, _, turns, _, _ = carry_out("token", [(0.0, "a"), *((1.0, name) for name in "bcdefgh")], Fixed(), 1000)
+    assert "".join(turns).startswith("aabcdefgah"), "six times 0.6 s, and a seventh would pass 4 s"
+    turn, prompt = 4.0 + 0.6, 0.6
+    assert first[6] - 1.0 <= turn + 6 * prompt and first[7] - 1.0 <= 2 * turn + 8 * prompt
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("add end prefilled turn".split())), max_size=80))
 def test_requests_may_end_anywhere(actions):

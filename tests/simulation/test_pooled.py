@@ -54,6 +54,20 @@ def test_a_switch_takes_as_long_as_its_weights():
     assert WEIGHTS / 64e9 < second.ttft < WEIGHTS / 64e9 + 0.1
 
 
+def test_a_turn_that_prefills_ends_with_its_prompts_while_another_model_waits():
+    arrivals = [Arrival(0.0, 300, 2000, number=i, model=f"m{i}") for i in range(2)]
+    first, second = simulate(pool(2, prefetch=False), arrivals).outcomes
+    alone = simulate(pool(1), [dataclasses.replace(arrivals[0])]).outcomes[0].ttft
+    steps = 4 * first.tpot  # a few are on their way when its first token is known
+    assert second.ttft <= 2 * alone + WEIGHTS / 64e9 + steps
+
+
+def test_two_requests_of_one_name_are_refused_and_nothing_waits_for_the_lost_one():
+    arrivals = [Arrival(0.0, 300, 20, model="m0"), Arrival(0.0, 300, 20, model="m0")]
+    with pytest.raises(ValueError, match="already in use"):
+        simulate(pool(1), arrivals)
+
+
 def test_turns_between_tokens_keep_more_promises_than_turns_between_requests():
     in_time = {}
     for policy in ("token", "request"):
