@@ -109,16 +109,17 @@ def table(path: str, args: argparse.Namespace) -> dict[str, Any]:
     return {"path": path} | {name: getattr(args, name) for name in sizes}
 
 
+async def _alone(pool: Pool, one: Arrival) -> float:
+    arrived, times = await send(pool, one, time.perf_counter())
+    return times[-1] - arrived
+
+
 def calibrated(path: str, args: argparse.Namespace) -> tuple[Limits, float, int]:
     """The limits, seconds of an average request that is alone, and the bytes that a model takes."""
     with Pool({"m": table(path, args)}) as pool:
         sizes = pool.llm("m") and pool.model("m").residence.sizes  # type: ignore[union-attr]
-        seconds = []
-        for _ in range(6):  # the first compiles
-            started = time.perf_counter()
-            params = SamplingParams(temperature=0.0, max_tokens=args.output_len, ignore_eos=True)
-            pool.generate("m", {"prompt_token_ids": list(range(3, 3 + args.input_len))}, params)
-            seconds.append(time.perf_counter() - started)
+        one = 0.0, "m", args.input_len, args.output_len
+        seconds = [asyncio.run(_alone(pool, one)) for _ in range(6)]  # the first compiles
         step = min(seconds) / args.output_len
         tpot = args.tpot or args.tpot_steps * step
         return Limits(args.ttft or 100 * tpot, tpot), min(seconds), sizes.whole
