@@ -243,6 +243,20 @@ def test_a_draft_model_changes_no_token_however_good_it_is(
     )
 
 
+def test_a_draft_model_that_does_not_pay_reads_every_sixth_token_only(folder: Path, tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path, seed=1)
+    config = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 3}
+    llm = LLM(str(folder), **SIZES | {"speculative_config": config})
+    llm.engine.runner.draft_price = lambda rows: 100.0
+    read = []
+    for first, num_tokens in ((3, 4), (4, 10)):
+        prompt = {"prompt_token_ids": list(range(first, first + 24))}
+        llm.generate([prompt], SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True))
+        keys = np.asarray(llm.engine.runner.memory.draft_pages[0])[1:, 0]  # page 0 is for padding
+        read.append(int(keys.any(axis=(-2, -1)).sum()))
+    assert read == [24, 24 + 30], "the prompt, and at a length of 30 what came since"
+
+
 def test_figures_say_what_was_drafted_and_accepted(speculating: LLM) -> None:
     output = speculating.generate([{"prompt_token_ids": [97, 98] * 10}], SamplingParams(temperature=0, max_tokens=40))
     figures, asked = speculating.get_metrics(), output[0].metrics
