@@ -184,8 +184,7 @@ class Engine:
 
         Raises ValueError where the name is in use.
         """
-        if request_id in self._requests:
-            raise ValueError(f"request_id={request_id!r} is already in use; give every request its own")
+        self._check_name(request_id)
         number = next(self._counter)
         stops = (*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.eos_token_ids))
         seed = params.seed if seed is None else seed
@@ -209,14 +208,16 @@ class Engine:
         """Call something that changes the engine; where it is cut off, the engine is not sound any more."""
         return function(*args)
 
+    def _check_name(self, name: str | None) -> None:
+        if name in self._requests:
+            raise ValueError(f"request_id={name!r} is already in use; give every request its own")
+
     @_whole
     def add(self, request: Request) -> None:
         """Queue a request; one that is queued or has ended stays as it is. Raises ValueError for another's name."""
-        known = self._requests.get(request.request_id)
-        if request.finished or known is request:
+        if request.finished or self._requests.get(request.request_id) is request:
             return
-        if known is not None:
-            raise ValueError(f"request_id={request.request_id!r} is already in use; give every request its own")
+        self._check_name(request.request_id)
         self._requests[request.request_id] = request
         self.scheduler.add(request)
 
