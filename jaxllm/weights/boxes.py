@@ -1,4 +1,4 @@
-"""Boxes of a matrix that are whole panels of it, read one at a time while its panels are made; memory for these."""
+"""Boxes of a matrix that are whole panels of it, read one at a time while its panels are made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.ops.cpu.packed import PANEL
@@ -14,7 +13,6 @@ from jaxllm.ops.cpu.packed import PANEL
 Box = tuple[slice, ...]
 ReadBox = Callable[[Box], np.ndarray]
 _PIECE_BYTES = 1 << 20  # of a matrix that exist beside its panels while these are made
-_ALIGNMENT = 64  # bytes; what the CPU backend needs to take a host array over without a copy
 
 
 def panel_boxes(want: jax.ShapeDtypeStruct, contracted: tuple[int, ...]) -> Iterator[Box]:
@@ -45,11 +43,3 @@ def _runs(sizes: Sequence[int], most: int) -> Iterator[tuple[slice, ...]]:
     else:
         for low in range(0, sizes[0], step):
             yield (slice(low, min(low + step, sizes[0])), *(slice(0, size) for size in sizes[1:]))
-
-
-def aligned_zeros(shape: Sequence[int], dtype: jnp.dtype) -> np.ndarray:
-    """Zeros that the CPU backend takes over without a copy."""
-    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
-    buffer = np.zeros(num_bytes + _ALIGNMENT, np.uint8)
-    first = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[first : first + num_bytes].view(dtype).reshape(shape)

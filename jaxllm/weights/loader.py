@@ -25,7 +25,7 @@ from jaxllm.families.registry import Family, family_of
 from jaxllm.families.sources import Box, Read, Source, WeightMap, checkpoint_tensors
 from jaxllm.families.tensor_names import named
 from jaxllm.weights.abstract import AbstractModel
-from jaxllm.weights.boxes import aligned_zeros
+from jaxllm.weights.memory import aligned_zeros
 from jaxllm.weights.pieces import read_pieces
 from jaxllm.weights.rounding import Pieces, merged_inputs, round_to_nearest
 from jaxllm.weights.schemes import JoinedScheme

@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxllm.ops.cpu.quantized import PANEL, QuantizedPanels, Rounding, pack_codes, pack_scales, packs_quantized, rounds
 from jaxllm.ops.cpu.quantized_numbers import Codes
-from jaxllm.weights.boxes import Box, aligned_zeros, panel_boxes
+from jaxllm.weights.boxes import Box, panel_boxes
+from jaxllm.weights.memory import lasting_zeros
 from jaxllm.weights.quantized import LaidOut
 from jaxllm.weights.rounding import Pieces, round_to_nearest
 
@@ -56,7 +57,7 @@ class QuantizedInPanels(LaidOut):
         self, want: jax.ShapeDtypeStruct, sharding: NamedSharding, read: Callable[[Box], Pieces]
     ) -> QuantizedPanels:
         """Some panels at a time, so that the codes never exist whole beside them."""
-        arrays = {name: aligned_zeros(*kind) for name, kind in self._kinds(want.shape).items()}
+        arrays = {name: lasting_zeros(*kind) for name, kind in self._kinds(want.shape).items()}
         for parts, boxes in self._matrices(want, arrays):
             first = 0
             for box in boxes:

@@ -19,8 +19,9 @@ import numpy as np
 from jaxllm.config.quantization import Scheme
 from jaxllm.ops.cpu import ffi
 from jaxllm.ops.cpu.packed import PackedMatrix, abstract_panels, pack, packs
-from jaxllm.weights.boxes import ReadBox, aligned_zeros, panel_boxes
+from jaxllm.weights.boxes import ReadBox, panel_boxes
 from jaxllm.weights.joined import Joined
+from jaxllm.weights.memory import lasting_zeros
 from jaxllm.weights.quantized import Quantized
 from jaxllm.weights.quantized_columns import QuantizedInColumns
 from jaxllm.weights.quantized_panels import QuantizedInPanels
@@ -78,7 +79,7 @@ class Panels:
     ) -> PackedMatrix:
         """Some panels at a time, so that the matrix never exists whole beside them."""
         like = abstract_panels(want, self.contracted)
-        panels, first = aligned_zeros(like.shape, like.dtype), 0
+        panels, first = lasting_zeros(like.shape, like.dtype), 0
         for box in panel_boxes(want, self.contracted):
             matrix = read(box)
             end = first + abstract_panels(matrix, self.contracted).shape[0]
@@ -90,7 +91,7 @@ class Panels:
     def from_array(self, array: jax.Array, sharding: jax.sharding.NamedSharding) -> PackedMatrix:
         """See `Storage`."""
         like = abstract_panels(array, self.contracted)
-        panels = pack(np.asarray(array), self.contracted, aligned_zeros(like.shape, like.dtype))
+        panels = pack(np.asarray(array), self.contracted, lasting_zeros(like.shape, like.dtype))
         return self._placed(panels, array.shape, sharding)
 
     def _placed(self, panels: np.ndarray, shape: Sequence[int], sharding: jax.sharding.NamedSharding) -> PackedMatrix:
