@@ -147,7 +147,7 @@ def runner_shapes(config: EngineConfig, model: AbstractModel, connection: Connec
         vocab_size=model.cfg.vocab_size,
         num_pages=num_pages,
         page_size=config.page_size,
-        token_buckets=token_buckets(config, model.placement.token_multiple()),
+        token_buckets=token_buckets(config, model.placement.token_multiple(), few_tokens=model.is_packed),
         row_buckets=_row_buckets(config, single_row=model.is_packed),
         max_decode_steps=0 if config.deterministic else config.max_decode_steps,
         kv_dtype=kv_dtype,
@@ -202,11 +202,15 @@ def _lengths(config: EngineConfig, model: AbstractModel, cache_bytes: int, bytes
     return num_pages, max_model_len
 
 
-def token_buckets(config: EngineConfig, multiple: int = 1) -> tuple[int, ...]:
-    """Of the ragged step, rounded up to what the token cuts of the mesh divide; deterministic: one size for all."""
+def token_buckets(config: EngineConfig, multiple: int = 1, *, few_tokens: bool = False) -> tuple[int, ...]:
+    """Of the ragged step, rounded up to what the token cuts of the mesh divide; deterministic: one size for all.
+
+    With `few_tokens` one more, where 16 cost less than 64: what is new of a prompt whose rest is cached is often short.
+    """
     largest = config.token_budget
     sizes = (largest,) if config.deterministic else make_buckets(min(64, largest), largest, 4)
-    return tuple(dict.fromkeys(-(-size // multiple) * multiple for size in sizes))
+    few = (16,) if few_tokens and sizes[0] > 16 and not config.deterministic else ()
+    return tuple(dict.fromkeys(-(-size // multiple) * multiple for size in (*few, *sizes)))
 
 
 def _row_buckets(config: EngineConfig, *, single_row: bool) -> tuple[int, ...]:
