@@ -108,7 +108,9 @@ class Engine:
         ridge = ceilings.ridge if ceilings else None
         self.draft_price = DraftPrice(self.accounting.model, runner.shapes.num_drafts, ridge)
         self.runner.draft_price = self.draft_price
-        self.draft_pauses = self.runner.draft_pauses = DraftPauses()
+        speculation = runner.shapes.speculation
+        has_draft_model = speculation is not None and speculation.method == "draft_model"
+        self.draft_pauses = self.runner.draft_pauses = DraftPauses(looking_costs=has_draft_model)
         self.eos_token_ids = tuple(eos_token_ids)
         if self.tiers is not None:
             self.tiers.prefill_rate = self.accounting.prefill_rate

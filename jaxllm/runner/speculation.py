@@ -137,11 +137,11 @@ def _verify(
     (num_rows, num_drafts), slot = drafts_RG.shape, batch.slot
     width, spare, j = num_drafts + 1, state.done.shape[0] - 1, jnp.arange(num_drafts + 1)
     length, active = state.length[slot], is_active(state, batch)
-    last = state.history[slot, length - 1]
-    tokens_RJ = jnp.concatenate([last[:, None], drafts_RG], axis=1)
     position_RJ = length[:, None] - 1 + j
     is_real_RJ = active[:, None] & (j <= count[:, None])
-    state = written(state, slot, position_RJ, tokens_RJ, is_real_RJ)
+    # Written first and read back: who still read the histories as they were would have all of them copied.
+    state = written(state, slot, position_RJ[:, 1:], drafts_RG, is_real_RJ[:, 1:])
+    tokens_RJ = state.history[slot[:, None], position_RJ]
     x_TD, pages = forward_chunks(
         steps, params, pages, tokens_RJ, position_RJ, is_real_RJ, table_RM, state.adapter[slot]
     )

@@ -14,7 +14,7 @@ from jaxllm.scheduling.plan import Chunk, IterationPlan
 
 _USUAL_RIDGE = 10.0  # FLOPs per byte at which a processor without a data sheet is taken to be as slow by either
 _REACHED = 0.5  # share of a data sheet's ridge that matrix products of few rows reach
-_LEAST, _MOST = 0.85, 2.0  # of the model's price, between which measured times may move it
+_LEAST, _MOST = 0.4, 2.0  # of the model's price, between which measured times may move it
 _LEARNING = 0.3
 _PATIENCE, _LONGEST_PAUSE = 8, 256  # iterations without any draft that was worth verifying; left out then, at most
 
@@ -125,19 +125,26 @@ class DraftPrice:
 
 
 class DraftPauses:
-    """Leaves drafts out for a while where none is worth verifying: a plain loop costs less than one that looks on.
+    """Leaves a draft model out for a while where nothing that it says is worth verifying: it costs by looking already.
 
-    Each pause is twice as long as the one before, until drafts are verified again or somebody new comes.
+    Each pause is twice as long as the one before, until drafts are verified again or somebody new comes. Drafts that
+    cost nothing (prompt lookup: an iteration that only looks takes as long as one of the plain program) never pause.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, looking_costs: bool = True) -> None:
+        self._looking_costs = looking_costs
         self._idle, self._left, self._next = 0, 0, _PATIENCE
 
     def begin(self, plan: IterationPlan) -> bool:
         """Whether what is dispatched now runs without drafts; those that a grammar allows are worth it in any case."""
         if plan.admitted:
             self._idle, self._left, self._next = 0, 0, _PATIENCE
-        if not plan.is_decode_loop or self._left <= 0 or any(chunk.guess for chunk in plan.chunks):
+        if (
+            not self._looking_costs
+            or not plan.is_decode_loop
+            or self._left <= 0
+            or any(chunk.guess for chunk in plan.chunks)
+        ):
             return False
         self._left -= plan.num_steps
         return True

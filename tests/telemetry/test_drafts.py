@@ -76,3 +76,10 @@ def test_drafts_that_are_never_worth_it_are_left_out_ever_longer_until_somebody_
     newcomer = IterationPlan([], [object()])  # type: ignore[list-item]
     assert not pauses.begin(newcomer) and not pauses.begin(loop)
     assert plain_loops() == 1
+
+
+def test_drafts_that_cost_nothing_are_never_left_out() -> None:
+    pauses, loop = DraftPauses(looking_costs=False), IterationPlan([], is_decode_loop=True, num_steps=8)
+    for _ in range(20):
+        pauses.observe(LoopDrafts([], 1, 8, 0))
+        assert not pauses.begin(loop)

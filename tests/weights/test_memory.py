@@ -43,7 +43,7 @@ def fresh(monkeypatch):
 
 
 def test_small_matrices_share_a_chunk_that_lives_while_one_of_them_does():
-    arrays = [lasting_zeros((n, 5), np.float32) for n in (1, 7, 1000)]
+    arrays = [lasting_zeros((n, 5), jnp.dtype("float32")) for n in (1, 7, 1000)]
     for value, array in enumerate(arrays):
         assert array.ctypes.data % 64 == 0 and not array.any()
         array[:] = value
@@ -61,7 +61,7 @@ def test_small_matrices_share_a_chunk_that_lives_while_one_of_them_does():
 
 def test_a_full_chunk_is_followed_by_a_new_one(monkeypatch):
     monkeypatch.setattr(memory, "_CHUNK", HUGE)
-    arrays = [lasting_zeros((3 << 18,), np.uint8) for _ in range(7)]
+    arrays = [lasting_zeros((3 << 18,), jnp.dtype("uint8")) for _ in range(7)]
     for value, array in enumerate(arrays):
         array[:] = value
     assert [set(array[::4096]) for array in arrays] == [{value} for value in range(7)]
@@ -71,14 +71,14 @@ def test_a_full_chunk_is_followed_by_a_new_one(monkeypatch):
 @pytest.mark.parametrize("make", [aligned_zeros, lasting_zeros])
 def test_large_matrices_begin_at_a_huge_page(make, monkeypatch):
     monkeypatch.setattr(memory, "_CHUNK", 2 * HUGE)
-    array = make((2 * HUGE + 100,), np.uint8)
+    array = make((2 * HUGE + 100,), jnp.dtype("uint8"))
     assert array.ctypes.data % HUGE == 0 and is_advised(array.ctypes.data) and is_advised(array[-1:].ctypes.data)
 
 
 def test_a_system_without_huge_pages_has_aligned_memory(monkeypatch):
     monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
     for make in (aligned_zeros, lasting_zeros):
-        array = make((3, HUGE), np.uint8)
+        array = make((3, HUGE), jnp.dtype("uint8"))
         array[:] = 1
         assert array.ctypes.data % 64 == 0 and array.sum() == array.size
 
