@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -284,3 +285,14 @@ def test_what_cannot_be_is_refused_in_one_line(config: dict[str, Any], words: st
     with pytest.raises(ValueError, match=words) as error:
         LLM("unused", speculative_config=config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("program", ["speculate_greedy", "speculate"])
+def test_no_iteration_copies_all_histories(speculating: LLM, program: str, rows: int) -> None:
+    """They are as long as slots times positions: whoever reads them as they were before a write has them copied."""
+    runner = speculating.engine.runner
+    slots, positions = runner.state.slots.history.shape
+    text = runner.compiler.program((program, rows)).as_text()
+    assert f"s32[{slots},{positions}]" in text
+    assert not re.findall(rf"= s32\[{slots},{positions}\]\S* copy\(.*", text)
