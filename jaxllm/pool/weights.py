@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol, final
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxllm.pool.budget import NoRoom
 from jaxllm.pool.regions import Regions
+from jaxllm.weights.memory import aligned_zeros
 
 _SLACK = 1 << 20  # beyond the limit, for the alignment of leaves
 
@@ -123,9 +125,7 @@ class _CpuStore:
         with self._lock:
             if device not in self._buffers:
                 size = self._limit + _SLACK
-                whole = np.empty(size + 64, np.uint8)
-                first = -whole.ctypes.data % 64
-                self._buffers[device] = whole[first : first + size], Regions(size)
+                self._buffers[device] = aligned_zeros((size,), jnp.dtype("uint8")), Regions(size)
             buffer, regions = self._buffers[device]
             offset = regions.allocate(num_bytes)
             if offset is None:

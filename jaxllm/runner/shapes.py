@@ -208,9 +208,9 @@ def token_buckets(config: EngineConfig, multiple: int = 1, *, few_tokens: bool =
     With `few_tokens` one more, where 16 cost less than 64: what is new of a prompt whose rest is cached is often short.
     """
     largest = config.token_budget
-    sizes = (largest,) if config.deterministic else make_buckets(min(64, largest), largest, 4)
-    few = (16,) if few_tokens and sizes[0] > 16 and not config.deterministic else ()
-    return tuple(dict.fromkeys(-(-size // multiple) * multiple for size in (*few, *sizes)))
+    few = (16,) * (few_tokens and largest > 16)
+    sizes = (largest,) if config.deterministic else (*few, *make_buckets(min(64, largest), largest, 4))
+    return tuple(dict.fromkeys(-(-size // multiple) * multiple for size in sizes))
 
 
 def _row_buckets(config: EngineConfig, *, single_row: bool) -> tuple[int, ...]:

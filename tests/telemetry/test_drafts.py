@@ -32,13 +32,14 @@ def test_verifying_costs_little_while_weights_are_read_and_much_where_the_batch_
     assert max(ratios) < 5, "five times the arithmetic and no more memory"
 
 
-def test_the_price_learns_from_times_and_stays_near_the_model() -> None:
+@pytest.mark.parametrize("share", [0.5, 1.5])
+def test_the_price_learns_from_times_and_stays_near_the_model(share: float) -> None:
     price, rng = DraftPrice(MODEL, 4, ridge=None), random.Random(0)
     model = price(1)
     for _ in range(200):
         plain, verifying = rng.randrange(5), rng.randrange(5)
-        price.observe(1, plain, verifying, (plain * 1.0 + verifying * (1 + 1.5 * model)) * rng.uniform(0.98, 1.02))
-    assert price(1) == pytest.approx(1.5 * model, rel=0.15)
+        price.observe(1, plain, verifying, (plain * 1.0 + verifying * (1 + share * model)) * rng.uniform(0.98, 1.02))
+    assert price(1) == pytest.approx(share * model, rel=0.15)
     for _ in range(200):
         price.observe(1, 1, 0, 1.0)
         price.observe(1, 0, 1, 100.0)
